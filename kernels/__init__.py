@@ -1,0 +1,35 @@
+"""Operators: pure functions on tensors, each with a readable reference and fast forms.
+
+Sequence tensors are `(batch, time, heads, dim)`; see README.md in this folder.
+"""
+
+from rondo.kernels.conv import short_conv
+from rondo.kernels.cross_entropy import linear_cross_entropy
+from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
+from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
+from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
+from rondo.kernels.pointwise import swiglu
+from rondo.kernels.rope import rope
+from rondo.kernels.scan import linear_scan, linear_scan_summary
+from rondo.kernels.softmax_attention import attention
+from rondo.kernels.summary import DiagonalSummary, MatrixSummary, combine
+
+__all__ = [
+    "DiagonalSummary",
+    "MatrixSummary",
+    "attention",
+    "combine",
+    "gated_delta_rule",
+    "gated_delta_rule_summary",
+    "gated_linear_attention",
+    "gated_linear_attention_summary",
+    "gated_rms_norm",
+    "l2_norm",
+    "linear_cross_entropy",
+    "linear_scan",
+    "linear_scan_summary",
+    "rms_norm",
+    "rope",
+    "short_conv",
+    "swiglu",
+]

@@ -1,0 +1,49 @@
+"""Which implementation of an operator runs: one choice, logged once, never silent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+
+logger = logging.getLogger(__name__)
+_logged: set[tuple[str, str, str]] = set()
+
+
+def choose(
+    operator: str, backend: str, implementations: Mapping[str, Callable], device: torch.device
+) -> Callable:
+    """Returns the implementation of `operator` that `backend` names.
+
+    Args:
+        operator: name of the operator, for messages.
+        backend: "auto", or a key of `implementations`. "auto" takes triton on a GPU when the
+            operator has a kernel, else chunked, else reference.
+        implementations: backend name -> function; all share one signature.
+        device: where the inputs live.
+
+    Raises:
+        ValueError: `backend` is unknown, has no implementation, or cannot run on `device`.
+    """
+    if backend == "auto":
+        preferred = (
+            ("triton", "chunked", "reference")
+            if device.type == "cuda"
+            else ("chunked", "reference")
+        )
+        name = next(b for b in preferred if b in implementations)
+        reason = f"first of {', '.join(preferred)} that {operator} has on {device.type}"
+    else:
+        name, reason = backend, "asked for"
+    if name not in implementations:
+        raise ValueError(
+            f"{operator}: backend {backend!r} is not available; "
+            f"choose one of auto, {', '.join(implementations)}"
+        )
+    if name == "triton" and device.type != "cuda":
+        raise ValueError(f"{operator}: backend 'triton' needs CUDA tensors, got {device.type}")
+    if (operator, name, device.type) not in _logged:
+        _logged.add((operator, name, device.type))
+        logger.info("%s runs on backend %s (%s)", operator, name, reason)
+    return implementations[name]

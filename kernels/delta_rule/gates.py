@@ -1,0 +1,157 @@
+"""Decay inside a chunk: how strongly a token sees an earlier one, the state before, the state after.
+
+Readers are the tokens looking back (queries, erase keys), writers the tokens being read. With
+`G_i` the sum of log decay up to token i, three factors are needed, never one above 1:
+`exp(G_i - G_j)` between a reader i and a writer j <= i, `exp(G_i)` from the state before the chunk,
+`exp(G_C - G_j)` to the state after it. All of it is done in base 2, where exp is cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from rondo.kernels.delta_rule.layout import Documents
+from torch import Tensor
+
+LOG2E = 1 / math.log(2)
+FLOOR = -16384.0  # decay per token, in powers of two: zero in every dtype, and sums stay exact
+GRID = 2.0**32
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gates, states and sums for operands of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class HeadGates:
+    """One decay per head and token, or none.
+
+    Attributes, None where there is nothing to multiply with:
+        pairs: `(N, X, C, C)`, readers to writers, zero above the diagonal.
+        from_start, to_end: `(N, X, C, 1)`.
+        through: `(N, X, 1, 1)`, from state to state, float32 or float64.
+    """
+
+    pairs: Tensor | None = None
+    from_start: Tensor | None = None
+    to_end: Tensor | None = None
+    through: Tensor | None = None
+
+    def __init__(
+        self,
+        log_decay: Tensor | None,
+        docs: Documents | None,
+        dtype: torch.dtype,
+        pairs: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            log_decay: `(N, X, C, 1)` or None.
+            docs: masks of packed documents, or None.
+            dtype: of the matrix products; factors are rounded to it.
+            pairs: of another object made from the same arguments, to save the work.
+        """
+        self.gated = log_decay is not None
+        kind = wide(dtype)
+        if docs is not None:
+            self.pairs, self.from_start, self.to_end = docs.pairs, docs.incoming, docs.outgoing
+            self.through = docs.through.to(kind)
+        if log_decay is None:
+            return
+        total = _exact_sums(log_decay, dtype)
+        last = total[..., -1:, :]
+        self.from_start = _scaled(total.to(kind).exp2().to(dtype), self.from_start)
+        self.to_end = _scaled((last - total).to(kind).exp2().to(dtype), self.to_end)
+        self.through = _scaled(last.to(kind).exp2(), self.through)
+        if pairs is None:
+            pairs = (total - total.mT).to(kind).clamp_(max=0).exp2_().tril_().to(dtype)
+            pairs = pairs if docs is None else pairs.mul_(docs.pairs)
+        self.pairs = pairs
+
+    def products(self, readers: Sequence[Tensor], writers: Tensor) -> list[Tensor]:
+        """Decayed dot products `(N, X, C, C)` of each of `readers` with `writers`, for j <= i."""
+        return [self._mask(matmul(r, writers.mT)) for r in readers]
+
+    def _mask(self, x: Tensor) -> Tensor:
+        return x.tril_() if self.pairs is None else x.mul_(self.pairs)
+
+    def reduce(self, first: Tensor, second: Tensor) -> Tensor:
+        """Elementwise product of `(N, X, C, K)` tensors, summed to the shape of the gate, wide."""
+        return (first * second).sum(-1, keepdim=True, dtype=wide(first.dtype))
+
+    def backward(
+        self,
+        grads: Sequence[Tensor],
+        products: Sequence[Tensor],
+        readers: Sequence[Tensor],
+        writers: Tensor,
+        sums: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Gradients of `products`.
+
+        Args:
+            grads: of the products; overwritten.
+            products, readers, writers: what the forward pass returned and got.
+            sums: gradients with respect to `G_i`, `G_C - G_j` and `G_C` from everywhere else.
+
+        Returns:
+            Gradients of the readers, of the writers, and of `log_decay`.
+        """
+        log_decay = None
+        if self.gated and sums is not None:
+            log_decay = self._gate_gradient(grads, products, *sums)
+        grads = [self._mask(g) for g in grads]
+        d_writers = matmul(grads[0].mT, readers[0])
+        for g, r in zip(grads[1:], readers[1:], strict=True):
+            add_matmul(d_writers, g.mT, r)
+        return [matmul(g, writers) for g in grads], d_writers, log_decay
+
+    def _gate_gradient(
+        self,
+        grads: Sequence[Tensor],
+        products: Sequence[Tensor],
+        start: Tensor,
+        end: Tensor,
+        through: Tensor,
+    ) -> Tensor:
+        # A pair i > j counts for every gate in between: in the sum over rows from t on it is
+        # added once as a row and, for j >= t, taken away once as a column.
+        both = grads[0] * products[0]
+        for g, p in zip(grads[1:], products[1:], strict=True):
+            both.addcmul_(g, p)
+        start = start + both.sum(-1, dtype=start.dtype).unsqueeze(-1)
+        start -= both.sum(-2, dtype=start.dtype).unsqueeze(-1)
+        return _suffix_sum(start) + (end.cumsum(-2) - end) + through
+
+
+def _exact_sums(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of log decay from the start of the chunk, in powers of two, float64.
+
+    Differences of sums lose digits behind a strong decay. These do not: multiples of 2^-32 of up
+    to 2^20 are exact, so a document cannot be felt in the rounding of the next one either.
+    """
+    steps = (log_decay.double() * LOG2E).clamp(min=FLOOR)
+    if dtype != torch.float64:
+        steps = steps.mul_(GRID).round_().mul_(1 / GRID)
+    return steps.cumsum(-2)
+
+
+def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
+def _suffix_sum(x: Tensor) -> Tensor:
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Product of `(N, X, ., .)` tensors as one batch."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def add_matmul(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`out += a @ b` in place, for contiguous `(N, X, ., .)` `out`."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return out

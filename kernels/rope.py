@@ -1,0 +1,81 @@
+"""Rotary position embedding (Su et al. 2021), in the half-split layout of Llama checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rope(
+    x: Tensor, positions: Tensor, *, theta: float = 10000.0, dims: int | None = None
+) -> Tensor:
+    """Rotates the pairs `(x_i, x_{i + dims/2})` by the angle `position * theta ** (-2 i / dims)`.
+
+    Args:
+        x: `(B, T, H, D)`.
+        positions: `(B, T)` integer.
+        theta: base of the frequencies.
+        dims: how many leading channels rotate, even; None for all D. The rest pass unchanged.
+
+    Returns:
+        `(B, T, H, D)` in the dtype of `x`. Angles, sines and products are float32 (float64 for
+        float64 `x`).
+
+    Raises:
+        ValueError: shapes, theta or dims do not fit.
+    """
+    dims = x.shape[-1] if dims is None else dims
+    if x.ndim != 4 or positions.shape != x.shape[:2]:
+        raise ValueError(
+            f"rope: x {tuple(x.shape)} must be (B, T, H, D) and positions "
+            f"{tuple(positions.shape)} (B, T)"
+        )
+    if dims < 2 or dims % 2 or dims > x.shape[-1]:
+        raise ValueError(f"rope: dims must be even, from 2 to {x.shape[-1]}, got {dims}")
+    if not theta > 0:
+        raise ValueError(f"rope: theta must be positive, got {theta}")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return rotate(x, *rope_table(positions, dims, theta=theta, dtype=dtype))
+
+
+def rope_table(
+    positions: Tensor, dims: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines, each `(B, T, 1, dims)`, for `rotate`.
+
+    Layers that rotate by the same positions can share one table.
+    """
+    index = torch.arange(0, dims, 2, device=positions.device, dtype=dtype)
+    angles = positions[..., None, None].to(dtype) * theta ** (-index / dims)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies a table of `rope_table` to `x` `(B, T, H, D)`; no gradient reaches the table."""
+    return _Rotate.apply(x, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dims = cos.shape[-1]
+    wide = x[..., :dims].to(cos.dtype)
+    turned = (wide * cos).addcmul_(wide.roll(dims // 2, dims=-1), sin).to(x.dtype)
+    return turned if dims == x.shape[-1] else torch.cat((turned, x[..., dims:]), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The transpose of a rotation is the rotation by the opposite angle; x is not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None

@@ -1,0 +1,90 @@
+"""The `rondo` command: a thin shell over functions that can be imported.
+
+Only the standard library is imported until a command runs, so that this starts at once, and
+works on login nodes where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from rondo.errors import UserError, run_command
+
+_ABOUT = "Pretraining of hybrid recurrent/attention language models."
+_USAGE = "rondo [-h] [--version] COMMAND ..."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `rondo` with the words in `argv` (default: those it was started with).
+
+    Returns the exit code: 0, 2 for bad input, 75 for training that stopped after a checkpoint,
+    130 for Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
+    first = words[0] if words else "--help"
+    if first in ("-h", "--help"):
+        print(_help())
+        return 0
+    if first == "--version":
+        from rondo import __version__
+
+        print(f"rondo {__version__}")
+        return 0
+    if first not in _COMMANDS:
+        near = difflib.get_close_matches(first, _COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown command {first!r}{hint} (commands: {', '.join(_COMMANDS)})")
+    return _COMMANDS[first](words[1:])
+
+
+def _help() -> str:
+    lines = [f"  {name:10} {command.__doc__}" for name, command in _COMMANDS.items()]
+    more = "`rondo COMMAND --help` lists what a command takes."
+    return "\n".join([f"usage: {_USAGE}\n\n{_ABOUT}\n\ncommands:", *lines, "", more])
+
+
+def _prepare(words: list[str]) -> int:
+    """Turn text into token files that training reads."""
+    from rondo.pretrain.data.prepare import PrepareConfig, prepare
+    from rondo.pretrain.options import parse_command
+
+    usage = "rondo prepare --input TEXT --output FOLDER [--option value]..."
+    config = parse_command(PrepareConfig, words, usage)
+    if config is not None:
+        prepare(config)
+    return 0
+
+
+def _train(words: list[str]) -> int:
+    """Train what a recipe describes (on several processes: torchrun -m rondo.pretrain)."""
+    from rondo.pretrain.__main__ import main as train
+
+    return train(words, "rondo train")
+
+
+def _generate(words: list[str]) -> int:
+    """Continue a text with a trained checkpoint."""
+    from rondo.pretrain.options import parse_command
+    from rondo.pretrain.sample import GenerateConfig, generate_text
+
+    usage = "rondo generate CHECKPOINT [--prompt TEXT] [--option value]..."
+    config = parse_command(GenerateConfig, words, usage, ("checkpoint",))
+    if config is not None:
+        generate_text(config)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "generate": _generate,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

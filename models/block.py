@@ -1,0 +1,40 @@
+"""One layer: a sequence mixer and a channel mixer, each behind a norm and a residual."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rondo.models.config import LayerSpec, ModelConfig, make_options
+from rondo.models.layers import RMSNorm
+from rondo.models.mixer import Cost, SequenceContext, State, module_cost
+from rondo.models.registry import FFNS, MIXERS
+
+
+class Block(nn.Module):
+    """`x + mixer(norm(x))`, then `x + ffn(norm(x))` unless the layer has no channel mixer."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, layer: int) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer = MIXERS[spec.mixer](config, make_options(spec.mixer, spec.options), layer)
+        self.ffn_norm = self.ffn = None
+        if spec.ffn != "none":
+            self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+            self.ffn = FFNS[spec.ffn](config)
+
+    def forward(
+        self, x: Tensor, ctx: SequenceContext, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """`x` `(B, T, dim)`; returns the new `x` and, if wanted, the mixer's state after it."""
+        y, state = self.mixer(self.mixer_norm(x), ctx, state)
+        x = x + y
+        if self.ffn is not None:
+            x = x + self.ffn(self.ffn_norm(x))
+        return x, state if ctx.keep_state else None
+
+    def cost(self, length: int) -> Cost:
+        """Cost in sequences of `length` tokens."""
+        cost = self.mixer.cost(length) + module_cost(self.mixer_norm)
+        if self.ffn is not None:
+            cost = cost + self.ffn.cost(length) + module_cost(self.ffn_norm)
+        return cost

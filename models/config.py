@@ -1,0 +1,176 @@
+"""What a model is: sizes, vocabulary, and the repeating pattern of layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rondo.errors import UserError
+from rondo.models.registry import FFNS, MIXERS
+
+_PRESETS = Path(__file__).parent / "presets"
+_ENTRY = re.compile(r"(?P<mixer>[\w.-]+)(\+(?P<ffn>[\w.-]+))?(\*(?P<count>[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One block: its sequence mixer (registered name and options) and channel mixer."""
+
+    mixer: str
+    options: dict[str, Any]
+    ffn: str
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only language model.
+
+    `pattern` is repeated until there are `num_layers` layers. An entry is
+    `mixer[+ffn][*count]`: "gated_deltanet*3", "attention", "mamba2+none". Names are keys of
+    `rondo.models.MIXERS`, or of `mixers` where an entry gives its `kind`.
+    """
+
+    preset: str | None = None
+    """Name of a bundled configuration; keys given beside it override it."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0 takes the tokenizer's size."""
+    dim: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 8
+    """Number of blocks."""
+    pattern: list[str] = field(default_factory=lambda: ["gated_deltanet*3", "attention"])
+    """Layers, repeated."""
+    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by mixer name, for example {attention: {num_heads: 8, window: 1024}}."""
+    ffn: str = "swiglu"
+    """Channel mixer of entries that do not name one ("none" for no channel mixer)."""
+    ffn_dim: int = 0
+    """Inner width of the channel mixer; 0 means 8/3 of dim, rounded up to 64."""
+    norm_eps: float = 1e-6
+    """Offset inside RMSNorm's root."""
+    tie_embeddings: bool = False
+    """Use the embedding as output matrix."""
+    init_std: float = 0.02
+    """Standard deviation of matrices at the start; those that write to the residual stream
+    are divided by the square root of the number of residual branches."""
+
+    def layers(self) -> list[LayerSpec]:
+        """The layers, from the first to the last. Raises UserError on an impossible entry."""
+        cycle = [spec for entry in self.pattern for spec in self._expand(entry)]
+        if not cycle:
+            raise UserError("model.pattern: needs at least one layer, got []")
+        return [cycle[i % len(cycle)] for i in range(self.num_layers)]
+
+    def _expand(self, entry: str) -> list[LayerSpec]:
+        match = _ENTRY.fullmatch(str(entry))
+        if match is None:
+            raise UserError(
+                f"model.pattern: cannot read {entry!r}; write mixer[+ffn][*count], "
+                'for example "gated_deltanet*3" or "mamba2+none"'
+            )
+        name, ffn = match["mixer"], match["ffn"] or self.ffn
+        options = dict(self.mixers.get(name, {}))
+        kind = str(options.pop("kind", name))
+        if kind not in MIXERS:
+            raise UserError(f"model.pattern: {MIXERS.unknown(kind)}")
+        if ffn != "none" and ffn not in FFNS:
+            raise UserError(f"model.pattern: {FFNS.unknown(ffn)}")
+        return [LayerSpec(kind, options, ffn)] * int(match["count"] or 1)
+
+    @property
+    def inner_dim(self) -> int:
+        """Inner width of the channel mixer."""
+        return self.ffn_dim or -(-8 * self.dim // (3 * 64)) * 64
+
+    @functools.cached_property
+    def residual_std(self) -> float:
+        """Standard deviation of matrices that write to the residual stream."""
+        branches = sum(1 + (layer.ffn != "none") for layer in self.layers())
+        return self.init_std / max(branches, 1) ** 0.5
+
+
+def preset_names() -> list[str]:
+    """Names of the bundled configurations."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The keys of a bundled configuration, to be given to `ModelConfig`."""
+    if name not in preset_names():
+        near = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"model.preset: unknown preset {name!r}{hint} (known: {', '.join(preset_names())})"
+        )
+    import yaml  # only presets need it: kernels and models run on torch and numpy alone
+
+    return yaml.safe_load((_PRESETS / f"{name}.yaml").read_text())["model"]
+
+
+def from_preset(name: str, **overrides: Any) -> ModelConfig:
+    """A bundled configuration, with some keys changed."""
+    return ModelConfig(**{**preset_values(name), "preset": name, **overrides})
+
+
+def make_options(mixer: str, values: Mapping[str, Any]) -> Any:
+    """A mixer's options from a mapping. Raises UserError on an unknown name, a wrong type or a
+    number that is not above 0 (options are sizes and factors)."""
+    cls = MIXERS[mixer].Options
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        where = f"model.mixers.{mixer}.{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{where}: unknown option{hint} (known: {', '.join(fields)})")
+        _check_option(where, value, str(fields[key].type))
+    return cls(**values)
+
+
+def _check_option(where: str, value: Any, annotation: str) -> None:
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
+    allowed = [kinds[part.strip()] for part in annotation.split("|")]
+    number_as_bool = isinstance(value, bool) and "bool" not in annotation
+    if number_as_bool or not any(isinstance(value, kind) for kind in allowed):
+        raise UserError(f"{where}: expected {annotation}, got {value!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < math.inf:
+        raise UserError(f"{where}: must be a finite number above 0, got {value!r}")
+
+
+def problems(config: ModelConfig) -> list[str]:
+    """Everything that makes `config` impossible; each starts with its key."""
+    found = [
+        f"model.{key}: must be at least {least}, got {getattr(config, key)}"
+        for key, least in (("vocab_size", 0), ("dim", 1), ("num_layers", 1), ("ffn_dim", 0))
+        if getattr(config, key) < least
+    ]
+    found += [
+        f"model.{key}: must be above 0, got {getattr(config, key)}"
+        for key in ("norm_eps", "init_std")
+        if not getattr(config, key) > 0
+    ]
+    try:
+        layers = config.layers()
+    except UserError as error:
+        return [*found, str(error)]
+    used = {entry.split("+")[0].split("*")[0] for entry in config.pattern}
+    for name in config.mixers.keys() - used - MIXERS.keys():
+        if "kind" not in config.mixers[name]:
+            found.append(f"model.mixers.{name}: {MIXERS.unknown(name)}")
+    if found:
+        return found
+    for spec in {repr(spec): spec for spec in layers}.values():
+        try:
+            options = make_options(spec.mixer, spec.options)
+            reasons = MIXERS[spec.mixer].problems(config, options)
+            found += [f"model.mixers.{spec.mixer}.{reason}" for reason in reasons]
+        except UserError as error:
+            found.append(str(error))
+    return found

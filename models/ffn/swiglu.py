@@ -1,0 +1,33 @@
+"""SwiGLU (arXiv 2002.05202): `W_down (SiLU(W_gate x) · W_up x)`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from rondo.kernels import swiglu
+from rondo.models.config import ModelConfig
+from rondo.models.layers import Linear
+from rondo.models.mixer import Cost, module_cost
+from rondo.models.registry import FFNS
+
+
+@FFNS.register("swiglu")
+class SwiGLU(nn.Module):
+    """Gated channel mixer of inner width `config.inner_dim`."""
+
+    sharding: ClassVar = {"gate_proj": "column", "up_proj": "column", "down_proj": "row"}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.dim, config.inner_dim, std=config.init_std)
+        self.up_proj = Linear(config.dim, config.inner_dim, std=config.init_std)
+        self.down_proj = Linear(config.inner_dim, config.dim, std=config.residual_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    def cost(self, length: int) -> Cost:
+        """Cost in sequences of any length."""
+        return module_cost(self)

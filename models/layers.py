@@ -1,0 +1,102 @@
+"""The small modules that mixers and blocks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rondo.kernels import gated_rms_norm, rms_norm, short_conv
+from rondo.models.init import Initializer, constant, normal, parameter, uniform
+
+
+class Linear(nn.Module):
+    """`y = x Wᵀ + b`, computed in the dtype of `x`; the weight itself stays in its own."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, std: float, bias: Initializer | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = parameter((outputs, inputs), normal(std))
+        self.bias = parameter((outputs,), bias) if bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class Embedding(nn.Module):
+    """Rows of a table by token id."""
+
+    def __init__(self, rows: int, dim: int, *, std: float) -> None:
+        super().__init__()
+        self.weight = parameter((rows, dim), normal(std))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, float32 inside."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter((dim,), constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm with a gate: `norm(x)·act(gate)`, or `norm(x·act(gate))` as Mamba-2 does."""
+
+    def __init__(self, dim: int, eps: float, *, norm_before_gate: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.norm_before_gate = norm_before_gate
+        self.weight = parameter((dim,), constant(1.0))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(
+            x, gate, self.weight, eps=self.eps, norm_before_gate=self.norm_before_gate
+        )
+
+
+class ShortConv(nn.Module):
+    """Weights of a causal depthwise convolution; the mixer's `conv` operator applies them."""
+
+    def __init__(self, channels: int, width: int, *, bias: bool = False) -> None:
+        super().__init__()
+        bound = width**-0.5  # torch's default for a convolution with one input channel
+        self.weight = parameter((channels, width), uniform(-bound, bound))
+        self.bias = parameter((channels,), uniform(-bound, bound)) if bias else None
+
+    def forward(
+        self,
+        x: Tensor,
+        operator: Callable[..., tuple[Tensor, Tensor]] = short_conv,
+        *,
+        initial_state: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """SiLU(conv(x)) and the last inputs. `x`: `(B, T, channels)`."""
+        return operator(
+            x,
+            self.weight,
+            self.bias,
+            activation="silu",
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is in float64: for gates, whose small steps bfloat16 would round
+    away."""
+    return x if x.dtype == torch.float64 else x.float()

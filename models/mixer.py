@@ -1,0 +1,128 @@
+"""What every sequence mixer owes: forward, sharding, state, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rondo.models.config import ModelConfig
+from rondo.models.layers import Linear
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class SequenceContext:
+    """What a mixer may know about the tokens it sees."""
+
+    positions: Tensor
+    """`(B, T)` int64: index of each token within its document."""
+    segment_ids: Tensor | None = None
+    """`(B, T)` integer: other id, other document. None: each row is one document."""
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    """Values of the modules that mixers share across layers (`Mixer.shared_modules`)."""
+    keep_state: bool = True
+    """Whether blocks hand on their mixer's state; without, it can be freed at once."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a module costs; a multiply-add counts as two FLOPs."""
+
+    flops: float
+    """Forward FLOPs a token (matrix products only)."""
+    parameters: int
+    """Number of parameters."""
+    state_bytes: int
+    """Bytes carried from token to token, for one sequence."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.parameters + other.parameters,
+            self.state_bytes + other.state_bytes,
+        )
+
+
+def module_cost(module: nn.Module, *, flops: float = 0.0, state_bytes: int = 0) -> Cost:
+    """Cost of a module: its linear layers, plus what is given."""
+    matmul = sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, Linear))
+    parameters = sum(p.numel() for p in module.parameters())
+    return Cost(matmul + flops, parameters, state_bytes)
+
+
+class Mixer(nn.Module):
+    """Base of the sequence mixers.
+
+    A subclass sets `Options` (a dataclass of its hyper-parameters) and `sharding`, and writes
+    `forward`, `state_shapes` and `operator_flops`. It reaches other positions of the sequence
+    only through its operators (`self.scan`, `self.conv`, `self.attend`), plain functions that
+    can be replaced from outside.
+    """
+
+    Options: ClassVar[type]
+    sharding: ClassVar[dict[str, str]]
+    """Submodule or parameter -> "column" (split by output), "row" (split by input), "head"
+    (split along its first dimension with the heads) or "replicate"."""
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters never cast to a lower precision."""
+
+    def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.options = options
+        self.layer = layer
+
+    @classmethod
+    def problems(cls, config: ModelConfig, options: Any) -> list[str]:
+        """What makes `options` impossible for `config`; each "option: reason"."""
+        return []
+
+    @classmethod
+    def shared_modules(cls, config: ModelConfig, options: Any) -> dict[str, nn.Module]:
+        """Modules without inputs whose value all layers of this kind read from `ctx.shared`."""
+        return {}
+
+    def forward(
+        self, x: Tensor, ctx: SequenceContext, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Mixes `x` `(B, T, dim)` along time; returns the output and the state after it."""
+        raise NotImplementedError
+
+    def state_shapes(
+        self, batch: int, length: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor of the state after `length` tokens; the type is that
+        of a bfloat16 run."""
+        raise NotImplementedError
+
+    def operator_flops(self, length: int) -> float:
+        """Forward FLOPs a token of the sequence operators, in sequences of `length` tokens, as
+        the recurrence defines them (the extra work of a chunked form is not counted)."""
+        raise NotImplementedError
+
+    def cost(self, length: int) -> Cost:
+        """Cost in sequences of `length` tokens."""
+        shapes = self.state_shapes(1, length).values()
+        state_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+        return module_cost(self, flops=self.operator_flops(length), state_bytes=state_bytes)
+
+
+def option_names(cls: type[Mixer]) -> list[str]:
+    """Names of a mixer's options."""
+    return [f.name for f in dataclasses.fields(cls.Options)]
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(B, T, heads·D)` -> `(B, T, heads, D)`."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def get(state: State | None, name: str) -> Tensor | None:
+    """`state[name]`, or None where there is no state."""
+    return None if state is None else state.get(name)

@@ -1,0 +1,150 @@
+"""Softmax attention: grouped heads, RoPE or none, QK norm, sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rondo.kernels import attention, rope
+from rondo.models.config import ModelConfig
+from rondo.models.layers import Linear, RMSNorm
+from rondo.models.mixer import Mixer, SequenceContext, State, get, split_heads
+from rondo.models.registry import MIXERS
+
+
+@dataclass
+class AttentionOptions:
+    """Hyper-parameters of `attention`."""
+
+    num_heads: int | None = None
+    """Query heads; None: dim / 64, at least 1."""
+    num_kv_heads: int | None = None
+    """Key/value heads; None: as many as query heads."""
+    head_dim: int | None = None
+    """Width of a head; None: dim / num_heads."""
+    window: int | None = None
+    """Keys a query sees, itself included; None: all before it."""
+    rope: bool = True
+    """Rotary position embedding (positions restart with each document)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    qk_norm: bool = True
+    """RMSNorm of queries and keys, per head, before RoPE."""
+
+
+@MIXERS.register("attention")
+class Attention(Mixer):
+    """Causal attention (arXiv 1706.03762; GQA arXiv 2305.13245; RoPE arXiv 2104.09864).
+
+    State: `k`, `v` `(B, S, num_kv_heads, head_dim)`, and `live` `(B, S)` bool: which cached
+    positions belong to the document that goes on.
+    """
+
+    Options = AttentionOptions
+    sharding: ClassVar = {
+        "q_proj": "column",
+        "k_proj": "column",
+        "v_proj": "column",
+        "o_proj": "row",
+        "q_norm": "replicate",
+        "k_norm": "replicate",
+    }
+
+    def __init__(self, config: ModelConfig, options: AttentionOptions, layer: int) -> None:
+        super().__init__(config, options, layer)
+        self.num_heads, self.num_kv_heads, self.head_dim = _sizes(config, options)
+        self.attend = attention
+        inner, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = Linear(config.dim, inner, std=config.init_std)
+        self.k_proj = Linear(config.dim, kv, std=config.init_std)
+        self.v_proj = Linear(config.dim, kv, std=config.init_std)
+        self.o_proj = Linear(inner, config.dim, std=config.residual_std)
+        if options.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+
+    @classmethod
+    def problems(cls, config: ModelConfig, options: AttentionOptions) -> list[str]:
+        heads, kv, head_dim = _sizes(config, options)
+        found = []
+        if options.head_dim is None and config.dim % heads:
+            found.append(f"num_heads: model.dim {config.dim} is not divisible by {heads} heads")
+        if heads % kv:
+            found.append(f"num_kv_heads: {heads} heads are not divisible by {kv} key/value heads")
+        if options.rope and head_dim % 2:
+            found.append(f"head_dim: RoPE needs an even width, got {head_dim}")
+        return found
+
+    def forward(
+        self, x: Tensor, ctx: SequenceContext, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        q, k, v = (
+            split_heads(self.q_proj(x), self.num_heads),
+            split_heads(self.k_proj(x), self.num_kv_heads),
+            split_heads(self.v_proj(x), self.num_kv_heads),
+        )
+        if self.options.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.options.rope:
+            theta = self.options.rope_theta
+            q, k = rope(q, ctx.positions, theta=theta), rope(k, ctx.positions, theta=theta)
+        segments, key_segments, state = self._extend(k, v, ctx.segment_ids, state)
+        o = self.attend(
+            q,
+            state["k"],
+            state["v"],
+            window=self.options.window,
+            segment_ids=segments,
+            key_segment_ids=key_segments,
+        )
+        return self.o_proj(o.flatten(2)), self._trim(state)
+
+    def _extend(
+        self, k: Tensor, v: Tensor, segment_ids: Tensor | None, state: State | None
+    ) -> tuple[Tensor | None, Tensor | None, State]:
+        """Puts the cache in front of `k`, `v`; returns the ids of queries and of keys, and the
+        longer cache. Cached positions of earlier documents get an id no query has."""
+        after = {"k": k, "v": v}
+        if segment_ids is not None:
+            after["live"] = segment_ids == segment_ids[:, -1:]
+        if state is None:
+            return segment_ids, segment_ids, after
+        after = {**after, "k": torch.cat([state["k"], k], 1), "v": torch.cat([state["v"], v], 1)}
+        live = get(state, "live")
+        if segment_ids is None and live is None:
+            return None, None, after
+        if segment_ids is None:
+            segment_ids = torch.zeros(k.shape[:2], dtype=torch.long, device=k.device)
+        if live is None:
+            live = torch.ones(state["k"].shape[:2], dtype=torch.bool, device=k.device)
+        first = segment_ids[:, :1]
+        keys = torch.cat([torch.where(live, first, first - 1), segment_ids], 1)
+        after["live"] = keys == segment_ids[:, -1:]
+        return segment_ids, keys, after
+
+    def _trim(self, state: State) -> State:
+        """Keeps what later queries can still see."""
+        if self.options.window is None:
+            return state
+        start = max(0, state["k"].shape[1] - (self.options.window - 1))
+        return {name: value[:, start:] for name, value in state.items()}
+
+    def state_shapes(
+        self, batch: int, length: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        kept = length if self.options.window is None else min(length, self.options.window - 1)
+        shape = (batch, kept, self.num_kv_heads, self.head_dim)
+        return {"k": (shape, torch.bfloat16), "v": (shape, torch.bfloat16)}
+
+    def operator_flops(self, length: int) -> float:
+        window = min(self.options.window or length, length)
+        seen = window - window * (window - 1) / (2 * length)  # mean number of keys a query sees
+        return 4.0 * seen * self.num_heads * self.head_dim
+
+
+def _sizes(config: ModelConfig, options: AttentionOptions) -> tuple[int, int, int]:
+    heads = options.num_heads or max(1, config.dim // 64)
+    return heads, options.num_kv_heads or heads, options.head_dim or config.dim // heads

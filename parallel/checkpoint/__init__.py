@@ -1,0 +1,13 @@
+"""Checkpoints: asynchronous, atomic, checksummed, readable under any layout."""
+
+from rondo.parallel.checkpoint.checkpointer import Checkpointer
+from rondo.parallel.checkpoint.collective import CheckpointError
+from rondo.parallel.checkpoint.state import model_tensors, optimizer_tensors, state_digest
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "model_tensors",
+    "optimizer_tensors",
+    "state_digest",
+]

@@ -1,0 +1,7 @@
+"""Recipes, data, optimizers, schedules, and the loop: `train(load_recipe("tiny"))`."""
+
+from rondo.pretrain.parse import load_recipe
+from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.train import train
+
+__all__ = ["Recipe", "load_recipe", "train"]

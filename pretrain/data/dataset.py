@@ -1,0 +1,238 @@
+"""Samples and batches for the training loop.
+
+Step n trains on samples [n * B, (n + 1) * B), whatever the number of ranks. A sample is a pure
+function of (sources, sequence length, seed, index): the index is all there is to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from rondo.pretrain.data.card import CARD, read_card
+from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.mixture import Mixture
+from rondo.pretrain.data.packing import Stream
+from rondo.pretrain.data.token_files import open_split
+from rondo.pretrain.data.tokenizer import Tokenizer
+
+Split = Literal["train", "validation"]
+Item = TypeVar("Item")
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Prepared folders, their weights, and the tokenizer they share."""
+
+    folders: list[Path]
+    weights: list[float]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence of s tokens and the token after it."""
+
+    tokens: np.ndarray
+    """int64 `(s + 1,)`."""
+    targets: np.ndarray
+    """Next tokens, int64 `(s,)`; -100 where the next token is of another document."""
+    segment_ids: np.ndarray
+    """Document of each position, int32 `(s,)`, from 0 upward."""
+    source: int
+    """Position in the recipe's list of sources."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one micro-batch; all tensors `(B, s)`."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    segment_ids: torch.Tensor
+
+
+class TokenDataset:
+    """The mixture of all sources' `split`, cut into sequences.
+
+    Training documents are shuffled anew each epoch by `seed`; validation keeps the files' order,
+    so that its first samples are the same in every run. A source that is used up starts over.
+    Validation leaves out sources that hold nothing out; there has to be one that does.
+
+    Raises DataError for damaged files and ids that `vocab_size` (default: the tokenizer's) does
+    not cover.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        sequence_length: int,
+        seed: int,
+        split: Split = "train",
+        vocab_size: int | None = None,
+    ) -> None:
+        if sequence_length < 1:
+            raise DataError(f"data.sequence_length is {sequence_length}; expected at least 1")
+        if split not in ("train", "validation"):
+            raise DataError(f"split is {split!r}; expected 'train' or 'validation'")
+        self.tokenizer = sources.tokenizer
+        self.sequence_length = sequence_length
+        self.vocab_size = vocab_size or sources.tokenizer.vocab_size
+        self._streams: list[Stream] = []
+        self._numbers: list[int] = []
+        weights = []
+        for number, (folder, weight) in enumerate(
+            zip(sources.folders, sources.weights, strict=True)
+        ):
+            if split == "validation" and not (folder / "validation.idx").is_file():
+                continue
+            file = open_split(folder, split, self.vocab_size)
+            if split == "validation" and file.num_tokens == 0:
+                continue
+            key = (seed, number) if split == "train" else None
+            self._streams.append(Stream(file, key))
+            self._numbers.append(number)
+            weights.append(weight)
+        if split == "validation" and not weights:
+            raise DataError(
+                "no source holds out documents for validation; prepare one of "
+                f"{', '.join(map(str, sources.folders))} with a validation_fraction above 0"
+            )
+        self.mixture = Mixture(weights)
+        self._description = {
+            "folders": [_content(sources.folders[n], split) for n in self._numbers],
+            "weights": weights,
+            "tokenizer": sources.tokenizer.fingerprint(),
+            "sequence_length": sequence_length,
+            "seed": seed,
+            "split": split,
+        }
+
+    def sample(self, index: int) -> Sample:
+        """The sequence at global `index`."""
+        which, k = self.mixture[index]
+        stream = self._streams[which]
+        s = self.sequence_length
+        tokens, segments = stream.window(k * s, s + 1)
+        stream.file.check(tokens, self.vocab_size)
+        targets = np.where(segments[1:] == segments[:-1], tokens[1:], IGNORED)
+        return Sample(tokens, targets, segments[:-1], self._numbers[which])
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The sequences at `indices`, stacked."""
+        samples = [self.sample(i) for i in indices]
+        return Batch(
+            torch.from_numpy(np.stack([s.tokens[:-1] for s in samples])),
+            torch.from_numpy(np.stack([s.targets for s in samples])),
+            torch.from_numpy(np.stack([s.segment_ids for s in samples])),
+        )
+
+    def epochs(self, samples: int) -> dict[int, float]:
+        """How often each source (by its number in the recipe) was read after `samples` samples."""
+        counts = self.mixture.counts(samples)
+        return {
+            number: count * self.sequence_length / stream.file.num_tokens
+            for number, count, stream in zip(self._numbers, counts, self._streams, strict=True)
+        }
+
+    def token_counts(self) -> np.ndarray:
+        """Occurrences of each id in all files, float64 `(vocab_size,)`; each source scaled so that
+        its share of the sum is its weight's."""
+        tokens = sum(stream.file.num_tokens for stream in self._streams)
+        total = np.zeros(self.vocab_size)
+        for stream, share in zip(self._streams, self.mixture.shares, strict=True):
+            counts = stream.file.counts(self.vocab_size)
+            total += counts * (share * tokens / stream.file.num_tokens)
+        return total
+
+    def fingerprint(self) -> str:
+        """Hash of everything that samples depend on."""
+        text = json.dumps(self._description, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content(folder: Path, split: str) -> list[object]:
+    """What identifies a split's tokens: checksums, or sizes in a folder without a card."""
+    names = (f"{split}.bin", f"{split}.idx")
+    if (folder / CARD).is_file():
+        files = read_card(folder)["files"]
+        return [files[name]["sha256"] for name in names]
+    return [(folder / name).stat().st_size for name in names]
+
+
+def rank_indices(
+    step: int, global_batch: int, rank: int, world: int, micro: int
+) -> list[list[int]]:
+    """Sample indices of `rank`'s micro-batches in a step.
+
+    Each rank has an equal, contiguous part of the global batch, in micro-batches of `micro`
+    sequences (the last may be smaller, on all ranks alike).
+
+    Raises DataError when the global batch cannot be divided among `world` ranks.
+    """
+    if min(global_batch, micro) < 1:
+        raise DataError(
+            f"data.global_batch_size is {global_batch} and data.micro_batch_size {micro}; "
+            "expected at least 1"
+        )
+    if global_batch % world:
+        raise DataError(
+            f"data.global_batch_size is {global_batch}; expected a multiple of the "
+            f"{world} data-parallel ranks"
+        )
+    share = global_batch // world
+    start = step * global_batch + rank * share
+    mine = range(start, start + share)
+    return [list(mine[i : i + micro]) for i in range(0, share, micro)]
+
+
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, made ahead (up to `depth` of them) in a background thread.
+
+    What `items` raises is raised here. Closing the iterator ends the thread.
+    """
+    made: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(going_on: bool, item: Item | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                made.put((going_on, item), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(True, item)
+                if stop.is_set():
+                    return
+            put(False, None)
+        except BaseException as error:
+            put(False, error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            going_on, item = made.get()
+            if going_on:
+                yield item  # type: ignore[misc]
+            elif item is None:
+                return
+            else:
+                raise item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,80 @@
+"""From shards to the token files of both splits."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rondo.pretrain.data.shards import Shard
+from rondo.pretrain.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+
+
+def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents `(D,)` are for validation, by their hashes `(D, 2)` alone.
+
+    Both sides get at least one document when there are two and `fraction` is not 0.
+    """
+    chosen = hashes[:, 0] < np.uint64(int(fraction * 2**64))
+    if fraction and len(hashes) > 1:
+        if not chosen.any():
+            chosen[np.argmin(hashes[:, 0])] = True
+        if chosen.all():
+            chosen[np.argmax(hashes[:, 0])] = False
+    return chosen
+
+
+def _duplicates(hashes: np.ndarray) -> int:
+    """Documents whose text came before; `hashes` `(D, 2)`."""
+    ordered = hashes[np.lexsort((hashes[:, 1], hashes[:, 0]))]
+    return int((ordered[1:] == ordered[:-1]).all(axis=1).sum())
+
+
+def merge(paths: list[Path], fraction: float, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
+    """Write both splits' token files from the shards; returns their part of the card."""
+    indexed = _megatron()
+    hashes = np.concatenate([Shard.read_hashes(path) for path in paths])
+    chosen = _held_out(hashes, fraction)
+    dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
+    builders = [indexed.IndexedDatasetBuilder(str(out / f"{s}.bin"), dtype=dtype) for s in SPLITS]
+    counts = [{"documents": 0, "tokens": 0, "bytes": 0, "max_token": -1} for _ in SPLITS]
+    position = replaced = 0
+    for path in paths:
+        shard = Shard.read(path)
+        replaced += int(shard.replaced)
+        documents = np.split(shard.tokens, np.cumsum(shard.lengths)[:-1])
+        for document, text_bytes in zip(documents, shard.text_bytes, strict=True):
+            side = int(chosen[position])
+            position += 1
+            builders[side].add_document(document, [len(document)])
+            count = counts[side]
+            count["documents"] += 1
+            count["tokens"] += len(document)
+            count["bytes"] += int(text_bytes)
+            count["max_token"] = max(count["max_token"], int(document.max()))
+    for split, builder in zip(SPLITS, builders, strict=True):
+        builder.finalize(str(out / f"{split}.idx"))
+    return {
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod,
+            "fingerprint": tokenizer.fingerprint(),
+        },
+        "dtype": np.dtype(dtype).name,
+        "splits": dict(zip(SPLITS, counts, strict=True)),
+        "duplicate_documents": _duplicates(hashes),
+        "replacement_characters": replaced,
+    }
+
+
+def _megatron() -> Any:
+    """Megatron-Core's writer. Importing it takes seconds and warns of what it does without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("megatron.core.datasets.indexed_dataset")

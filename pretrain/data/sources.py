@@ -1,0 +1,131 @@
+"""From the recipe's `data` section to a dataset, preparing on the way what is not prepared yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rondo.pretrain.data.corpora import open_corpus
+from rondo.pretrain.data.dataset import Sources, Split, TokenDataset
+from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.folders import build_lock, publish
+from rondo.pretrain.data.prepare import PrepareConfig, prepare, request_hash, request_of
+from rondo.pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from rondo.pretrain.data.train_tokenizer import parse_pieces, sample, train_sentencepiece
+from rondo.pretrain.recipe import DataConfig, SourceConfig
+
+AUTO = "auto"
+
+
+def open_dataset(
+    config: DataConfig, seed: int, split: Split, vocab_size: int | None = None
+) -> TokenDataset:
+    """The recipe's mixture. Prepares sources first where need be; any number of processes may
+    call it at once. Raises DataError as `prepare` and `TokenDataset` do."""
+    sources = prepare_sources(config)
+    return TokenDataset(sources, config.sequence_length, seed, split, vocab_size)
+
+
+def prepare_sources(config: DataConfig) -> Sources:
+    """Folders of token files for every source, and their tokenizer.
+
+    A source that is not a prepared folder is prepared into `<folder>/<name>-<hash>`, where the
+    hash covers the source, the tokenizer and the options; when that folder is there, nothing is
+    done.
+    """
+    if not config.sources:
+        raise DataError("data.sources is empty; expected at least one source")
+    prepared = [_prepared_folder(source) for source in config.sources]
+    spec = _tokenizer_spec(config, prepared)
+    tokenizer = load_tokenizer(spec)
+    folders = []
+    for source, folder in zip(config.sources, prepared, strict=True):
+        if folder is None:
+            folder = prepare(_preparation(config, source, str(spec)))
+        else:
+            _require_same(folder, tokenizer, config.tokenizer)
+        folders.append(folder)
+    return Sources(folders, [source.weight for source in config.sources], tokenizer)
+
+
+def _prepared_folder(source: SourceConfig) -> Path | None:
+    path = Path(source.path).expanduser()
+    return path if (path / "train.idx").is_file() else None
+
+
+def _preparation(config: DataConfig, source: SourceConfig, tokenizer: str) -> PrepareConfig:
+    draft = PrepareConfig(
+        input=source.path,
+        output="",
+        tokenizer=tokenizer,
+        validation_fraction=config.validation_fraction,
+    )
+    request = request_of(draft, open_corpus(draft.input, draft.text_field, draft.document_bytes))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.path).name).strip("-.") or "source"
+    draft.output = str(Path(config.folder) / f"{name[:64]}-{request_hash(request)}")
+    return draft
+
+
+def _tokenizer_spec(config: DataConfig, prepared: list[Path | None]) -> str | Path:
+    """What `load_tokenizer` is to load; trains "sentencepiece:N" on all sources first."""
+    if config.tokenizer == AUTO:
+        return next((folder for folder in prepared if folder), "bytes")
+    pieces = parse_pieces(config.tokenizer)
+    if pieces is None:
+        return config.tokenizer
+    folders = [str(folder) for folder in prepared if folder]
+    if folders:
+        raise DataError(
+            f"data.tokenizer is {config.tokenizer!r}, but {', '.join(folders)} is already "
+            f"tokenised; expected {AUTO!r} or the path of its tokenizer"
+        )
+    return _trained_tokenizer(config, pieces)
+
+
+def _trained_tokenizer(config: DataConfig, pieces: int) -> Path:
+    """The folder of a tokenizer trained on the sources, each in proportion to its weight."""
+    defaults = PrepareConfig(input="", output="")
+    corpora = [open_corpus(source.path) for source in config.sources]
+    total = sum(source.weight for source in config.sources)
+    shares = [source.weight / total for source in config.sources]
+    inputs = [pieces, defaults.tokenizer_sample_mb, [c.identity for c in corpora], shares]
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+    output = Path(config.folder).expanduser() / f"tokenizer-{pieces}-{digest}"
+    if output.is_dir():
+        return output
+    with build_lock(output) as scratch:
+        if output.is_dir():
+            shutil.rmtree(scratch)
+            return output
+
+        def texts() -> Iterator[str]:
+            for corpus, share in zip(corpora, shares, strict=True):
+                budget = int(share * defaults.tokenizer_sample_mb * 1e6)
+                yield from sample(corpus.documents(), max(1, budget))
+
+        try:
+            finished = scratch / "out"
+            shutil.rmtree(finished, ignore_errors=True)
+            finished.mkdir()
+            train_sentencepiece(texts(), pieces).save(finished)
+            publish(finished, output, scratch)
+        except DataError:
+            shutil.rmtree(scratch)
+            raise
+    return output
+
+
+def _require_same(folder: Path, tokenizer: Tokenizer, spec: str) -> None:
+    """Raise DataError when a prepared folder was made with another tokenizer."""
+    if not (folder / "card.json").is_file():  # token files of another origin say nothing
+        return
+    own = load_tokenizer(folder)
+    if own.fingerprint() != tokenizer.fingerprint():
+        raise DataError(
+            f"{folder}: tokenised with another tokenizer ({own.kind}, {own.vocab_size} ids) than "
+            f"data.tokenizer {spec!r} ({tokenizer.kind}, {tokenizer.vocab_size} ids)"
+        )

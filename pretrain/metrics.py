@@ -1,0 +1,120 @@
+"""What a run reports: a line a step in metrics.jsonl, the same in TensorBoard, and the console."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_CONSOLE = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
+
+
+class Metrics:
+    """Writes the metrics of one run; every rank but the first writes nothing.
+
+    Rows from `start` on, left by a run that went further than its last checkpoint, are dropped.
+
+    Args:
+        folder: the run folder.
+        start: step the run goes on from (0 for a new one).
+        steps: steps of the run, for the progress bar.
+        every: steps between lines where the console is no terminal.
+        tensorboard: write event files too.
+        active: False on all ranks but the first.
+    """
+
+    def __init__(
+        self, folder: Path, *, start: int, steps: int, every: int, tensorboard: bool, active: bool
+    ) -> None:
+        self.active, self.every, self.steps = active, every, steps
+        self._events = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = rows(path, before=start)
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+            self._events = SummaryWriter(folder / "tensorboard", purge_step=start)
+        self.console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=start)
+
+    def __enter__(self) -> Metrics:
+        if self.active:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self.active:
+            return
+        self._progress.stop()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def log(self, row: Mapping[str, float], extra: Mapping[str, float] | None = None) -> None:
+        """Reports step `row["step"]`; `extra` (validation, norms) goes into the same row."""
+        if not self.active:
+            return
+        values = {**row, **(extra or {})}
+        step = int(values["step"])
+        self._file.write(json.dumps(values) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                if name != "step":
+                    tag = name if "/" in name else f"train/{name}"
+                    self._events.add_scalar(tag, value, step)
+        text = "  ".join(f"{name} {_short(name, values[name])}" for name in _CONSOLE)
+        self._progress.update(self._task, completed=step + 1, description=text)
+        if not self.console.is_terminal and (step + 1) % self.every == 0:
+            print(f"step {step + 1}/{self.steps}  {text}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self.active:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def rows(path: Path, *, before: int) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl of steps before `before`; a torn last line is dropped."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] < before:
+                kept.append(row)
+    return kept
+
+
+def _short(name: str, value: float) -> str:
+    if name == "mfu":
+        return f"{100 * value:.1f}%"
+    if name == "tokens_per_second":
+        return f"{value:,.0f}"
+    return f"{value:.2e}" if name == "lr" else f"{value:.4f}"

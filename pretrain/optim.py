@@ -1,0 +1,58 @@
+"""Optimizers from a recipe."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Muon, Optimizer
+
+from rondo.models import Decoder
+from rondo.pretrain.recipe import OptimizerConfig
+
+
+def build_optimizers(model: Decoder, config: OptimizerConfig) -> list[Optimizer]:
+    """AdamW alone, or Muon (arXiv 2502.16982) for the matrices of the blocks and AdamW for the
+    rest. Matrices decay, vectors do not. Each group remembers its peak as `peak_lr`."""
+    muon_names = model.matrix_names() if config.name == "muon" else set()
+    matrices: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        if name in muon_names:
+            matrices.append(param)
+        else:
+            # A fused update takes sharded or whole tensors, not both in one group.
+            kind = (param.ndim >= 2, isinstance(param, DTensor))
+            groups.setdefault(kind, []).append(param)
+    optimizers: list[Optimizer] = [
+        AdamW(
+            [
+                {"params": params, "weight_decay": config.weight_decay if decays else 0.0}
+                for (decays, _), params in groups.items()
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+    ]
+    if matrices:
+        optimizers.append(
+            Muon(
+                matrices,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[Optimizer], factor: float) -> None:
+    """Sets every group to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]

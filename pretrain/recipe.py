@@ -1,0 +1,148 @@
+"""A recipe: one tree of dataclasses that describes a run completely.
+
+The text under each field is its help on the command line. A recipe file is YAML with these
+keys; any of them can be overridden as `--section.key value`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rondo.models.config import ModelConfig
+from rondo.parallel.config import ParallelConfig
+
+
+@dataclass
+class SourceConfig:
+    """One corpus of a mixture."""
+
+    path: str
+    """Prepared folder, text/JSONL/Parquet file or folder, Hugging Face hub name, or an embedded
+    corpus (stdlib-english, stdlib-code)."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources' weights."""
+
+
+@dataclass
+class DataConfig:
+    """What the model reads, and in what portions."""
+
+    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig("stdlib-english")])
+    """The mixture."""
+    tokenizer: str = "auto"
+    """'bytes', 'sentencepiece:N' (trained on the sources with N pieces), the path of a
+    sentencepiece .model or a Hugging Face tokenizer.json, or 'auto': that of the prepared
+    sources, bytes when there is none."""
+    sequence_length: int = 512
+    """Tokens in a sequence."""
+    global_batch_size: int = 8
+    """Sequences in a step, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences a rank runs at once; the rest of its share is accumulated."""
+    validation_fraction: float = 0.02
+    """Share of documents held out when a source is prepared."""
+    folder: str = "data"
+    """Where sources that are not prepared yet are prepared."""
+
+
+@dataclass
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """'muon' takes the matrices of the blocks with Muon and the rest with AdamW."""
+    lr: float = 3e-4
+    """Peak learning rate; Muon's updates are scaled to the size of AdamW's."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases, decays) have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's denominator offset."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down. 0 switches it off."""
+    max_skipped_steps: int = 10
+    """Consecutive steps with non-finite gradients (each is skipped) before the run stops."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate by step, as a share of the peak."""
+
+    name: Literal["constant", "cosine", "wsd"] = "cosine"
+    """'wsd' is warm-up, stable, decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """Length of wsd's decay at the end of the run; 0 means a fifth of the run."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt", "exponential"] = "1-sqrt"
+    """Shape of wsd's decay."""
+    final_ratio: float = 0.1
+    """Learning rate at the end over the peak."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept of a run, and where it starts from."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved. 0 saves the last step only."""
+    keep: int = 3
+    """How many of the newest checkpoints stay; 0 keeps all."""
+    resume: str = "auto"
+    """'auto' goes on from the newest valid checkpoint of the run folder, 'never' starts anew
+    in an empty folder, a path loads that checkpoint."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    signal: str = "SIGUSR1"
+    """Signal that, like SIGTERM, leads to a checkpoint and exit code 75 (try again)."""
+
+
+@dataclass
+class EvalConfig:
+    """Validation during training."""
+
+    every: int = 0
+    """Steps between validations; 0 validates only before the first and after the last step."""
+    batches: int = 8
+    """Global batches of held-out text in one validation."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is written, and how often."""
+
+    every: int = 1
+    """Steps between lines on the console (metrics.jsonl has every step)."""
+    norms_every: int = 100
+    """Steps between per-layer activation and state norms; 0 switches them off."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+@dataclass
+class Recipe:
+    """A run."""
+
+    name: str
+    """Name of the run's folder."""
+    model: ModelConfig
+    """The model."""
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 0
+    """Seeds initialisation and data order."""
+    output_dir: str = "runs"
+    """Folder of run folders."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations and matmul operands; parameters, states and updates are float32."""
+    compile: bool = False
+    """Run each block through torch.compile."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,342 @@
+"""The training loop: from a recipe to a trained model, exactly resumable at any step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rondo.errors import UserError
+from rondo.parallel import data_parallel
+from rondo.parallel.checkpoint import Checkpointer, model_tensors, optimizer_tensors, state_digest
+from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
+from rondo.parallel.mesh import Ranks, process_group, world_size
+from rondo.parallel.signals import StopFlag
+from rondo.pretrain.data import (
+    Batch,
+    Split,
+    TokenDataset,
+    bits_per_byte,
+    count_bytes,
+    prefetch,
+    prepare_sources,
+    rank_indices,
+    unigram_bits_per_byte,
+)
+from rondo.pretrain.metrics import Metrics
+from rondo.pretrain.optim import build_optimizers, set_learning_rate
+from rondo.pretrain.parse import dump_recipe
+from rondo.pretrain.probe import layer_norms
+from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.schedules import factor
+from rondo.pretrain.validate import validate
+
+DONE, STOPPED = 0, 75
+"""Exit codes: the run is complete; a signal stopped it after a checkpoint (start it again)."""
+
+
+def train(recipe: Recipe) -> int:
+    """Trains `recipe` in its run folder, going on from the newest checkpoint there.
+
+    Every rank of a run calls it; a single process needs no launcher.
+
+    Returns:
+        `DONE`, or `STOPPED` after a signal led to a checkpoint.
+
+    Raises:
+        UserError: the recipe, its data or its checkpoint cannot be used; raised before the
+            process group starts where that can be known then.
+    """
+    validate(recipe, world_size())
+    reuse_memory()
+    folder = Path(recipe.output_dir) / recipe.name
+    if recipe.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*")):
+        raise UserError(f"checkpoint.resume: 'never', but {folder} has checkpoints of a run")
+    sources = prepare_sources(recipe.data)
+    vocab_size = recipe.model.vocab_size or sources.tokenizer.vocab_size
+
+    def open_split(split: Split) -> TokenDataset:
+        return TokenDataset(sources, recipe.data.sequence_length, recipe.seed, split, vocab_size)
+
+    training = open_split("train")
+    held_out = open_split("validation") if recipe.evals.batches else None
+    with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
+        return Trainer(recipe, folder, ranks, stop, training, held_out).run()
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        ranks: Ranks,
+        stop: StopFlag,
+        training: TokenDataset,
+        held_out: TokenDataset | None,
+    ) -> None:
+        self.recipe, self.folder, self.ranks, self.stop = recipe, folder, ranks, stop
+        self.training, self.held_out = training, held_out
+        self.tokenizer = training.tokenizer
+        self.byte_lengths = self.tokenizer.byte_lengths()
+        self.config = dataclasses.replace(recipe.model, vocab_size=training.vocab_size)
+        self.model = data_parallel.build_model(
+            self.config,
+            ranks,
+            recipe.parallel,
+            precision=recipe.precision,
+            seed=recipe.seed,
+            compile=recipe.compile,
+        )
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.checkpointer = Checkpointer(
+            folder / "checkpoints",
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.asynchronous,
+        )
+        length = recipe.data.sequence_length
+        self.tokens_per_step = recipe.data.global_batch_size * length
+        self.flops_per_token = 3 * self.model.cost(length).flops  # backward costs twice forward
+        dtype = data_parallel.PRECISIONS[recipe.precision]
+        self.peak_flops = ranks.sum(peak_flops(ranks.device, dtype))[0]
+        # What a checkpoint carries besides tensors.
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
+            "first_bits_per_byte": None,
+            "data": training.fingerprint(),
+        }
+
+    def run(self) -> int:
+        """Trains from where the run stands to its end, or to a signal."""
+        recipe = self.recipe
+        self._resume()
+        start = self.state["step"]
+        if self.ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        self.metrics = Metrics(
+            self.folder,
+            start=start,
+            steps=recipe.steps,
+            every=recipe.logging.every,
+            tensorboard=recipe.logging.tensorboard,
+            active=self.ranks.rank == 0,
+        )
+        with self.metrics:
+            self._greet()
+            if start == 0 and self.held_out:
+                first = self.validate()
+                self.state["first_bits_per_byte"] = first["validation/bits_per_byte"]
+                self.metrics.say(f"validation before training: {_describe(first)}")
+            extra: dict[str, float] = {}
+            for step, batches in prefetch(self._batches(start)):
+                row, stopping = self.step(step, batches)
+                last = step + 1 == recipe.steps
+                extra = self._observe(step, batches[0], last)
+                self.metrics.log(row, extra)
+                self.state["step"] = step + 1
+                if stopping or last or _due(step, recipe.checkpoint.every):
+                    self.save()
+                if stopping and not last:
+                    self.checkpointer.close()
+                    self.metrics.say(f"stopped by a signal after step {step + 1}; start again")
+                    return STOPPED
+            self.checkpointer.close()
+            self._part(extra or self._observe(start, None, True))
+        return DONE
+
+    def step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], bool]:
+        """One optimizer step over this rank's micro-batches; returns the metrics of the step and
+        whether a signal asks to stop. All ranks decide alike."""
+        began = time.perf_counter()
+        recipe, ranks, model = self.recipe, self.ranks, self.model
+        # Whatever draws random numbers draws the same after a resume.
+        torch.manual_seed((recipe.seed << 32) + step * ranks.size + ranks.rank)
+        scale = factor(step, recipe.steps, recipe.schedule)
+        set_learning_rate(self.optimizers, scale)
+        nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for i, batch in enumerate(batches):
+            data_parallel.accumulate(model, last=i + 1 == len(batches))
+            loss = self._loss(batch)
+            loss.backward()
+            nats += loss.detach()
+        data_parallel.finish_gradients(model, ranks)
+        valid = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        text = sum(count_bytes(batch.targets, self.byte_lengths) for batch in batches)
+        totals = ranks.sum(
+            nats.item(), valid, text, float(self.stop.raised), float(self.checkpointer.failed)
+        )
+        loss_sum, valid, text, stopping, failed = totals
+        if failed:
+            self.checkpointer.check()
+        norm = data_parallel.gradient_norm(model, ranks) / max(1, valid)
+        self._update(step, norm, valid)
+        seconds = time.perf_counter() - began
+        speed = self.tokens_per_step / seconds
+        row = {
+            "step": step,
+            "loss": loss_sum / max(1, valid),
+            "bits_per_byte": bits_per_byte(loss_sum, int(text)),
+            "grad_norm": norm,
+            "lr": scale * recipe.optimizer.lr,
+            "tokens": (step + 1) * self.tokens_per_step,
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops_per_token / self.peak_flops,
+            "memory_bytes": peak_memory(ranks.device),
+            "skipped_steps": self.state["skipped_steps"],
+            "seconds": seconds,
+        }
+        return row, stopping > 0
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Summed cross-entropy of one micro-batch, in nats."""
+        tokens, targets, segment_ids = (
+            tensor.to(self.ranks.device, non_blocking=True)
+            for tensor in (batch.tokens, batch.targets, batch.segment_ids)
+        )
+        return self.model.loss(tokens, targets, segment_ids=segment_ids)
+
+    def _update(self, step: int, norm: float, valid: float) -> None:
+        """Divides summed gradients by the global count of valid tokens, clips, and steps; a step
+        whose gradients are not finite changes nothing, on any rank."""
+        if math.isfinite(norm):
+            clip = self.recipe.optimizer.clip_norm
+            shrink = clip / norm if clip and norm > clip else 1.0
+            data_parallel.scale_gradients(self.model, shrink / max(1, valid))
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.state["skipped_in_a_row"] = 0
+        else:
+            self.state["skipped_steps"] += 1
+            self.state["skipped_in_a_row"] += 1
+            self.metrics.say(f"step {step + 1}: gradients are not finite, step skipped")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        limit = self.recipe.optimizer.max_skipped_steps
+        if self.state["skipped_in_a_row"] > limit:
+            raise UserError(
+                f"gradients were not finite in {self.state['skipped_in_a_row']} steps in a row up "
+                f"to step {step + 1} (optimizer.max_skipped_steps: {limit}); lower optimizer.lr "
+                f"({self.recipe.optimizer.lr}) or look at the data of these steps"
+            )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss and bits per byte of the held-out text; the same batches every time."""
+        self.model.eval()
+        nats = valid = text = 0.0
+        for number in range(self.recipe.evals.batches):
+            for batch in self._global_batch(self.held_out, number):
+                nats += self._loss(batch).item()
+                valid += int((batch.targets >= 0).sum())
+                text += count_bytes(batch.targets, self.byte_lengths)
+        self.model.train()
+        nats, valid, text = self.ranks.sum(nats, valid, text)
+        return {
+            "validation/loss": nats / max(1, valid),
+            "validation/bits_per_byte": bits_per_byte(nats, int(text)),
+        }
+
+    def save(self) -> None:
+        """Saves a checkpoint of the state after the last step."""
+        config = json.dumps(dataclasses.asdict(self.config), indent=1)
+        tokenizer = {f"tokenizer/{self.tokenizer.file_name}": self.tokenizer.content}
+        self.checkpointer.save(
+            self.state["step"],
+            {
+                "model": model_tensors(self.model),
+                "optimizer": optimizer_tensors(self.model, self.optimizers),
+            },
+            self.state,
+            {"model/config.json": config, **tokenizer},
+        )
+
+    def _resume(self) -> None:
+        """Loads the checkpoint the recipe names, if there is one."""
+        resume = self.recipe.checkpoint.resume
+        path = self.checkpointer.newest() if resume in ("auto", "never") else Path(resume)
+        if path is None:
+            return
+        tensors = {
+            "model": model_tensors(self.model),
+            "optimizer": optimizer_tensors(self.model, self.optimizers),
+        }
+        state = self.checkpointer.load(path, tensors)
+        if state["data"] != self.state["data"]:
+            raise UserError(
+                f"data: {path} was trained on other data (sources, weights, tokenizer, "
+                "sequence_length or seed differ), so its place in the data is lost"
+            )
+        self.state = state
+
+    def _batches(self, start: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Steps from `start` on with this rank's micro-batches."""
+        for step in range(start, self.recipe.steps):
+            yield step, list(self._global_batch(self.training, step))
+
+    def _global_batch(self, dataset: TokenDataset, number: int) -> Iterator[Batch]:
+        """This rank's micro-batches of global batch `number`."""
+        data, ranks = self.recipe.data, self.ranks
+        for chunk in rank_indices(
+            number, data.global_batch_size, ranks.rank, ranks.size, data.micro_batch_size
+        ):
+            yield dataset.batch(chunk)
+
+    def _observe(self, step: int, batch: Batch | None, last: bool) -> dict[str, float]:
+        """Validation and norms, when they are due after `step`."""
+        extra: dict[str, float] = {}
+        if self.held_out and (last or _due(step, self.recipe.evals.every)):
+            extra |= self.validate()
+        if batch is not None and _due(step, self.recipe.logging.norms_every):
+            device = self.ranks.device
+            extra |= layer_norms(self.model, batch.tokens.to(device), batch.segment_ids.to(device))
+        return extra
+
+    def _greet(self) -> None:
+        cost = self.model.cost(self.recipe.data.sequence_length)
+        self.metrics.say(
+            f"{self.recipe.name}: {cost.parameters:,} parameters, {cost.flops / 1e6:,.1f} MFLOP a "
+            f"token forward, {self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s), "
+            f"{self.peak_flops / 1e9:,.0f} GFLOP/s of matrix products"
+        )
+        if self.state["step"]:
+            self.metrics.say(f"going on after step {self.state['step']}")
+
+    def _part(self, extra: dict[str, float]) -> None:
+        """The closing words of a finished run."""
+        digest = state_digest({"model": model_tensors(self.model)})
+        self.metrics.say(f"model digest after step {self.state['step']}: {digest}")
+        if self.held_out is None:
+            return
+        before = self.state["first_bits_per_byte"]
+        if self.ranks.rank == 0:
+            size = self.recipe.data.global_batch_size * self.recipe.evals.batches
+            targets = (self.held_out.batch([i]).targets for i in range(size))
+            counts = self.training.token_counts()
+            unigram = unigram_bits_per_byte(counts, targets, self.byte_lengths)
+            self.metrics.say(
+                f"validation bits per byte: {before:.3f} before, "
+                f"{extra['validation/bits_per_byte']:.3f} after training "
+                f"(a token-unigram model of the training data: {unigram:.3f})"
+            )
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is done after `step`."""
+    return every > 0 and (step + 1) % every == 0
+
+
+def _describe(values: dict[str, float]) -> str:
+    return (
+        f"{values['validation/bits_per_byte']:.3f} bits per byte, "
+        f"loss {values['validation/loss']:.3f}"
+    )

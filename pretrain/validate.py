@@ -1,0 +1,199 @@
+"""What a well-typed recipe can still get wrong: impossible numbers, layouts and names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import signal
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from rondo.models import config as model_config
+from rondo.pretrain.plain import show
+from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.typed import RecipeError
+
+_LARGEST = 2**31 - 1
+_AT_LEAST = {
+    "steps": 1,
+    "seed": 0,
+    "data.sequence_length": 1,
+    "data.global_batch_size": 1,
+    "data.micro_batch_size": 1,
+    "optimizer.max_skipped_steps": 0,
+    "schedule.warmup_steps": 0,
+    "schedule.decay_steps": 0,
+    "parallel.dp_replicate": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+    "evals.every": 0,
+    "evals.batches": 0,
+    "logging.every": 1,
+    "logging.norms_every": 0,
+}
+_ABOVE_0 = ("optimizer.lr", "optimizer.eps")
+_NOT_BELOW_0 = ("optimizer.weight_decay", "optimizer.clip_norm")
+_NOT_EMPTY = ("output_dir", "data.folder", "data.tokenizer", "checkpoint.resume")
+_LONGEST_NAME = 128
+
+
+def validate(recipe: Recipe, world_size: int | None = None) -> None:
+    """Raises RecipeError with all `problems` of a recipe, if it has any."""
+    if found := problems(recipe, world_size):
+        raise RecipeError(found, f"recipe {show(recipe.name)}")
+
+
+def problems(
+    recipe: Recipe, world_size: int | None = None, *, unread: Collection[str] = ()
+) -> list[str]:
+    """Everything that makes `recipe` impossible on `world_size` ranks; each starts with its key.
+
+    Without `world_size` the layout is checked as far as it can be. `unread` are keys that could
+    not be read and stand at their defaults: they and their relation to others are not checked.
+    """
+
+    def all_read(*prefixes: str) -> bool:
+        return not any(key.startswith(prefixes) for key in unread)
+
+    found = [*_numbers(recipe), *_names(recipe), *_sources(recipe)]
+    if all_read("steps", "schedule."):
+        found += _schedule(recipe)
+    if all_read("parallel.", "data.global_batch_size", "data.micro_batch_size"):
+        found += _layout(recipe, world_size)
+    if all_read("model."):
+        found += model_config.problems(recipe.model)
+    return [problem for problem in found if problem.partition(":")[0] not in unread]
+
+
+def _numbers(recipe: Recipe) -> Iterator[str]:
+    for key, least in _AT_LEAST.items():
+        value = _get(recipe, key)
+        if not least <= value <= _LARGEST:
+            yield f"{key}: must be at least {least} and at most {_LARGEST}, got {show(value)}"
+    for key in _ABOVE_0:
+        if not 0 < _get(recipe, key) < math.inf:
+            yield f"{key}: must be a finite number above 0, got {show(_get(recipe, key))}"
+    for key in _NOT_BELOW_0:
+        if not 0 <= _get(recipe, key) < math.inf:
+            yield f"{key}: must be a finite number, 0 or more, got {show(_get(recipe, key))}"
+    for i, beta in enumerate(recipe.optimizer.betas):
+        if not 0 <= beta < 1:
+            yield f"optimizer.betas.{i}: must be at least 0 and below 1, got {show(beta)}"
+    if not 0 <= recipe.schedule.final_ratio <= 1:
+        ratio = show(recipe.schedule.final_ratio)
+        yield f"schedule.final_ratio: must be from 0 to 1, got {ratio}"
+    if not 0 <= recipe.data.validation_fraction < 1:
+        fraction = show(recipe.data.validation_fraction)
+        yield f"data.validation_fraction: must be at least 0 and below 1, got {fraction}"
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    for key, text in _texts(dataclasses.asdict(recipe)):
+        if not text.isprintable():
+            yield f"{key}: must not hold control characters, got {show(text)}"
+        elif "${" in text:
+            yield f"{key}: ${{...}} is not expanded in recipes; write the value, got {show(text)}"
+    for key in _NOT_EMPTY:
+        if not _get(recipe, key):
+            yield f"{key}: must not be empty"
+    name = recipe.name
+    if not 1 <= len(name) <= _LONGEST_NAME or name.strip(". ") == "" or set(name) & set("/\\"):
+        yield (
+            f"name: must be the name of a folder, 1 to {_LONGEST_NAME} characters without / or "
+            f"\\, got {show(name)}"
+        )
+    resume = recipe.checkpoint.resume
+    near = difflib.get_close_matches(resume, ["auto", "never"], n=1)
+    if near and resume not in near and not os.path.exists(resume):
+        yield (
+            "checkpoint.resume: expected auto, never or the path of a checkpoint, "
+            f"got {show(resume)}; did you mean {near[0]}?"
+        )
+    signals = {s.name for s in signal.Signals} - {"SIGKILL", "SIGSTOP"}  # these cannot be caught
+    if recipe.checkpoint.signal not in signals:
+        near = difflib.get_close_matches(recipe.checkpoint.signal, sorted(signals), n=1)
+        yield (
+            "checkpoint.signal: expected the name of a signal that can be caught, "
+            f"got {show(recipe.checkpoint.signal)}; did you mean {[*near, 'SIGUSR1'][0]}?"
+        )
+
+
+def _sources(recipe: Recipe) -> Iterator[str]:
+    if not recipe.data.sources:
+        yield "data.sources: needs at least one source, as [{path: stdlib-english}], got []"
+    for i, source in enumerate(recipe.data.sources):
+        if not source.path:
+            yield f"data.sources.{i}.path: must not be empty"
+        if not 0 < source.weight < math.inf:
+            weight = show(source.weight)
+            yield f"data.sources.{i}.weight: must be a finite number above 0, got {weight}"
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    warmup, decay = recipe.schedule.warmup_steps, recipe.schedule.decay_steps
+    if recipe.schedule.name != "wsd":
+        decay = 0
+    if warmup + decay > recipe.steps >= 1:
+        yield (
+            f"schedule.warmup_steps: {warmup} steps of warm-up and {decay} of decay do not fit "
+            f"into a run of {recipe.steps} steps"
+        )
+
+
+def _layout(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    replicate, shard = recipe.parallel.dp_replicate, recipe.parallel.dp_shard
+    if shard < 1 and shard != -1:
+        yield f"parallel.dp_shard: must be at least 1, or -1 for what is left, got {shard}"
+    if replicate < 1 or shard < -1 or shard == 0:
+        return
+    if shard == -1:
+        if world_size is not None and world_size % replicate:
+            yield (
+                f"parallel.dp_replicate: {replicate} groups do not divide {world_size} ranks; "
+                f"for example {math.gcd(replicate, world_size)} would"
+            )
+            return
+        shard = (world_size or replicate) // replicate
+    elif world_size is not None and replicate * shard != world_size:
+        yield (
+            f"parallel.dp_shard: dp_replicate {replicate} x dp_shard {shard} = {replicate * shard} "
+            f"ranks, but the run has {world_size}; -1 takes what is left"
+        )
+        return
+    yield from _batch(recipe, replicate * shard, f"dp_replicate {replicate} x dp_shard {shard}")
+
+
+def _batch(recipe: Recipe, ranks: int, layout: str) -> Iterator[str]:
+    batch, micro = recipe.data.global_batch_size, recipe.data.micro_batch_size
+    if batch < 1 or micro < 1:
+        return
+    if batch % ranks:
+        yield (
+            f"data.global_batch_size: {batch} sequences do not divide over {ranks} data-parallel "
+            f"ranks ({layout}); {-(-batch // ranks) * ranks} would"
+        )
+    elif batch // ranks % micro:
+        share = batch // ranks
+        yield (
+            f"data.micro_batch_size: {micro} does not divide a rank's share of {share} sequences "
+            f"(global_batch_size {batch} over {ranks} data-parallel ranks); "
+            f"for example {math.gcd(share, micro)} would"
+        )
+
+
+def _texts(plain: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(plain, str):
+        yield key, plain
+    elif isinstance(plain, dict):
+        for name, value in plain.items():
+            yield from _texts(value, f"{key}.{name}" if key else name)
+    elif isinstance(plain, list | tuple):
+        for i, value in enumerate(plain):
+            yield from _texts(value, f"{key}.{i}")
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), recipe)

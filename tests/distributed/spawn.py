@@ -1,0 +1,117 @@
+"""Runs a function on several gloo ranks on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """Calls `function(*args)` on `world_size` processes with a gloo process group.
+
+    Args:
+        function: must be importable by name (no lambda or nested function).
+        world_size: number of ranks.
+        args: handed to every rank; must pickle.
+        timeout: seconds until all ranks must have ended.
+
+    Returns:
+        The results by rank.
+
+    Raises:
+        AssertionError: a rank raised (with its traceback), died or did not end in time; the
+            other ranks are killed.
+    """
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank,
+                args=(send, function, rank, world_size, f"file://{folder}/store", timeout, args),
+            )
+            with _one_thread():
+                process.start()
+            send.close()
+            pipes.append(receive)
+            processes.append(process)
+        try:
+            return _collect(pipes, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+class _one_thread:
+    """Processes started inside use one OpenMP thread each."""
+
+    def __enter__(self) -> None:
+        self._before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = self._before
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    waiting = dict(enumerate(pipes))
+    while waiting and not failures:
+        left = deadline - time.monotonic()
+        ready = mp.connection.wait(list(waiting.values()), timeout=max(0.0, left))
+        if not ready:
+            raise AssertionError(f"ranks {sorted(waiting)} did not end in time")
+        for rank in [r for r, pipe in waiting.items() if pipe in ready]:
+            try:
+                ok, value = waiting.pop(rank).recv()
+            except EOFError:
+                ok, value = False, "died without a word (killed, or a crash in native code)"
+            (results if ok else failures)[rank] = value
+    if failures:
+        text = "\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures))
+        raise AssertionError(text)
+    return [results[rank] for rank in sorted(results)]
+
+
+def _rank(
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout: float,
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        result = function(*args)
+        dist.barrier()
+        pipe.send((True, result))
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))

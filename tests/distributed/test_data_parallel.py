@@ -1,0 +1,26 @@
+"""Sharded and replicated training equals one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rondo.tests.distributed.data_parallel_cases import train
+from rondo.tests.distributed.spawn import run_ranks
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("layout", [(1, 2), (2, 1), (2, 2)], ids=str)
+def test_layouts_equal_one_process(
+    layout: tuple[int, int], optimizer: str, tmp_path: Path
+) -> None:
+    train(None, optimizer, str(tmp_path / "one"))
+    run_ranks(train, layout[0] * layout[1], layout, optimizer, str(tmp_path / "many"))
+    one, many = (json.loads((tmp_path / name).read_text()) for name in ("one", "many"))
+    assert one["start"] == many["start"]  # the same initial values, bit for bit
+    # Muon's Newton-Schulz iteration runs in bfloat16.
+    tolerance = 1e-5 if optimizer == "adamw" else 1e-3
+    for (loss, norm), (other_loss, other_norm) in zip(one["rows"], many["rows"], strict=True):
+        assert other_loss == pytest.approx(loss, rel=tolerance)
+        assert other_norm == pytest.approx(norm, rel=10 * tolerance)

@@ -1,0 +1,281 @@
+"""The conformance suite: what holds for every sequence mixer, whoever wrote it.
+
+Use: `@pytest.mark.parametrize("check", CHECKS)` over `check(Case("name", {options}))`. A mixer
+that passes is causal, resets between documents, streams, and costs what it says.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rondo.models import MIXERS, Mixer, ModelConfig, SequenceContext
+from rondo.models.config import LayerSpec, make_options
+from rondo.models.init import initial_values
+from rondo.models.mixer import State
+from rondo.tests.numerics import assert_ratio, gradients
+
+OPERATORS = ("scan", "conv", "attend")
+LONG = 150  # more than two chunks of 64, and not a multiple of one
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixer with options, in a small model."""
+
+    mixer: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dim: int = 32
+
+    def __str__(self) -> str:
+        return "-".join([self.mixer, *(f"{k}={v}" for k, v in self.options.items())])
+
+
+def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Mixer, dict[str, Tensor]]:
+    """The mixer of layer 1 of 3, with livelier weights than a fresh model's, and what its shared
+    modules say. Parameters are the same numbers in every dtype."""
+    config = ModelConfig(dim=case.dim, num_layers=3, pattern=[case.mixer], init_std=0.3)
+    config.mixers = {case.mixer: case.options}
+    spec: LayerSpec = config.layers()[1]
+    options = make_options(spec.mixer, spec.options)
+    mixer = MIXERS[spec.mixer](config, options, 1)
+    shared = nn.ModuleDict(MIXERS[spec.mixer].shared_modules(config, options))
+    with torch.no_grad():
+        for module in (mixer, shared):
+            params = dict(module.named_parameters())
+            for name, value in initial_values(module, seed=5):
+                params[name].copy_(value)
+            module.to(dtype)
+    return mixer, {name: module() for name, module in shared.items()}
+
+
+def inputs(case: Case, batch: int, time: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random activations, the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(batch, time, case.dim, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def context(
+    x: Tensor, shared: dict[str, Tensor], start: int = 0, segment_ids: Tensor | None = None
+) -> SequenceContext:
+    """Context of `x` when it begins at position `start` of its document."""
+    if segment_ids is None:
+        index = torch.arange(start, start + x.shape[1]).expand(x.shape[:2])
+    else:
+        lengths = [torch.bincount(row)[torch.unique(row)] for row in segment_ids]
+        index = torch.stack([torch.cat([torch.arange(int(n)) for n in row]) for row in lengths])
+    return SequenceContext(positions=index, segment_ids=segment_ids, shared=shared)
+
+
+@contextmanager
+def backend(mixer: Mixer, name: str) -> Iterator[None]:
+    """Runs every operator of `mixer` on one backend."""
+    before = {op: getattr(mixer, op) for op in OPERATORS if hasattr(mixer, op)}
+    for op, function in before.items():
+        if "backend" in inspect.signature(function).parameters:
+            setattr(mixer, op, functools.partial(function, backend=name))
+    try:
+        yield
+    finally:
+        for op, function in before.items():
+            setattr(mixer, op, function)
+
+
+def backends_agree(case: Case) -> None:
+    """Reference and chunked: output, and gradients of the input and of every parameter."""
+    mixer, shared = build(case)
+    names = [name for name, _ in mixer.named_parameters()]
+
+    def run(x: Tensor, *params: Tensor) -> list[Tensor]:
+        values = dict(zip(names, params, strict=True))
+        return [torch.func.functional_call(mixer, values, (x, context(x, shared)))[0]]
+
+    for time in (1, 7, LONG):
+        x = inputs(case, 2, time)
+        results = {}
+        for name in ("reference", "chunked"):
+            with backend(mixer, name):
+                outputs, grads = gradients(run, [x, *mixer.parameters()])
+                results[name] = [*outputs, *grads]
+        for part, expected, actual in zip(
+            ["output", "x", *names], results["reference"], results["chunked"], strict=True
+        ):
+            assert_ratio(f"{part} at T={time}", actual, expected, 1e-8)
+
+
+def documents_are_separate(case: Case) -> None:
+    """Packed documents equal separate sequences, and the first cannot touch the second."""
+    mixer, shared = build(case)
+    first = 71  # longer than a chunk, ends inside one
+    x = inputs(case, 2, LONG)
+    segments = torch.zeros(2, LONG, dtype=torch.long)
+    segments[:, first:] = 1
+    packed, state = mixer(x, context(x, shared, segment_ids=segments))
+    for part in (slice(0, first), slice(first, LONG)):
+        alone, alone_state = mixer(x[:, part], context(x[:, part], shared))
+        assert_ratio(f"document {part}", packed[:, part], alone, 1e-9)
+    if "recurrent" in state:
+        assert_ratio("state", state["recurrent"], alone_state["recurrent"], 1e-9)
+    # Bit for bit, in the precision of real runs.
+    mixer, shared = build(case, torch.float32)
+    x = x.float()
+    ctx = context(x, shared, segment_ids=segments)
+    changed = x.clone()
+    changed[:, :first] = 3.0
+    if not torch.equal(mixer(changed, ctx)[0][:, first:], mixer(x, ctx)[0][:, first:]):
+        raise AssertionError("changing document 1 changed document 2")
+
+
+def prefix_is_invariant(case: Case) -> None:
+    """No output depends on a later token; every token can change its own output."""
+    mixer, shared = build(case)
+    x = inputs(case, 1, LONG)
+    expected, _ = mixer(x, context(x, shared))
+    for time in (0, 63, 64, 100, LONG - 1):
+        changed = x.clone()
+        changed[:, time] += 1.0
+        actual, _ = mixer(changed, context(x, shared))
+        if not torch.equal(actual[:, :time], expected[:, :time]):
+            raise AssertionError(f"an output before position {time} depends on it")
+        if torch.equal(actual[:, time], expected[:, time]):
+            raise AssertionError(f"the output at position {time} does not depend on its input")
+
+
+def state_carries_over(case: Case) -> None:
+    """Two stretches with carried state equal the whole, packed documents in the second or not."""
+    mixer, shared = build(case)
+    x = inputs(case, 2, LONG)
+    segments = torch.zeros(2, LONG, dtype=torch.long)
+    segments[:, 120:] = 3
+    for cut in (1, 64, 77):
+        for ids in (None, segments):
+            ctx = context(x, shared, segment_ids=ids)
+            expected, last = mixer(x, ctx)
+            outputs, state = [], None
+            for part in (slice(0, cut), slice(cut, LONG)):
+                piece = SequenceContext(
+                    ctx.positions[:, part], None if ids is None else ids[:, part], shared
+                )
+                y, state = mixer(x[:, part], piece, state)
+                outputs.append(y)
+            assert_ratio(f"cut at {cut}", torch.cat(outputs, 1), expected, 1e-9)
+            _same_state(state, last)
+
+
+def decode_equals_prefill(case: Case) -> None:
+    """Token by token with state equals all at once, and the state has the shape it says."""
+    mixer, shared = build(case)
+    x = inputs(case, 2, 70)
+    expected, last = mixer(x, context(x, shared))
+    state, outputs = None, []
+    for t in range(x.shape[1]):
+        y, state = mixer(x[:, t : t + 1], context(x[:, t : t + 1], shared, t), state)
+        outputs.append(y)
+    assert_ratio("decode", torch.cat(outputs, 1), expected, 1e-9)
+    _same_state(state, last)
+    shapes = mixer.state_shapes(2, x.shape[1])
+    for name, (shape, _) in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise AssertionError(f"state {name} is {tuple(state[name].shape)}, not {shape}")
+
+
+def gradients_flow_through_state(case: Case) -> None:
+    """A loss on the second stretch reaches the inputs of the first as it does in one piece."""
+    mixer, shared = build(case)
+    x = inputs(case, 1, 90)
+
+    def whole(x: Tensor) -> list[Tensor]:
+        return [mixer(x, context(x, shared))[0][:, 70:]]
+
+    def halves(x: Tensor) -> list[Tensor]:
+        _, state = mixer(x[:, :70], context(x[:, :70], shared))
+        return [mixer(x[:, 70:], context(x[:, 70:], shared, 70), state)[0]]
+
+    (_, [expected]), (_, [actual]) = gradients(whole, [x]), gradients(halves, [x])
+    assert_ratio("gradient of x", actual, expected, 1e-8)
+
+
+def bfloat16_stays_close(case: Case) -> None:
+    """bfloat16 activations over float32 parameters drift from float64 within 5%."""
+    exact, exact_shared = build(case)
+    mixer, shared = build(case, torch.float32)
+    x = inputs(case, 2, LONG)
+    expected, _ = exact(x, context(x, exact_shared))
+    x16 = x.bfloat16()
+    actual, state = mixer(x16, context(x16, shared))
+    if actual.dtype != torch.bfloat16:
+        raise AssertionError(f"output is {actual.dtype}, not bfloat16")
+    assert_ratio("bfloat16 output", actual, expected, 5e-2)
+    if "recurrent" in state and state["recurrent"].dtype != torch.float32:
+        raise AssertionError(f"recurrent state is {state['recurrent'].dtype}, not float32")
+
+
+def sharding_is_complete(case: Case) -> None:
+    """Every parameter is covered by exactly one word of `sharding`, and float32 names exist."""
+    mixer, _ = build(case)
+    words = {"column", "row", "head", "replicate"}
+    if set(mixer.sharding.values()) - words:
+        raise AssertionError(f"unknown sharding words in {mixer.sharding}")
+    for name, _ in mixer.named_parameters():
+        if name.split(".")[0] not in mixer.sharding:
+            raise AssertionError(f"sharding says nothing of {name}")
+    for name in mixer.float32_parameters:
+        mixer.get_parameter(name)
+
+
+def cost_is_counted(case: Case) -> None:
+    """`cost()` equals the FLOPs counted in the linear layers, the parameters, and the bytes of
+    the state; the operators' share is within what their algorithms execute."""
+    mixer, shared = build(case, torch.float32)
+    time = 256
+    x = inputs(case, 1, time, torch.float32)
+    cost = mixer.cost(time)
+    if cost.parameters != sum(p.numel() for p in mixer.parameters()):
+        raise AssertionError(f"parameters: {cost.parameters}")
+    with FlopCounterMode(display=False) as counter:
+        _, state = mixer(x, context(x, shared))
+    counted = counter.get_total_flops() / time
+    linear = cost.flops - mixer.operator_flops(time)
+    if not linear <= counted:
+        raise AssertionError(f"linear layers: {linear} FLOPs a token, counted only {counted}")
+    if not mixer.operator_flops(time) > 0:
+        raise AssertionError("the operators cost something")
+    weights = {id(p) for m in mixer.modules() if type(m).__name__ == "Linear" for p in [m.weight]}
+    expected = sum(2 * p.numel() for p in mixer.parameters() if id(p) in weights)
+    if linear != expected:
+        raise AssertionError(f"linear layers: {linear} FLOPs a token, {expected} by their sizes")
+    said = sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for shape, dtype in mixer.state_shapes(1, time).values()
+    )
+    if cost.state_bytes != said or set(mixer.state_shapes(1, time)) != set(state):
+        raise AssertionError(f"state: {cost.state_bytes} bytes, {set(state)}")
+
+
+def _same_state(actual: State, expected: State) -> None:
+    if actual.keys() != expected.keys():
+        raise AssertionError(f"states hold {set(actual)} and {set(expected)}")
+    for name, value in expected.items():
+        if value.is_floating_point():
+            assert_ratio(f"state {name}", actual[name], value, 1e-9)
+
+
+CHECKS: list[Callable[[Case], None]] = [
+    backends_agree,
+    documents_are_separate,
+    prefix_is_invariant,
+    state_carries_over,
+    decode_equals_prefill,
+    gradients_flow_through_state,
+    bfloat16_stays_close,
+    sharding_is_complete,
+    cost_is_counted,
+]

@@ -1,0 +1,100 @@
+"""Model configuration: patterns, presets, impossible numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rondo.errors import UserError
+from rondo.models import Decoder, ModelConfig, from_preset, preset_names
+from rondo.models.config import preset_values, problems
+
+pytestmark = pytest.mark.quick
+
+
+def mixers(config: ModelConfig) -> list[str]:
+    return [layer.mixer for layer in config.layers()]
+
+
+def test_pattern_repeats_to_the_number_of_layers() -> None:
+    config = ModelConfig(num_layers=9, pattern=["gated_deltanet*3", "attention"])
+    full = [i for i, name in enumerate(mixers(config)) if name == "attention"]
+    assert full == [3, 7]  # layer i is full attention iff (i + 1) % 4 == 0
+    assert len(config.layers()) == 9
+
+
+def test_entries_name_channel_mixers_and_aliases() -> None:
+    config = ModelConfig(
+        num_layers=3,
+        pattern=["mamba2+none", "local", "attention"],
+        mixers={"local": {"kind": "attention", "window": 16}},
+    )
+    first, second, third = config.layers()
+    assert (first.mixer, first.ffn) == ("mamba2", "none")
+    assert (second.mixer, second.options, second.ffn) == ("attention", {"window": 16}, "swiglu")
+    assert third.options == {}
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dim": 0}, ["model.dim", "0"]),
+        ({"num_layers": 0}, ["model.num_layers", "0"]),
+        ({"init_std": float("nan")}, ["model.init_std", "nan"]),
+        ({"pattern": []}, ["model.pattern", "[]"]),
+        ({"pattern": ["gated_deltanets"]}, ["gated_deltanets", "did you mean 'gated_deltanet'"]),
+        ({"pattern": ["attention+swigl"]}, ["swigl", "did you mean 'swiglu'"]),
+        ({"pattern": ["attention*0"]}, ["model.pattern", "attention*0"]),
+        ({"mixers": {"attentio": {}}}, ["model.mixers.attentio", "did you mean 'attention'"]),
+        ({"mixers": {"attention": {"heads": 3}}}, ["attention.heads", "num_heads"]),
+        ({"mixers": {"attention": {"num_heads": "3"}}}, ["attention.num_heads", "'3'"]),
+        ({"mixers": {"attention": {"num_heads": True}}}, ["attention.num_heads", "True"]),
+        ({"mixers": {"attention": {"num_heads": 3}}}, ["num_heads", "64", "3"]),
+        ({"mixers": {"attention": {"num_heads": 0, "head_dim": 8}}}, ["num_heads", "0"]),
+        (
+            {"mixers": {"attention": {"num_heads": 4, "num_kv_heads": 3}}},
+            ["num_kv_heads", "4", "3"],
+        ),
+        ({"mixers": {"attention": {"window": 0}}}, ["window", "0"]),
+        (
+            {"pattern": ["mamba2"], "mixers": {"mamba2": {"head_dim": 48}}},
+            ["head_dim", "128", "48"],
+        ),
+        ({"pattern": ["gla"], "mixers": {"gla": {"num_heads": 5}}}, ["num_heads", "32", "5"]),
+        ({"pattern": ["hgrn2"], "mixers": {"hgrn2": {"head_dim": 7}}}, ["head_dim", "64", "7"]),
+        ({"pattern": ["retnet"], "mixers": {"retnet": {"num_heads": 5}}}, ["num_heads", "64", "5"]),
+        ({"pattern": ["deltanet"], "mixers": {"deltanet": {"conv_width": 0}}}, ["conv_width", "0"]),
+    ],
+)
+def test_impossible_configurations_are_named(changes: dict, words: list[str]) -> None:
+    config = ModelConfig(**{"dim": 64, "num_layers": 4, **changes})
+    message = "\n".join(problems(config))
+    for word in words:
+        assert word in message
+    with pytest.raises(UserError):
+        Decoder(ModelConfig(**{"dim": 64, "num_layers": 4, "vocab_size": 8, **changes}))
+
+
+def test_all_problems_come_at_once() -> None:
+    message = "\n".join(problems(ModelConfig(dim=0, num_layers=-1, norm_eps=0.0)))
+    assert all(key in message for key in ("model.dim", "model.num_layers", "model.norm_eps"))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_have_the_parameters_they_claim(name: str) -> None:
+    import yaml
+
+    from rondo.models import config as module
+
+    claimed = yaml.safe_load((module._PRESETS / f"{name}.yaml").read_text())["parameters"]
+    with torch.device("meta"):
+        model = Decoder(from_preset(name))
+    assert sum(p.numel() for p in model.parameters()) == claimed == model.cost(4096).parameters
+    size = {"340m": 0.34e9, "1.3b": 1.3e9, "3b": 3e9, "7b": 7e9}[name.rsplit("-", 1)[1]]
+    assert 0.9 < claimed / size < 1.2
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'gated-deltanet-7b'"):
+        preset_values("gated-deltanet-7")

@@ -1,0 +1,247 @@
+"""Whole runs of the tiny recipe, from the command line, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--model.dim=32", "--data.sequence_length=64", "--data.micro_batch_size=2"]
+SMALL += ["--checkpoint.every=4", "--steps=12", "--evals.batches=1", "--logging.tensorboard=false"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / ".typing"), "OMP_NUM_THREADS": "1"}
+
+
+def command(ranks: int, *options: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "rondo.pretrain", "tiny", *options]
+
+
+def start(folder: Path, ranks: int, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(ranks, *SMALL, *options),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def run(folder: Path, ranks: int, *options: str, code: int = 0) -> str:
+    return finish(start(folder, ranks, *options), code)
+
+
+def losses(folder: Path, name: str = "tiny") -> list[tuple[int, float, float]]:
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in map(json.loads, lines)]
+
+
+def digest(output: str) -> str:
+    return re.search(r"model digest after step \d+: (\w{64})", output)[1]
+
+
+def wait_for_rows(folder: Path, count: int) -> None:
+    path = folder / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared once: the embedded corpus as bytes."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[int, tuple[Path, str]]:
+    """Uninterrupted runs on one and on two ranks."""
+    runs = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"straight{ranks}")
+        runs[ranks] = folder, run(folder, ranks, f"--data.folder={data}")
+    return runs
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_equals_uninterrupted(
+    ranks: int, straight: dict, data: Path, tmp_path: Path
+) -> None:
+    folder, output = straight[ranks]
+    process = start(tmp_path, ranks, f"--data.folder={data}", "--steps=10000")
+    wait_for_rows(tmp_path, 6)  # beyond the first checkpoint, short of the second
+    launcher = psutil.Process(process.pid)  # torchrun's ranks are sessions of their own
+    for victim in [*launcher.children(recursive=True), launcher]:
+        victim.kill()
+    process.communicate(timeout=30)
+    resumed = run(tmp_path, ranks, f"--data.folder={data}")
+    assert "going on after step" in resumed
+    assert losses(tmp_path) == losses(folder)
+    assert [step for step, *_ in losses(tmp_path)] == list(range(12))
+    assert digest(resumed) == digest(output)
+
+
+def test_two_ranks_equal_one(straight: dict) -> None:
+    one, two = losses(straight[1][0]), losses(straight[2][0])
+    for (step, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-5), step
+        assert other_norm == pytest.approx(norm, rel=1e-3), step
+
+
+def test_other_layouts_and_micro_batches_equal_one(
+    straight: dict, data: Path, tmp_path: Path
+) -> None:
+    """Replicas instead of shards, recomputed activations, no accumulation."""
+    run(
+        tmp_path,
+        2,
+        f"--data.folder={data}",
+        "--parallel.dp_replicate=2",
+        "--parallel.activation_checkpointing=full",
+        "--data.micro_batch_size=4",
+    )
+    for (_, loss, _), (_, other, _) in zip(losses(straight[1][0]), losses(tmp_path), strict=True):
+        assert other == pytest.approx(loss, rel=1e-5)
+
+
+def test_resume_on_another_number_of_ranks(straight: dict, data: Path, tmp_path: Path) -> None:
+    run(tmp_path, 2, f"--data.folder={data}", "--steps=8", "--schedule.name=constant")
+    run(tmp_path, 1, f"--data.folder={data}", "--steps=12", "--schedule.name=constant")
+    other = tmp_path / "other"
+    other.mkdir()
+    run(other, 1, f"--data.folder={data}", "--steps=12", "--schedule.name=constant")
+    for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), losses(other), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_exits_75(
+    number: signal.Signals, straight: dict, data: Path, tmp_path: Path
+) -> None:
+    process = start(tmp_path, 1, f"--data.folder={data}", "--steps=10000", "--checkpoint.every=0")
+    wait_for_rows(tmp_path, 3)
+    os.kill(process.pid, number)
+    output = finish(process, code=75)
+    step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
+    saved = [path.name for path in (tmp_path / "runs/tiny/checkpoints").glob("step-*")]
+    assert saved == [f"step-{step:09d}"]
+    assert len(losses(tmp_path)) == step
+
+
+def test_every_mixer_and_both_optimizers_train(data: Path, tmp_path: Path) -> None:
+    """tiny has every mixer; Muon brings its loss down as AdamW does."""
+    for optimizer in ("adamw", "muon"):
+        name = f"--name={optimizer}"
+        run(tmp_path, 1, f"--data.folder={data}", f"--optimizer.name={optimizer}", name)
+        values = [loss for _, loss, _ in losses(tmp_path, optimizer)]
+        assert values[0] == pytest.approx(5.55, abs=0.1)  # ln 257
+        assert values[-1] < values[0] - 0.5
+
+
+def test_a_run_leaves_what_the_design_says(data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(
+        tmp_path,
+        1,
+        f"--data.folder={data}",
+        "--logging.tensorboard=true",
+        "--logging.norms_every=6",
+        "--evals.every=6",
+        "--precision=bfloat16",
+        "--checkpoint.keep=2",
+    )
+    folder = tmp_path / "runs" / "tiny"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for key in ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu"):
+        assert key in rows[0]
+    assert "validation/bits_per_byte" in rows[5] and "validation/bits_per_byte" in rows[11]
+    assert rows[11]["state_rms/00"] > 0 and rows[11]["activation_rms/06"] > 0
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000000008",
+        "step-000000012",
+    ]
+    for part in ("model", "optimizer"):
+        assert list((folder / "checkpoints/step-000000012" / part).glob("*.safetensors"))
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    scalars = events.Scalars("train/loss")
+    assert [s.step for s in scalars] == list(range(12))
+    assert [s.value for s in scalars] == pytest.approx([r["loss"] for r in rows], rel=1e-6)
+    assert "validation/bits_per_byte" in events.Tags()["scalars"]
+
+
+def test_generate_reads_the_run(straight: dict) -> None:
+    folder, _ = straight[2]
+    text = subprocess.run(
+        [sys.executable, "-m", "rondo.launch.cli", "generate", "runs/tiny"]
+        + ["--prompt", "The ", "--max_tokens", "8"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("The ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.dims=8"], ["model.dims", "model.dim"]),
+        (["--data.sequence_length=0"], ["data.sequence_length", "0"]),
+        (["--optimizer.lr=nan"], ["optimizer.lr", "nan"]),
+        (["--data.sources", "[{path: no/such/file.txt}]"], ["no/such/file.txt"]),
+        (["--model.vocab_size=100"], ["100", "vocab"]),
+        (["--parallel.dp_shard=3"], ["parallel.dp_shard", "3"]),
+        (["--checkpoint.resume=no/such/checkpoint"], ["no/such/checkpoint"]),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    options: list[str], words: list[str], data: Path, tmp_path: Path
+) -> None:
+    output = run(tmp_path, 1, f"--data.folder={data}", *options, code=2)
+    assert "Traceback" not in output
+    for word in words:
+        assert word in output
+
+
+def test_checkpoint_of_another_model_is_refused(straight: dict, data: Path, tmp_path: Path) -> None:
+    checkpoint = straight[1][0] / "runs/tiny/checkpoints/step-000000012"
+    output = run(
+        tmp_path, 1, f"--data.folder={data}", f"--checkpoint.resume={checkpoint}", "--model.dim=48",
+        code=2,
+    )  # fmt: skip
+    assert "Traceback" not in output and "embedding.weight" in output
+
+
+def test_truncated_tokens_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one document\n" * 500)
+    (tmp_path / "more.txt").write_text("another document\n" * 500)
+    options = ["--data.sources", f"[{{path: {tmp_path}}}]", "--data.folder=prepared"]
+    options += ["--data.validation_fraction=0", "--evals.batches=0"]
+    run(tmp_path, 1, *options, "--steps=1")
+    [tokens] = (tmp_path / "prepared").glob("*/train.bin")
+    tokens.write_bytes(tokens.read_bytes()[:-7])
+    output = run(tmp_path, 1, *options, "--steps=2", code=2)
+    assert "train.bin" in output and "Traceback" not in output
