@@ -43,7 +43,12 @@ def choose(
         )
     if name == "triton" and device.type != "cuda":
         raise ValueError(f"{operator}: backend 'triton' needs CUDA tensors, got {device.type}")
-    if (operator, name, device.type) not in _logged:
-        _logged.add((operator, name, device.type))
-        logger.info("%s runs on backend %s (%s)", operator, name, reason)
+    _log_once(operator, name, device.type, reason)
     return implementations[name]
+
+
+@torch.compiler.assume_constant_result  # so that it does not break a compiled graph
+def _log_once(operator: str, name: str, device: str, reason: str) -> None:
+    if (operator, name, device) not in _logged:
+        _logged.add((operator, name, device))
+        logger.info("%s runs on backend %s (%s)", operator, name, reason)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rondo.models.config import LayerSpec, ModelConfig, make_options
 from rondo.models.layers import RMSNorm
-from rondo.models.mixer import Cost, SequenceContext, State, module_cost
+from rondo.models.mixer import ChannelMixer, Cost, SequenceContext, State, module_cost
 from rondo.models.registry import FFNS, MIXERS
 
 
@@ -17,7 +17,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer = MIXERS[spec.mixer](config, make_options(spec.mixer, spec.options), layer)
-        self.ffn_norm = self.ffn = None
+        self.ffn_norm: RMSNorm | None = None
+        self.ffn: ChannelMixer | None = None
         if spec.ffn != "none":
             self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
             self.ffn = FFNS[spec.ffn](config)
@@ -28,13 +29,13 @@ class Block(nn.Module):
         """`x` `(B, T, dim)`; returns the new `x` and, if wanted, the mixer's state after it."""
         y, state = self.mixer(self.mixer_norm(x), ctx, state)
         x = x + y
-        if self.ffn is not None:
+        if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.ffn(self.ffn_norm(x))
         return x, state if ctx.keep_state else None
 
     def cost(self, length: int) -> Cost:
         """Cost in sequences of `length` tokens."""
         cost = self.mixer.cost(length) + module_cost(self.mixer_norm)
-        if self.ffn is not None:
+        if self.ffn is not None and self.ffn_norm is not None:
             cost = cost + self.ffn.cost(length) + module_cost(self.ffn_norm)
         return cost

@@ -116,7 +116,8 @@ def preset_values(name: str) -> dict[str, Any]:
 
 def from_preset(name: str, **overrides: Any) -> ModelConfig:
     """A bundled configuration, with some keys changed."""
-    return ModelConfig(**{**preset_values(name), "preset": name, **overrides})
+    values: dict[str, Any] = {**preset_values(name), "preset": name, **overrides}
+    return ModelConfig(**values)
 
 
 def make_options(mixer: str, values: Mapping[str, Any]) -> Any:

@@ -152,7 +152,10 @@ class Decoder(nn.Module):
         """Cost in sequences of `length` tokens. The embedding look-up is free, the output
         matrix is not."""
         head = 2.0 * self.config.vocab_size * self.config.dim
-        total = sum((b.cost(length) for b in self.blocks), Cost(head, 0, 0))
+        total = Cost(head, 0, 0)
+        for block in self.blocks:
+            assert isinstance(block, Block), "nn.ModuleList forgets its element type"
+            total = total + block.cost(length)
         return Cost(total.flops, module_cost(self).parameters, total.state_bytes)
 
     def matrix_names(self) -> set[str]:

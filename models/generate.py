@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def stream(
 
 
 def generate(
-    model: Decoder, prompt: Tensor, *, max_tokens: int, eod: int | None = None, **sampling: float
+    model: Decoder, prompt: Tensor, *, max_tokens: int, eod: int | None = None, **sampling: Any
 ) -> Tensor:
     """Continues `prompt` `(B, T)`; returns `(B, T + n)` with n at most `max_tokens`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -113,9 +112,15 @@ class Mixer(nn.Module):
         return module_cost(self, flops=self.operator_flops(length), state_bytes=state_bytes)
 
 
-def option_names(cls: type[Mixer]) -> list[str]:
-    """Names of a mixer's options."""
-    return [f.name for f in dataclasses.fields(cls.Options)]
+class ChannelMixer(nn.Module):
+    """Base of the channel mixers: `forward(x)` works on each token `(B, T, dim)` by itself."""
+
+    sharding: ClassVar[dict[str, str]]
+    """As `Mixer.sharding`."""
+
+    def cost(self, length: int) -> Cost:
+        """Cost in sequences of `length` tokens."""
+        return module_cost(self)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

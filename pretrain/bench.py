@@ -155,7 +155,7 @@ def run(contest: Contest, mode: str, rounds: int, peak: float) -> dict[str, Any]
     if mode == "compiled":
         for block in ours.blocks:
             block.compile()
-        theirs = torch.compile(theirs)
+        theirs.compile()
     steps = [our_step(ours, tokens, segment_ids), their_step(theirs, tokens)]
     began = time.perf_counter()
     our_time, their_time = best_times(steps, rounds)

@@ -33,7 +33,7 @@ def layer_norms(model: Decoder, tokens: Tensor, segment_ids: Tensor) -> dict[str
     handles = []
     for i, block in enumerate(model.blocks):
         handles.append(block.register_forward_hook(after_block(f"{i:02d}")))
-        handles.append(block.mixer.register_forward_hook(after_mixer(f"{i:02d}")))
+        handles.append(block.get_submodule("mixer").register_forward_hook(after_mixer(f"{i:02d}")))
     try:
         with torch.compiler.set_stance("force_eager"):
             model(tokens, segment_ids=segment_ids, return_state=False)

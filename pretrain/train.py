@@ -134,7 +134,7 @@ class Trainer:
         with self.metrics:
             self._greet()
             if start == 0 and self.held_out:
-                first = self.validate()
+                first = self.validate(self.held_out)
                 self.state["first_bits_per_byte"] = first["validation/bits_per_byte"]
                 self.metrics.say(f"validation before training: {_describe(first)}")
             extra: dict[str, float] = {}
@@ -230,12 +230,12 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self, held_out: TokenDataset) -> dict[str, float]:
         """Loss and bits per byte of the held-out text; the same batches every time."""
         self.model.eval()
         nats = valid = text = 0.0
         for number in range(self.recipe.evals.batches):
-            for batch in self._global_batch(self.held_out, number):
+            for batch in self._global_batch(held_out, number):
                 nats += self._loss(batch).item()
                 valid += int((batch.targets >= 0).sum())
                 text += count_bytes(batch.targets, self.byte_lengths)
@@ -295,7 +295,7 @@ class Trainer:
         """Validation and norms, when they are due after `step`."""
         extra: dict[str, float] = {}
         if self.held_out and (last or _due(step, self.recipe.evals.every)):
-            extra |= self.validate()
+            extra |= self.validate(self.held_out)
         if batch is not None and _due(step, self.recipe.logging.norms_every):
             device = self.ranks.device
             extra |= layer_norms(self.model, batch.tokens.to(device), batch.segment_ids.to(device))

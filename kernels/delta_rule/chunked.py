@@ -17,13 +17,22 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from rondo.kernels.delta_rule.gates import HeadGates, add_matmul, matmul, wide
-from rondo.kernels.delta_rule.key_gates import KeyGates
-from rondo.kernels.delta_rule.layout import documents, from_chunks, to_chunks
-from rondo.kernels.delta_rule.triangular import invert_unit_lower
-from rondo.kernels.summary import MatrixSummary
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from rondo.kernels.delta_rule.gates import (
+    HeadGates,
+    add_matmul,
+    dot,
+    matmul,
+    pair_factors,
+    scaled,
+    wide,
+)
+from rondo.kernels.delta_rule.key_gates import KeyGates
+from rondo.kernels.delta_rule.layout import document_pairs, documents, from_chunks, to_chunks
+from rondo.kernels.delta_rule.triangular import invert_unit_lower
+from rondo.kernels.summary import MatrixSummary
 
 
 class Operands(NamedTuple):
@@ -36,20 +45,38 @@ class Operands(NamedTuple):
     to_end: Tensor  # keys as they write to the state after the chunk
 
 
+def _chunked_decay(log_decay: Tensor | None, chunk: int) -> Tensor | None:
+    if log_decay is None:
+        return None
+    return to_chunks(log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1), chunk)
+
+
+def _pairs(
+    log_decay: Tensor | None, segment_ids: Tensor | None, chunk: int, v: Tensor
+) -> Tensor | None:
+    same = None
+    if segment_ids is not None:
+        same = document_pairs(segment_ids, chunk, v.shape[2], v.dtype)
+    decay = _chunked_decay(log_decay, chunk)
+    if decay is not None and decay.shape[-1] > 1:
+        return same
+    return pair_factors(decay, same, v.dtype)
+
+
 def _gates(
     log_decay: Tensor | None,
     segment_ids: Tensor | None,
+    pairs: Tensor | None,
     chunk: int,
-    heads: int,
-    dtype: torch.dtype,
-    pairs: Tensor | None = None,
+    v: Tensor,
 ) -> HeadGates | KeyGates:
-    docs = None if segment_ids is None else documents(segment_ids, chunk, heads, dtype)
-    if log_decay is None:
-        return HeadGates(None, docs, dtype)
-    if log_decay.dim() == 3:
-        return HeadGates(to_chunks(log_decay.unsqueeze(-1), chunk), docs, dtype, pairs)
-    return KeyGates(to_chunks(log_decay, chunk), docs, dtype)
+    docs = None
+    if segment_ids is not None:
+        docs = documents(segment_ids, chunk, v.shape[2], v.dtype)
+    decay = _chunked_decay(log_decay, chunk)
+    if decay is not None and decay.shape[-1] > 1:
+        return KeyGates(decay, docs, pairs, v.dtype)
+    return HeadGates(decay, docs, pairs, v.dtype)
 
 
 def _operands(
@@ -69,21 +96,13 @@ def _operands(
         readers,
         keys,
         beta,
-        [_scaled(r, gates.from_start) for r in readers],
-        _scaled(keys, gates.to_end),
+        [scaled(r, gates.from_start) for r in readers],
+        scaled(keys, gates.to_end),
     )
 
 
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
-
-
-def _add_scaled(out: Tensor, x: Tensor, factor: Tensor | None) -> Tensor:
+def _add(out: Tensor, x: Tensor, factor: Tensor | None) -> Tensor:
     return out.add_(x) if factor is None else out.addcmul_(x, factor)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1, keepdim=True, dtype=wide(a.dtype))
 
 
 def _advance(
@@ -153,7 +172,8 @@ class ChunkedDelta(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         batch, heads, dtype = v.shape[0], v.shape[2], v.dtype
-        gates = _gates(log_decay, segment_ids, chunk, heads, dtype)
+        pairs = _pairs(log_decay, segment_ids, chunk, v)
+        gates = _gates(log_decay, segment_ids, pairs, chunk, v)
         x = _operands(q, k, beta, gates, scale, chunk, dtype)
         products = gates.products(x.readers, x.keys)
         lower = products[-1].flatten(0, 1).to(wide(dtype))
@@ -161,14 +181,14 @@ class ChunkedDelta(torch.autograd.Function):
         chain = dtype if q is not None else wide(dtype)
         w = matmul(inverse, x.from_start[-1]).to(chain)
         written = matmul(inverse, to_chunks(v, chunk) * x.beta).to(chain)
-        states, last = _advance(
-            w, written, x.to_end.to(chain), gates.through, state.flatten(0, 1))
+        states, last = _advance(w, written, x.to_end.to(chain), gates.through, state.flatten(0, 1))
         o = v.new_empty(0)
         if q is not None:
             o = add_matmul(matmul(x.from_start[0], states), products[0], written)
             o = from_chunks(o, batch, (heads,))
         ctx.save_for_backward(
-            q, k, v, beta, log_decay, segment_ids, gates.pairs, inverse, written, states, *products)
+            q, k, v, beta, log_decay, segment_ids, pairs, inverse, written, states, *products
+        )
         ctx.scale, ctx.chunk = scale, chunk
         return o, last.view_as(state)
 
@@ -183,7 +203,7 @@ def _backward(ctx: FunctionCtx, d_o: Tensor, d_state: Tensor) -> tuple[Tensor | 
     q, k, v, beta, log_decay, segment_ids, pairs, *saved = ctx.saved_tensors
     inverse, written, states, *products = saved
     batch, heads, dtype, chain = v.shape[0], v.shape[2], v.dtype, states.dtype
-    gates = _gates(log_decay, segment_ids, ctx.chunk, heads, dtype, pairs)
+    gates = _gates(log_decay, segment_ids, pairs, ctx.chunk, v)
     x = _operands(q, k, beta, gates, ctx.scale, ctx.chunk, dtype)
     d_read, d_written = None, torch.zeros_like(written)
     if q is not None:
@@ -192,7 +212,8 @@ def _backward(ctx: FunctionCtx, d_o: Tensor, d_state: Tensor) -> tuple[Tensor | 
         d_read = matmul(x.from_start[0].mT, d_o)
     w = matmul(inverse, x.from_start[-1]).to(chain)
     d_states, d_first = _retreat(
-        w, d_written, d_read, x.to_end.to(chain), gates.through, d_state.flatten(0, 1))
+        w, d_written, d_read, x.to_end.to(chain), gates.through, d_state.flatten(0, 1)
+    )
     d_written, d_states = d_written.to(dtype), d_states.to(dtype)
     written, states = written.to(dtype), states.to(dtype)
 
@@ -209,14 +230,14 @@ def _backward(ctx: FunctionCtx, d_o: Tensor, d_state: Tensor) -> tuple[Tensor | 
         start = gates.reduce(d_from_start[0], x.from_start[0])
         for d, r in zip(d_from_start[1:], x.from_start[1:], strict=True):
             start += gates.reduce(d, r)
-        through = gates.reduce(states, d_states).sum(-1 if log_decay.dim() == 4 else -2, keepdim=True)
-        sums = (start, gates.reduce(d_to_end, x.to_end), (gates.through * through).mT)
+        through = gates.through * dot(states, d_states)
+        sums = (start, gates.reduce(d_to_end, x.to_end), through.mT)
     d_readers, d_k, d_g = gates.backward(d_products, products, x.readers, x.keys, sums)
     for d, s in zip(d_readers, d_from_start, strict=True):
-        _add_scaled(d, s, gates.from_start)
-    _add_scaled(d_k, d_to_end, gates.to_end)
+        _add(d, s, gates.from_start)
+    _add(d_k, d_to_end, gates.to_end)
     d_k.addcmul_(d_readers[-1], x.beta, value=-1)
-    d_beta = _dot(d_values, to_chunks(v, ctx.chunk)) - _dot(d_readers[-1], x.keys)
+    d_beta = dot(d_values, to_chunks(v, ctx.chunk)) - dot(d_readers[-1], x.keys)
     d_values.mul_(x.beta)
     d_q = None
     if q is not None:

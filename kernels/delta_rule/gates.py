@@ -1,4 +1,4 @@
-"""Decay inside a chunk: how strongly a token sees an earlier one, the state before, the state after.
+"""Decay inside a chunk: how strongly a token sees earlier tokens and the states around it.
 
 Readers are the tokens looking back (queries, erase keys), writers the tokens being read. With
 `G_i` the sum of log decay up to token i, three factors are needed, never one above 1:
@@ -12,8 +12,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from rondo.kernels.delta_rule.layout import Documents
 from torch import Tensor
+
+from rondo.kernels.delta_rule.layout import Documents
 
 LOG2E = 1 / math.log(2)
 FLOOR = -16384.0  # decay per token, in powers of two: zero in every dtype, and sums stay exact
@@ -25,16 +26,35 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def pair_factors(
+    log_decay: Tensor | None, same: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """`exp(G_i - G_j)` between reader i and writer j of a chunk, `(N, X, C, C)`.
+
+    Args:
+        log_decay: `(N, X, C, 1)`, or None for no decay.
+        same: `(N, X, C, C)` mask of `document_pairs`, or None for one document.
+        dtype: of the result.
+
+    Returns:
+        Zero above the diagonal and across documents; None when it would be one everywhere else.
+    """
+    if log_decay is None:
+        return same
+    total = _exact_sums(log_decay, dtype)
+    pairs = (total - total.mT).to(wide(dtype)).clamp_(max=0).exp2_().tril_().to(dtype)
+    return pairs if same is None else pairs.mul_(same)
+
+
 class HeadGates:
     """One decay per head and token, or none.
 
     Attributes, None where there is nothing to multiply with:
-        pairs: `(N, X, C, C)`, readers to writers, zero above the diagonal.
+        pairs: `(N, X, C, C)`, see `pair_factors`.
         from_start, to_end: `(N, X, C, 1)`.
         through: `(N, X, 1, 1)`, from state to state, float32 or float64.
     """
 
-    pairs: Tensor | None = None
     from_start: Tensor | None = None
     to_end: Tensor | None = None
     through: Tensor | None = None
@@ -43,32 +63,27 @@ class HeadGates:
         self,
         log_decay: Tensor | None,
         docs: Documents | None,
+        pairs: Tensor | None,
         dtype: torch.dtype,
-        pairs: Tensor | None = None,
     ) -> None:
         """
         Args:
             log_decay: `(N, X, C, 1)` or None.
             docs: masks of packed documents, or None.
+            pairs: from `pair_factors`.
             dtype: of the matrix products; factors are rounded to it.
-            pairs: of another object made from the same arguments, to save the work.
         """
-        self.gated = log_decay is not None
+        self.gated, self.pairs = log_decay is not None, pairs
         kind = wide(dtype)
         if docs is not None:
-            self.pairs, self.from_start, self.to_end = docs.pairs, docs.incoming, docs.outgoing
+            self.from_start, self.to_end = docs.incoming, docs.outgoing
             self.through = docs.through.to(kind)
-        if log_decay is None:
-            return
-        total = _exact_sums(log_decay, dtype)
-        last = total[..., -1:, :]
-        self.from_start = _scaled(total.to(kind).exp2().to(dtype), self.from_start)
-        self.to_end = _scaled((last - total).to(kind).exp2().to(dtype), self.to_end)
-        self.through = _scaled(last.to(kind).exp2(), self.through)
-        if pairs is None:
-            pairs = (total - total.mT).to(kind).clamp_(max=0).exp2_().tril_().to(dtype)
-            pairs = pairs if docs is None else pairs.mul_(docs.pairs)
-        self.pairs = pairs
+        if log_decay is not None:
+            total = _exact_sums(log_decay, dtype)
+            last = total[..., -1:, :]
+            self.from_start = scaled(total.to(kind).exp2().to(dtype), self.from_start)
+            self.to_end = scaled((last - total).to(kind).exp2().to(dtype), self.to_end)
+            self.through = scaled(last.to(kind).exp2(), self.through)
 
     def products(self, readers: Sequence[Tensor], writers: Tensor) -> list[Tensor]:
         """Decayed dot products `(N, X, C, C)` of each of `readers` with `writers`, for j <= i."""
@@ -79,7 +94,7 @@ class HeadGates:
 
     def reduce(self, first: Tensor, second: Tensor) -> Tensor:
         """Elementwise product of `(N, X, C, K)` tensors, summed to the shape of the gate, wide."""
-        return (first * second).sum(-1, keepdim=True, dtype=wide(first.dtype))
+        return dot(first, second)
 
     def backward(
         self,
@@ -94,7 +109,8 @@ class HeadGates:
         Args:
             grads: of the products; overwritten.
             products, readers, writers: what the forward pass returned and got.
-            sums: gradients with respect to `G_i`, `G_C - G_j` and `G_C` from everywhere else.
+            sums: gradients with respect to `G_i`, `G_C - G_j` (shaped as the gate) and `G_C`
+                (`(N, X, 1, K)`) from everywhere else.
 
         Returns:
             Gradients of the readers, of the writers, and of `log_decay`.
@@ -121,9 +137,9 @@ class HeadGates:
         both = grads[0] * products[0]
         for g, p in zip(grads[1:], products[1:], strict=True):
             both.addcmul_(g, p)
-        start = start + both.sum(-1, dtype=start.dtype).unsqueeze(-1)
-        start -= both.sum(-2, dtype=start.dtype).unsqueeze(-1)
-        return _suffix_sum(start) + (end.cumsum(-2) - end) + through
+        both = both.to(start.dtype)
+        start = start + both.sum(-1, keepdim=True) - both.sum(-2).unsqueeze(-1)
+        return _suffix_sum(start) + (end.cumsum(-2) - end) + through.sum(-1, keepdim=True)
 
 
 def _exact_sums(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,12 +154,19 @@ def _exact_sums(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     return steps.cumsum(-2)
 
 
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+def _suffix_sum(x: Tensor) -> Tensor:
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    """`x * factor`, where None is one."""
     return x if factor is None else x * factor
 
 
-def _suffix_sum(x: Tensor) -> Tensor:
-    return x.flip(-2).cumsum(-2).flip(-2)
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of the rows, `(.., 1)`, wide."""
+    # sum accumulates bfloat16 in float32; asking it for float32 would copy its input first.
+    return (a * b).sum(-1, keepdim=True).to(wide(a.dtype))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from rondo.kernels.delta_rule.gates import FLOOR, LOG2E, wide
 from rondo.kernels.delta_rule.layout import Documents
-from torch import Tensor
 
 
 class Level(NamedTuple):
@@ -30,10 +31,13 @@ class KeyGates:
     """`from_start` and `to_end` are `(N, X, C, K)`, `through` is `(N, X, K, 1)`, and `pairs` only
     keeps documents apart. Y below is N * X."""
 
-    def __init__(self, log_decay: Tensor, docs: Documents | None, dtype: torch.dtype) -> None:
-        """Arguments as for `HeadGates`, with `log_decay` of `(N, X, C, K)`."""
+    def __init__(
+        self, log_decay: Tensor, docs: Documents | None, pairs: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        """Arguments as for `HeadGates`; `log_decay` is `(N, X, C, K)`, `pairs` from
+        `document_pairs`."""
         kind = wide(dtype)
-        self.pairs = None if docs is None else docs.pairs
+        self.pairs = pairs
         before = (log_decay.to(kind) * LOG2E).clamp_(min=FLOOR).flatten(0, 1)
         after = torch.zeros_like(before)
         size = log_decay.shape[-2]
@@ -42,18 +46,17 @@ class KeyGates:
         while half < size:
             inclusive, exclusive = _halves(before, half), _halves(after, half)
             rows, columns = inclusive[:, :, 1], exclusive[:, :, 0]
-            self.levels.append(
-                Level(half, rows.exp2().to(dtype), columns.exp2().to(dtype)))
+            self.levels.append(Level(half, rows.exp2().to(dtype), columns.exp2().to(dtype)))
             columns += rows[:, :, -1:]
             rows += inclusive[:, :, 0, -1:]
             half *= 2
         shape = log_decay.shape[:2]
         before, after = before.exp2_().unflatten(0, shape), after.exp2_().unflatten(0, shape)
-        self.through = before[..., -1:, :].mT
+        self.through = before[..., -1:, :].mT.contiguous()
         self.from_start, self.to_end = before.to(dtype), after.to(dtype)
         if docs is not None:
-            self.from_start = self.from_start * docs.incoming
-            self.to_end = self.to_end * docs.outgoing
+            self.from_start.mul_(docs.incoming)
+            self.to_end.mul_(docs.outgoing)
             self.through = self.through * docs.through
 
     def products(self, readers: Sequence[Tensor], writers: Tensor) -> list[Tensor]:

@@ -24,23 +24,33 @@ def from_chunks(x: Tensor, batch: int, heads: tuple[int, ...]) -> Tensor:
 class Documents(NamedTuple):
     """Ones and zeros that keep packed documents apart, `(N, B * H, ., .)`."""
 
-    pairs: Tensor  # (.., C, C): column not after row and of the same document
     incoming: Tensor  # (.., C, 1): token continues the document of the state before the chunk
     outgoing: Tensor  # (.., C, 1): token is of the document of the state after the chunk
     through: Tensor  # (.., 1, 1): both are one document
 
 
 def documents(segment_ids: Tensor, chunk: int, heads: int, dtype: torch.dtype) -> Documents:
-    """Masks of packed rows; `segment_ids` is `(B, T)`, T a multiple of `chunk`."""
-    ids = segment_ids.unflatten(1, (-1, chunk)).transpose(0, 1)
+    """Who sees the states; `segment_ids` is `(B, T)`, T a multiple of `chunk`."""
+    ids = _chunk_ids(segment_ids, chunk)
     before = torch.cat([ids[:1, :, :1], ids[:-1, :, -1:]])
     return Documents(
-        _over_heads((ids.unsqueeze(-1) == ids.unsqueeze(-2)).to(dtype).tril_(), heads),
-        _over_heads((ids == before).to(dtype).unsqueeze(-1), heads),
-        _over_heads((ids == ids[..., -1:]).to(dtype).unsqueeze(-1), heads),
-        _over_heads((ids[..., -1:] == before).to(dtype).unsqueeze(-1), heads),
+        _over_heads(ids == before, heads, dtype).unsqueeze(-1),
+        _over_heads(ids == ids[..., -1:], heads, dtype).unsqueeze(-1),
+        _over_heads(ids[..., -1:] == before, heads, dtype).unsqueeze(-1),
     )
 
 
-def _over_heads(x: Tensor, heads: int) -> Tensor:
+def document_pairs(segment_ids: Tensor, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """Who sees whom in a chunk: `(N, B * H, C, C)`, 1 where the column is not after the row and of
+    the same document."""
+    ids = _chunk_ids(segment_ids, chunk)
+    return _over_heads((ids.unsqueeze(-1) == ids.unsqueeze(-2)).tril(), heads, dtype)
+
+
+def _chunk_ids(segment_ids: Tensor, chunk: int) -> Tensor:
+    return segment_ids.unflatten(1, (-1, chunk)).transpose(0, 1)
+
+
+def _over_heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
     return x.unsqueeze(2).expand(*x.shape[:2], heads, *x.shape[2:]).flatten(1, 2)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from rondo.kernels.segments import document_starts
 from torch import Tensor
+
+from rondo.kernels.segments import document_starts
 
 
 def reference(

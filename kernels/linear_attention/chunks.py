@@ -5,7 +5,6 @@ Letters in shapes: B batch, N chunks, C positions in a chunk, T = N·C.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,12 +39,34 @@ def chunk_masks(segment_ids: Tensor, chunk: int) -> ChunkMasks:
     )
 
 
-def pad_time(tensors: Sequence[Tensor | None], pad: int) -> list[Tensor | None]:
-    """Appends `pad` zero positions to `(B, T, ...)` tensors: keys of zero write nothing and a
-    log decay of zero forgets nothing."""
-    if pad == 0:
-        return list(tensors)
-    return [None if x is None else F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad)) for x in tensors]
+def sums_from(x: Tensor, dim: int) -> Tensor:
+    """Sum of each element and those after it along `dim`."""
+    return x.flip(dim).cumsum(dim).flip(dim)
+
+
+def sums_after(x: Tensor, dim: int) -> Tensor:
+    """Sum of the elements after each one along `dim`. Shifted, not subtracted: a difference would
+    lose the digits of small elements beside large ones."""
+    nothing = torch.zeros_like(x.narrow(dim, 0, 1))
+    return torch.cat([sums_from(x, dim).narrow(dim, 1, x.shape[dim] - 1), nothing], dim)
+
+
+def crossing_sums(reads: Tensor, writes: Tensor, passing: Tensor) -> Tensor:
+    """Gradient of log decays `(n, C, ...)` from what decays across each position: what later
+    positions read (its own included), what earlier ones wrote, and what passes the whole chunk.
+
+    Each sum takes in only what it is about, so that neither a later output nor another document
+    leaves its rounding errors here.
+    """
+    gradient = sums_from(reads, 1).add_(passing)
+    gradient[:, 1:].add_(writes[:, :-1].cumsum(1))
+    return gradient
+
+
+def pad_time(x: Tensor, pad: int) -> Tensor:
+    """Appends `pad` zero positions to `(B, T, ...)`: a key of zero writes nothing and a log decay
+    of zero forgets nothing."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad)) if pad else x
 
 
 def pad_segments(segment_ids: Tensor | None, pad: int) -> Tensor | None:

@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 class Decays(NamedTuple):
     """Decay factors of every chunk, in [0, 1] and 0 between documents; None stands for 1."""
 
-    pairs: Tensor  # (X, R, C, C) from j to i, lower triangular; without a gate (X or 1, 1, C, C)
+    pairs: Tensor  # (X, R, C, C) from j to i, lower triangular; no gate: (X or 1, 1, C, C)
     enter: Tensor | None  # (X, C, R, 1) from before the chunk to i
     leave: Tensor | None  # (X, C, R, 1) from j to the end of the chunk
     through: Tensor | None  # (B, N, G, 1, R, 1) over the whole chunk, accumulation dtype
@@ -75,10 +75,10 @@ def chunk_decays(
     accumulate = torch.promote_types(v.dtype, torch.float32)
     same = None if masks is None else masks.same.unsqueeze(2)
     if log_decay is None:
-        pairs = torch.ones(chunk, chunk, dtype=v.dtype, device=v.device).tril()
+        pairs = torch.ones(1, 1, chunk, chunk, dtype=v.dtype, device=v.device).tril()
         if masks is None or same is None:
             return Decays(pairs, None, None, None)
-        pairs = (same * pairs).expand(-1, -1, groups, -1, -1).reshape(-1, 1, chunk, chunk)
+        pairs = (same * pairs[0]).expand(-1, -1, groups, -1, -1).reshape(-1, 1, chunk, chunk)
         enter, leave = (
             x.to(v.dtype).unsqueeze(2).expand(-1, -1, groups, -1).reshape(-1, chunk, 1, 1)
             for x in (masks.enter, masks.leave)

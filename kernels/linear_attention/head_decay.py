@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rondo.kernels.linear_attention.chunks import carry, chunk_masks
+from rondo.kernels.linear_attention.chunks import carry, chunk_masks, crossing_sums
 from rondo.kernels.linear_attention.decays import Decays, Sizes, chunk_decays
 
 
@@ -43,11 +43,6 @@ def _time_major(x: Tensor, sizes: Sizes) -> Tensor:
 def _scaled_product(scale: float, left: Tensor, right: Tensor) -> Tensor:
     """`scale * left @ right`, scaled before it is rounded."""
     return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
-
-
-def _scores(qk: Tensor, pairs: Tensor) -> Tensor:
-    """P per head, or per group without a gate: `(X·(R or 1), C, C)`."""
-    return (qk.unsqueeze(1) * pairs).flatten(0, 1)
 
 
 def _per_head(x: Tensor, sizes: Sizes) -> Tensor:
@@ -127,18 +122,16 @@ def _gate_gradient(
     digits that q·dq - k·dk, summed over whole gradients, loses.
 
     Args:
-        pairs: `(X, R, C, C)`, P times its gradient.
+        pairs: `(X, R, C, C)`, P times its gradient, exact enough for its row and column sums to
+            cancel where they must.
         reads: `(X, C, R)`, output read from the entering state, times its gradient.
         writes: `(X, C, R)`, value written to the leaving state, times its gradient.
         passing: `(X, K, R)`, entering state times gradient of the leaving one.
     """
     accumulate = through.dtype
-    pairs = pairs.to(accumulate)  # before the sums: what they share must cancel exactly
     reads = (pairs.sum(-1) - pairs.sum(-2)).transpose(1, 2) + reads
     passing = passing.sum(1, keepdim=True, dtype=accumulate) * through.view(-1, 1, sizes.repeat)
-    before = (writes - reads).cumsum(1).roll(1, 1)
-    before[:, 0] = 0.0
-    gradient = reads.sum(1, keepdim=True) + passing + before
+    gradient = crossing_sums(reads, writes.to(accumulate), passing)
     return _time_major(gradient, sizes).flatten(2, 3)
 
 
@@ -174,9 +167,10 @@ class HeadDecayAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         qx, kx, vx, states, *factors = ctx.saved_tensors
         decays, sizes, scale = Decays(*factors), ctx.sizes, ctx.scale
+        do, dlast = grad_outputs
         dox = torch.zeros_like(vx) if do is None else _group_major(do, sizes)
         entered = _scale_heads(dox, decays.enter, sizes)
         left = _scale_heads(vx, decays.leave, sizes)
@@ -184,14 +178,14 @@ class HeadDecayAttention(torch.autograd.Function):
         first = None if dlast is None else _split_state(dlast, sizes)
         dstates, dfirst = _run_chunks(added, decays.through, first, sizes, vx.dtype, reverse=True)
         qk = _scaled_product(scale, qx, kx.transpose(1, 2))
-        dscores = _outer_heads(dox, vx, decays.pairs, sizes)
-        dqk = dscores.sum(1) if dscores.shape[1] > 1 else dscores.squeeze(1)
+        dscores = _outer_heads(dox, vx, decays.pairs, sizes).to(dfirst.dtype)
+        dqk = dscores.sum(1).to(vx.dtype)
         dinter = torch.bmm(kx, dstates)
         dv = _mix(_pairwise(qk, decays.pairs).mT, dox, dinter, decays.leave, sizes)
         dq = torch.bmm(entered, states.transpose(1, 2)).baddbmm_(dqk, kx).mul_(scale)
         dk = torch.bmm(left, dstates.transpose(1, 2)).baddbmm_(dqk.transpose(1, 2), qx, alpha=scale)
         dgate = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and decays.through is not None:
             # Last, because the products below overwrite what the other gradients needed.
             dgate = _gate_gradient(
                 dscores.mul_(qk.unsqueeze(1)),

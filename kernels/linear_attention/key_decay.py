@@ -11,14 +11,20 @@ and k), R heads of v in a group, X = B·N·G, Y = X·R.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rondo.kernels.linear_attention.chunks import LOG2_E, ChunkMasks, carry, chunk_masks
+from rondo.kernels.linear_attention.chunks import (
+    LOG2_E,
+    ChunkMasks,
+    carry,
+    chunk_masks,
+    crossing_sums,
+)
 
 # Blocks up to this size are cheaper as elementwise products than as many tiny matmuls.
 ELEMENTWISE = 2
@@ -34,13 +40,13 @@ class Level(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Chunked inputs in the accumulation dtype: q carries the scale; q and k `(X, 1, C, K)`,
-    token decays `(X, R, C, K)`, decay over the chunk `(B, N, G, R, K, 1)`."""
+    """Chunked inputs in the accumulation dtype; q carries the scale."""
 
-    q: Tensor
-    k: Tensor
-    decay: Tensor
-    through: Tensor
+    q: Tensor  # (X, 1, C, K)
+    k: Tensor  # (X, 1, C, K)
+    decay: Tensor  # (X, R, C, K): of each position
+    through: Tensor  # (B, N, G, R, K, 1): over the chunk, 0 where a document starts in it
+    masks: ChunkMasks | None
 
 
 def key_decay_chunk(chunk_size: int, time: int) -> int:
@@ -57,16 +63,21 @@ def _heads_first(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     return out.view(-1, heads, chunk, dim)
 
 
-def _time_first(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """`(B·N, h, C, D)` -> `(B, T, h, D)`, contiguous."""
-    chunks, heads, chunk, dim = x.shape
-    out = torch.empty(chunks, chunk, heads, dim, dtype=dtype, device=x.device)
-    out.copy_(x.transpose(1, 2))
-    return out.view(batch, -1, heads, dim)
+def _time_first(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`(B·N·h, C, D)` -> `(B, T, h, D)`, contiguous; B and h are taken from `shape`."""
+    (batch, _, heads, _), (chunk, dim) = shape, x.shape[1:]
+    x = x.view(-1, heads, chunk, dim).transpose(1, 2)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return out.copy_(x).view(batch, -1, heads, dim)
 
 
 def _operands(
-    q: Tensor, k: Tensor, log_decay: Tensor, scale: float, chunk: int, masks: ChunkMasks | None
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor,
+    segment_ids: Tensor | None,
+    scale: float,
+    chunk: int,
 ) -> Operands:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     batch, time, groups, key_dim = q.shape
@@ -74,16 +85,18 @@ def _operands(
     qx, kx = (_heads_first(x, chunk, accumulate).view(-1, 1, chunk, key_dim) for x in (q, k))
     steps = _heads_first(log_decay, chunk, accumulate).mul_(LOG2_E)
     through = steps.sum(2).exp2_().view(batch, time // chunk, groups, repeat, key_dim, 1)
-    if masks is not None:
+    masks = None
+    if segment_ids is not None:
+        masks = chunk_masks(segment_ids, chunk)
         through = through * masks.through.view(*masks.through.shape, 1, 1, 1, 1)
-    return Operands(qx * scale, kx, steps.exp2_().view(-1, repeat, chunk, key_dim), through)
+    decay = steps.exp2_().view(-1, repeat, chunk, key_dim)
+    return Operands(qx.mul_(scale), kx, decay, through, masks)
 
 
-def _levels(decay: Tensor) -> Iterator[Level | tuple[Tensor, Tensor]]:
-    """Levels from the smallest blocks up, then the factors `(X, R, C, K)` from the chunk's start
-    to each position and from each position to the chunk's end. Each is overwritten by the next."""
-    groups, repeat, chunk, key_dim = decay.shape
-    after, before = decay.clone(), torch.ones_like(decay)
+def _levels(after: Tensor, before: Tensor) -> Iterator[Level]:
+    """Levels from the smallest blocks up. `(X, R, C, K)` decays of single positions and ones,
+    overwritten, end as the decays from the chunk's start and to its end."""
+    groups, repeat, chunk, key_dim = after.shape
     size = 1
     while size < chunk:
         shape = (groups, repeat, chunk // (2 * size), 2, size, key_dim)
@@ -92,7 +105,6 @@ def _levels(decay: Tensor) -> Iterator[Level | tuple[Tensor, Tensor]]:
         before1.mul_(after2[..., -1:, :])
         after2.mul_(after1[..., -1:, :])
         size *= 2
-    yield after, before
 
 
 def _halves(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
@@ -110,19 +122,14 @@ def _block(scores: Tensor, level: Level) -> Tensor:
     return tiles[..., level.size :, : level.size]
 
 
-def _fill_scores(
-    operands: Operands, masks: ChunkMasks | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """P `(X, R, C, C)` in `dtype`, 0 above the diagonal and between documents, and the factors
-    from the chunk's start and to its end."""
-    q, k, decay, _ = operands
+def _scores(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """P `(X, R, C, C)` in `dtype`, 0 above the diagonal and between documents; q decayed from the
+    chunk's start and k decayed to its end, `(Y, C, K)` in `dtype`."""
+    q, k, decay, _, masks = operands
     scores = torch.zeros(*decay.shape[:3], decay.shape[2], dtype=dtype, device=q.device)
     scores.diagonal(0, -2, -1).copy_((q * k).sum(-1))
-    factors = (decay, decay)
-    for level in _levels(decay):
-        if not isinstance(level, Level):
-            factors = level
-            continue
+    after, before = decay.clone(), torch.ones_like(decay)
+    for level in _levels(after, before):
         rows = _halves(q, level)[1] * level.after
         columns = _halves(k, level)[0] * level.before
         if level.size <= ELEMENTWISE:
@@ -131,25 +138,27 @@ def _fill_scores(
             block = rows @ columns.mT
         _block(scores, level).copy_(block)
     if masks is not None:
-        scores = _same_document(scores, masks)
-    return scores, *factors
+        _mask(scores, masks.same)
+        _mask(after, masks.enter.unsqueeze(-1))
+        _mask(before, masks.leave.unsqueeze(-1))
+    return scores, (q * after).to(dtype).flatten(0, 1), (k * before).to(dtype).flatten(0, 1)
 
 
-def _same_document(scores: Tensor, masks: ChunkMasks) -> Tensor:
-    """Clears pairs of `(X, R, C, C)` that lie in two documents, in place."""
-    chunk = scores.shape[-1]
-    same = masks.same.view(-1, 1, chunk, chunk)
-    scores.view(same.shape[0], -1, chunk, chunk).mul_(same)
-    return scores
+def _mask(x: Tensor, mask: Tensor) -> None:
+    """Zeroes `(X, R, C, n)`, in place, where `(B, N, C, n or 1)` is False."""
+    mask = mask.flatten(0, 1).unsqueeze(1)
+    x.view(mask.shape[0], -1, *x.shape[2:]).mul_(mask)
 
 
-def _score_gradients(operands: Operands, dscores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k through P below its diagonal, per head: `(X, R, C, K)`."""
-    q, k, decay, _ = operands
+def _score_gradients(operands: Operands, dscores: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of q and k through P below its diagonal, per head, and the decays from the
+    chunk's start and to its end: `(X, R, C, K)`. Zeroes `dscores` between documents."""
+    q, k, decay, _, masks = operands
     dq, dk = torch.zeros_like(decay), torch.zeros_like(decay)
-    for level in _levels(decay):
-        if not isinstance(level, Level):
-            break
+    after, before = decay.clone(), torch.ones_like(decay)
+    if masks is not None:
+        _mask(dscores, masks.same)
+    for level in _levels(after, before):
         rows = _halves(q, level)[1] * level.after
         columns = _halves(k, level)[0] * level.before
         block = _block(dscores, level).contiguous()
@@ -160,24 +169,10 @@ def _score_gradients(operands: Operands, dscores: Tensor) -> tuple[Tensor, Tenso
             drows, dcolumns = block @ columns, block.mT @ rows
         _halves(dq, level)[1].addcmul_(drows, level.after)
         _halves(dk, level)[0].addcmul_(dcolumns, level.before)
-    return dq, dk
-
-
-def _gate_gradient(reads: Tensor, writes: Tensor, passing: Tensor) -> Tensor:
-    """Gradient of the log decay from what decays across a position: reads `(Y, C, K)` at and
-    after it, writes `(Y, C, K)` before it, the state `(Y, 1, K)` passing through."""
-    before = (writes - reads).cumsum(1).roll(1, 1)
-    before[:, 0] = 0.0
-    return before.add_(reads.sum(1, keepdim=True).add_(passing))
-
-
-def _visible(factor: Tensor, mask: Tensor | None) -> Tensor:
-    """`(X, R, C, K)` factors, 0 where the `(B, N, C)` mask is."""
-    if mask is None:
-        return factor
-    groups = factor.shape[0] // mask.flatten(0, 1).shape[0]
-    mask = mask.flatten(0, 1).repeat_interleave(groups, dim=0)
-    return factor * mask.view(-1, 1, mask.shape[-1], 1)
+    if masks is not None:
+        _mask(after, masks.enter.unsqueeze(-1))
+        _mask(before, masks.leave.unsqueeze(-1))
+    return dq, dk, after, before
 
 
 class KeyDecayAttention(torch.autograd.Function):
@@ -187,11 +182,8 @@ class KeyDecayAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         q, k, v, log_decay, initial_state, segment_ids, scale, chunk = arguments
-        masks = None if segment_ids is None else chunk_masks(segment_ids, chunk)
-        operands = _operands(q, k, log_decay, scale, chunk, masks)
-        scores, enter, leave = _fill_scores(operands, masks, v.dtype)
-        read = _visible(operands.q * enter, masks and masks.enter).to(v.dtype).flatten(0, 1)
-        write = _visible(operands.k * leave, masks and masks.leave).to(v.dtype).flatten(0, 1)
+        operands = _operands(q, k, log_decay, segment_ids, scale, chunk)
+        scores, read, write = _scores(operands, v.dtype)
         values = _heads_first(v, chunk, v.dtype).flatten(0, 1)
         states, last = _run_chunks(write.mT @ values, operands.through, initial_state, v.dtype)
         o = torch.bmm(scores.flatten(0, 1), values).baddbmm_(read, states)
@@ -199,53 +191,41 @@ class KeyDecayAttention(torch.autograd.Function):
         ctx.scale, ctx.chunk = scale, chunk
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
-        o = _time_first(o.view(-1, v.shape[2], *o.shape[1:]), v.shape[0], v.dtype)
-        return o, last.flatten(1, 2).contiguous()
+        return _time_first(o, v.shape, v.dtype), last.flatten(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         q, k, values, log_decay, segment_ids, scores, states = ctx.saved_tensors
-        chunk, dtype, batch, heads = ctx.chunk, values.dtype, q.shape[0], log_decay.shape[2]
-        masks = None if segment_ids is None else chunk_masks(segment_ids, chunk)
-        operands = _operands(q, k, log_decay, ctx.scale, chunk, masks)
+        (do, dlast), dtype = grad_outputs, values.dtype
+        operands = _operands(q, k, log_decay, segment_ids, ctx.scale, ctx.chunk)
         if do is None:
             douts = torch.zeros_like(values)
         else:
-            douts = _heads_first(do, chunk, dtype).flatten(0, 1)
+            douts = _heads_first(do, ctx.chunk, dtype).flatten(0, 1)
         dscores = torch.bmm(douts, values.mT).view_as(scores).to(operands.q.dtype)
-        if masks is not None:
-            dscores = _same_document(dscores, masks)
-        *_, (enter, leave) = _levels(operands.decay)
-        enter = _visible(enter, masks and masks.enter)
-        leave = _visible(leave, masks and masks.leave)
-        read, write = ((x * f).to(dtype) for x, f in ((operands.q, enter), (operands.k, leave)))
+        dq, dk, after, before = _score_gradients(operands, dscores)
+        read, write = ((x * f).to(dtype) for x, f in ((operands.q, after), (operands.k, before)))
         added = read.flatten(0, 1).mT @ douts
         dstates, dfirst = _run_chunks(added, operands.through, dlast, dtype, reverse=True)
-        dvalues = scores.flatten(0, 1).mT @ douts
-        dvalues.baddbmm_(write.flatten(0, 1), dstates)
-        dread = (douts @ states.mT).view_as(enter) * enter
-        dwrite = (values @ dstates.mT).view_as(leave) * leave
-        dq, dk = _score_gradients(operands, dscores)
-        dgate = None
+        dvalues = (scores.flatten(0, 1).mT @ douts).baddbmm_(write.flatten(0, 1), dstates)
+        dread = (douts @ states.mT).view_as(after) * after
+        dwrite = (values @ dstates.mT).view_as(before) * before
+        dgate = dinitial = None
         if ctx.needs_input_grad[3]:
-            reads = operands.q * (dread + dq) - operands.k * dk
-            passing = (states * dstates).sum(-1, dtype=enter.dtype) * operands.through.flatten(
-                0, 3
-            ).squeeze(-1)
-            writes = (operands.k * dwrite).flatten(0, 1)
-            dgate = _gate_gradient(reads.flatten(0, 1), writes, passing.unsqueeze(1))
-            dgate = dgate.view(-1, heads, *dgate.shape[1:])
-            dgate = _time_first(dgate, batch, log_decay.dtype)
+            dgate = crossing_sums(
+                (operands.q * (dread + dq) - operands.k * dk).flatten(0, 1),
+                (operands.k * dwrite).flatten(0, 1),
+                (states * dstates).sum(-1).unsqueeze(1) * operands.through.view(len(states), 1, -1),
+            )
+            dgate = _time_first(dgate, log_decay.shape, log_decay.dtype)
+        if ctx.needs_input_grad[4]:
+            dinitial = dfirst.flatten(1, 2).to(ctx.state_dtype)
         diagonal = dscores.diagonal(0, -2, -1).unsqueeze(-1)
-        dq = dq.add_(dread).addcmul_(diagonal, operands.k).mul_(ctx.scale)
-        dk = dk.add_(dwrite).addcmul_(diagonal, operands.q)
-        dq, dk = (
-            _time_first(x.sum(1).view(-1, q.shape[2], chunk, q.shape[3]), batch, dtype)
-            for x in (dq, dk)
-        )
-        dv = _time_first(dvalues.view(-1, heads, *dvalues.shape[1:]), batch, dtype)
-        dinitial = dfirst.flatten(1, 2).to(ctx.state_dtype) if ctx.needs_input_grad[4] else None
+        dq = dq.add_(dread).addcmul_(diagonal, operands.k).sum(1).mul_(ctx.scale)
+        dk = dk.add_(dwrite).addcmul_(diagonal, operands.q).sum(1)
+        dv = _time_first(dvalues, (*log_decay.shape[:3], -1), dtype)
+        dq, dk = (_time_first(x, q.shape, dtype) for x in (dq, dk))
         return dq, dk, dv, dgate, dinitial, None, None, None
 
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rondo.kernels.linear_attention.chunks import pad_segments, pad_time
+from rondo.kernels.linear_attention.chunks import pad_segments, pad_time, sums_after
 from rondo.kernels.segments import last_document
 from rondo.kernels.summary import DiagonalSummary
-
-
-def _sum_after(x: Tensor, dim: int) -> Tensor:
-    """Sum of the elements that follow along `dim`, added up from the end: no differences, which
-    would lose the digits of small log decays beside large ones."""
-    inclusive = x.flip(dim).cumsum(dim).flip(dim)
-    following = inclusive.narrow(dim, 1, x.shape[dim] - 1)
-    return torch.cat([following, torch.zeros_like(x.narrow(dim, 0, 1))], dim)
 
 
 def summarize(
@@ -31,17 +23,17 @@ def summarize(
     groups = k.shape[2]
     chunk = min(chunk_size, time)
     pad = -time % chunk
-    k, v, log_decay = pad_time((k, v, log_decay), pad)
+    k, v = pad_time(k, pad), pad_time(v, pad)
+    log_decay = None if log_decay is None else pad_time(log_decay, pad)
     segment_ids = pad_segments(segment_ids, pad)
     k, v = (x.unflatten(1, (-1, chunk)).unflatten(3, (groups, -1)) for x in (k, v))
     transition = torch.ones(batch, heads, 1, 1, dtype=accumulate, device=v.device)
     factor = None
     if log_decay is not None:
-        steps = log_decay.to(accumulate).reshape(
-            batch, -1, chunk, heads, log_decay[0, 0, 0].numel()
-        )
+        steps = log_decay.to(accumulate).reshape(batch, time + pad, heads, -1)
+        steps = steps.unflatten(1, (-1, chunk))
         totals = steps.sum(2, keepdim=True)
-        factor = (_sum_after(steps, 2) + _sum_after(totals, 1)).exp()
+        factor = (sums_after(steps, 2) + sums_after(totals, 1)).exp()
         transition = totals.sum((1, 2)).exp().unsqueeze(-1)
     if segment_ids is not None:
         visible = last_document(segment_ids).view(batch, -1, chunk, 1, 1)

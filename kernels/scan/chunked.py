@@ -50,9 +50,9 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """The adjoint is the same recurrence backwards: `dh_t += a_{t+1} * dh_{t+1}`."""
-        (a, h, first), (dh, dlast) = ctx.saved_tensors, gradients
+        (a, h, first), (dh, dlast) = ctx.saved_tensors, grad_outputs
         states = scan(a, torch.zeros_like(h) if dh is None else dh, dlast, True)
         da = torch.empty_like(a)
         da[:, 1:].copy_(states[:, 1:] * h[:, :-1])

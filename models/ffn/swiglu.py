@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rondo.kernels import swiglu
 from rondo.models.config import ModelConfig
 from rondo.models.layers import Linear
-from rondo.models.mixer import Cost, module_cost
+from rondo.models.mixer import ChannelMixer
 from rondo.models.registry import FFNS
 
 
 @FFNS.register("swiglu")
-class SwiGLU(nn.Module):
+class SwiGLU(ChannelMixer):
     """Gated channel mixer of inner width `config.inner_dim`."""
 
     sharding: ClassVar = {"gate_proj": "column", "up_proj": "column", "down_proj": "row"}
@@ -27,7 +27,3 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-    def cost(self, length: int) -> Cost:
-        """Cost in sequences of any length."""
-        return module_cost(self)

@@ -116,8 +116,8 @@ class Mamba2(Mixer):
         groups = self.options.num_groups
         if groups == 1:
             return self.norm(y, z)
-        split = (split_heads(tensor, groups) for tensor in (y, z))
-        y = gated_rms_norm(*split, None, eps=self.norm.eps, norm_before_gate=False)
+        y, z = split_heads(y, groups), split_heads(z, groups)
+        y = gated_rms_norm(y, z, eps=self.norm.eps, norm_before_gate=False)
         return y.flatten(2) * self.norm.weight.to(y.dtype)
 
     def state_shapes(

@@ -54,3 +54,15 @@ def train(layout: tuple[int, int] | None, optimizer: str, output: str) -> None:
             each.zero_grad()
     if rank == 0:
         Path(output).write_text(json.dumps({"start": start, "rows": rows}))
+
+
+def norm_with_one_bad_rank() -> float:
+    """The gradient norm when rank 1 alone has a gradient that is not finite."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    ranks = Ranks(dist.get_rank(), 2, torch.device("cpu"), mesh)
+    model = data_parallel.build_model(CONFIG, ranks, ParallelConfig(), precision="float32", seed=4)
+    tokens = torch.zeros(1, 9, dtype=torch.long)
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    (loss * float("inf") if ranks.rank == 1 else loss).backward()
+    data_parallel.finish_gradients(model, ranks)
+    return data_parallel.gradient_norm(model, ranks)

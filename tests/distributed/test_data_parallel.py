@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
-from rondo.tests.distributed.data_parallel_cases import train
+from rondo.tests.distributed.data_parallel_cases import norm_with_one_bad_rank, train
 from rondo.tests.distributed.spawn import run_ranks
 
 
@@ -24,3 +25,8 @@ def test_layouts_equal_one_process(
     for (loss, norm), (other_loss, other_norm) in zip(one["rows"], many["rows"], strict=True):
         assert other_loss == pytest.approx(loss, rel=tolerance)
         assert other_norm == pytest.approx(norm, rel=10 * tolerance)
+
+
+def test_all_ranks_see_a_gradient_that_is_not_finite_on_one() -> None:
+    norms = run_ranks(norm_with_one_bad_rank, 2)
+    assert not any(map(math.isfinite, norms))

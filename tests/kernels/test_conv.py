@@ -91,10 +91,10 @@ def test_carried_state_equals_whole(backend: str, split: int) -> None:
     torch.testing.assert_close(end, last)
 
 
+@pytest.mark.parametrize("bounds", ((0, 5, 7, 14), (0, 12, 13, 14)))
 @pytest.mark.parametrize("backend", ("reference", "chunked"))
-def test_packed_equals_separate(backend: str) -> None:
+def test_packed_equals_separate(backend: str, bounds: tuple[int, ...]) -> None:
     x, weight, bias, state = make(14, batch=1)
-    bounds = (0, 5, 7, 14)
     ids = torch.cat(
         [torch.full((1, b - a), i) for i, (a, b) in enumerate(itertools.pairwise(bounds))], 1
     )

@@ -61,9 +61,7 @@ def cast(args: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor
 
 def cut(args: dict[str, Tensor | None], start: int, end: int, **changes) -> dict:
     """The arguments of positions `start` to `end`."""
-    part = {
-        n: x if x is None or n == "initial_state" else x[:, start:end] for n, x in args.items()
-    }
+    part = {n: x if x is None or n == "initial_state" else x[:, start:end] for n, x in args.items()}
     return part | changes
 
 
@@ -163,9 +161,7 @@ def test_float32(gate: str, low: float, high: float, limit: float) -> None:
     ("low", "high", "limit", "gradient_limit"),
     [(0, 1, 1e-2, 1e-2), (0, 2, 1e-2, 1.5e-2), (1.9, 2, 3e-2, 3e-2)],
 )
-def test_bfloat16(
-    gate: str, low: float, high: float, limit: float, gradient_limit: float
-) -> None:
+def test_bfloat16(gate: str, low: float, high: float, limit: float, gradient_limit: float) -> None:
     args = make(200, gate, key=64, value=32, beta=(low, high))
     compare(args, torch.bfloat16, limit, gradient_limit)
 
@@ -198,12 +194,12 @@ def test_documents_are_separate_calls(gate: str, backend: str) -> None:
         part = cut({n: None if x is None else x[:1] for n, x in args.items()}, start, end)
         if start > 0:
             part["initial_state"] = torch.zeros_like(part["initial_state"])
-        leaves = {
-            n: x.detach().clone().requires_grad_() for n, x in part.items() if x is not None
-        }
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in part.items() if x is not None}
         o, state = gated_delta_rule(**leaves, backend=backend)
         last = d_state[:1] if end == sum(lengths) else torch.zeros_like(state)
-        grads = torch.autograd.grad((o, state), list(leaves.values()), (weights[:1, start:end], last))
+        grads = torch.autograd.grad(
+            (o, state), list(leaves.values()), (weights[:1, start:end], last)
+        )
         rows["o"].append(o)
         rows["state"].append(state)
         for n, g in zip(leaves, grads, strict=True):
@@ -268,11 +264,18 @@ EXTREMES = (0.0, -1e-4, -50.0, -1e4)
 
 @pytest.mark.parametrize("gate", ["head", "key"])
 @pytest.mark.parametrize("decay", [*EXTREMES, "mixed"])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_extreme_gates(gate: str, decay: float | str, dtype: torch.dtype, limit: float) -> None:
-    args = make(130, gate)
+@pytest.mark.parametrize(
+    ("dtype", "limit", "gradient_limit"),
+    [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-2, 1.5e-2)],
+)
+def test_extreme_gates(
+    gate: str, decay: float | str, dtype: torch.dtype, limit: float, gradient_limit: float
+) -> None:
+    args = make(130, gate, key=32)
     if decay == "mixed":
-        choice = torch.randint(4, args["log_decay"].shape, generator=torch.Generator().manual_seed(1))
+        choice = torch.randint(
+            4, args["log_decay"].shape, generator=torch.Generator().manual_seed(1)
+        )
         # mostly weak decay, so that much is remembered right behind a strong one
         choice = torch.where(choice < 2, choice, torch.where(choice.roll(3, 1) == 2, choice, 1))
         args["log_decay"] = torch.tensor(EXTREMES, dtype=torch.float64)[choice]
@@ -283,8 +286,9 @@ def test_extreme_gates(gate: str, decay: float | str, dtype: torch.dtype, limit:
     reference = run_with_gradients(cast(rounded, torch.float64), backend="reference")
     for name, expected in reference.items():
         assert chunked[name].isfinite().all(), name
-        close = (chunked[name].double() - expected).abs().max() <= 1e-6
-        assert close or error_ratio(chunked[name], expected) <= limit, name
+        allowed = gradient_limit if name.startswith("d_") else limit
+        vanished = (chunked[name].double() - expected).abs().max() <= 1e-6
+        assert vanished or error_ratio(chunked[name], expected) <= allowed, name
 
 
 def test_equal_gates_per_key_are_one_gate() -> None:
@@ -382,7 +386,7 @@ def test_summary_gradients(gate: str) -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 def test_summary_in_bfloat16(gate: str) -> None:
-    exact = make(200, gate, key=64, beta=(0.0, 2.0))
+    exact = make(200, gate, key=64)
     if gate != "none":
         exact["log_decay"] = exact["log_decay"] / 100
     args = cast(exact, torch.bfloat16)
@@ -426,8 +430,10 @@ def test_inverse(size: int, similar: bool) -> None:
     junk = torch.full_like(lower, float("nan")).triu()
     inverse = invert_unit_lower(lower + junk)
     unit = torch.eye(size)
-    assert ((inverse @ (unit - lower)) - unit).abs().max() < 1e-5
     assert torch.equal(inverse, inverse.tril())
+    if not similar:
+        assert ((inverse @ (unit - lower)) - unit).abs().max() < 1e-5
+    assert_ratio("inverse", inverse, torch.linalg.inv((unit - lower).double()), 1e-5)
 
 
 def test_autocast_does_not_touch_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+
+from rondo.errors import UserError
+from rondo.pretrain import load_recipe, train
+from rondo.pretrain.train import Trainer
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.dim=32", "--data.sequence_length=64", "--data.micro_batch_size=2"]
@@ -245,3 +251,46 @@ def test_truncated_tokens_are_refused(tmp_path: Path) -> None:
     tokens.write_bytes(tokens.read_bytes()[:-7])
     output = run(tmp_path, 1, *options, "--steps=2", code=2)
     assert "train.bin" in output and "Traceback" not in output
+
+
+def in_process(folder: Path, data: Path, *options: str) -> list[dict]:
+    """Runs the tiny recipe in this process; its rows."""
+    options = (*SMALL, f"--data.folder={data}", f"--output_dir={folder}/runs", *options)
+    assert train(load_recipe("tiny", [*options, "--model.pattern=[attention]"])) == 0
+    lines = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """Makes the gradients of steps `first` to `last` not finite."""
+    step, loss = Trainer.step, Trainer._loss
+
+    def spoiled(self: Trainer, number: int, batches: list) -> tuple:
+        self.spoil = first <= number <= last
+        return step(self, number, batches)
+
+    def spoiled_loss(self: Trainer, batch) -> torch.Tensor:
+        value = loss(self, batch)
+        return value * float("nan") if getattr(self, "spoil", False) else value
+
+    monkeypatch.setattr(Trainer, "step", spoiled)
+    monkeypatch.setattr(Trainer, "_loss", spoiled_loss)
+
+
+def test_a_step_with_bad_gradients_changes_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant = "--schedule.name=constant"
+    spoil(monkeypatch, 4, 5)
+    rows = in_process(tmp_path, data, constant)
+    assert [row["skipped_steps"] for row in rows] == [0] * 4 + [1] + [2] * 7
+    assert math.isnan(rows[4]["loss"]) and math.isfinite(rows[6]["loss"])
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+
+
+def test_too_many_bad_steps_end_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2, 99)
+    with pytest.raises(UserError, match="not finite in 3 steps in a row"):
+        in_process(tmp_path, data, "--optimizer.max_skipped_steps=2")
