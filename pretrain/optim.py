@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from rondo.models import Decoder
+from rondo.parallel.muon import ShardedMuon
 from rondo.pretrain.recipe import OptimizerConfig
 
 
@@ -37,7 +38,7 @@ def build_optimizers(model: Decoder, config: OptimizerConfig) -> list[Optimizer]
     ]
     if matrices:
         optimizers.append(
-            Muon(
+            ShardedMuon(
                 matrices,
                 lr=config.lr,
                 weight_decay=config.weight_decay,

@@ -34,8 +34,8 @@ def gated_delta_rule(
 
         S <- diag(exp(g_t)) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = scale * S^T q_t
 
-    Differentiable once in every floating point input. Computes in the dtype of `v`, with gates, sums
-    and states in float32 (float64 when `v` is).
+    Differentiable once in every floating point input. Computes in the dtype of `v`, with gates,
+    sums and states in float32 (float64 when `v` is).
 
     Args:
         q, k: `(B, T, G, K)` with H a multiple of G; head h uses group `h // (H // G)`. Keys are

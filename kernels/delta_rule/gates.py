@@ -102,7 +102,7 @@ class HeadGates:
         products: Sequence[Tensor],
         readers: Sequence[Tensor],
         writers: Tensor,
-        sums: tuple[Tensor, Tensor, Tensor] | None,
+        sums: Sequence[Tensor],
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """Gradients of `products`.
 
@@ -110,13 +110,13 @@ class HeadGates:
             grads: of the products; overwritten.
             products, readers, writers: what the forward pass returned and got.
             sums: gradients with respect to `G_i`, `G_C - G_j` (shaped as the gate) and `G_C`
-                (`(N, X, 1, K)`) from everywhere else.
+                (`(N, X, 1, K)`) from everywhere else; not used when there is no gate.
 
         Returns:
             Gradients of the readers, of the writers, and of `log_decay`.
         """
         log_decay = None
-        if self.gated and sums is not None:
+        if self.gated:
             log_decay = self._gate_gradient(grads, products, *sums)
         grads = [self._mask(g) for g in grads]
         d_writers = matmul(grads[0].mT, readers[0])

@@ -1,9 +1,9 @@
 """Decay of its own for every key channel; same interface as `HeadGates`.
 
-The decay of a pair is then inside the dot product, `sum_k q_ik k_jk exp(G_ik - G_jk)`, and has to be
-split between the two factors. Every split point between j and i keeps both exponents at or below
-zero, so the chunk is halved again and again: in a block of 2s tokens the second half reads the
-first through the point between them. Each level is one batch of small products, no pair is
+The decay of a pair is then inside the dot product, `sum_k q_ik k_jk exp(G_ik - G_jk)`, and has to
+be split between the two factors. Every split point between j and i keeps both exponents at or
+below zero, so the chunk is halved again and again: in a block of 2s tokens the second half reads
+the first through the point between them. Each level is one batch of small products, no pair is
 ever treated alone, and sums only run over gates that lie between reader and writer.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.delta_rule.gates import FLOOR, LOG2E, wide
+from rondo.kernels.delta_rule.gates import FLOOR, LOG2E, scaled, wide
 from rondo.kernels.delta_rule.layout import Documents
 
 
@@ -52,12 +52,9 @@ class KeyGates:
             half *= 2
         shape = log_decay.shape[:2]
         before, after = before.exp2_().unflatten(0, shape), after.exp2_().unflatten(0, shape)
-        self.through = before[..., -1:, :].mT.contiguous()
-        self.from_start, self.to_end = before.to(dtype), after.to(dtype)
-        if docs is not None:
-            self.from_start.mul_(docs.incoming)
-            self.to_end.mul_(docs.outgoing)
-            self.through = self.through * docs.through
+        self.from_start = scaled(before.to(dtype), None if docs is None else docs.incoming)
+        self.to_end = scaled(after.to(dtype), None if docs is None else docs.outgoing)
+        self.through = scaled(before[..., -1:, :].mT, None if docs is None else docs.through)
 
     def products(self, readers: Sequence[Tensor], writers: Tensor) -> list[Tensor]:
         """See `HeadGates.products`."""
@@ -85,7 +82,7 @@ class KeyGates:
         products: Sequence[Tensor],
         readers: Sequence[Tensor],
         writers: Tensor,
-        sums: tuple[Tensor, Tensor, Tensor],
+        sums: Sequence[Tensor],
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """See `HeadGates.backward`; goes back through the levels, largest blocks first."""
         shape = writers.shape[:2]
@@ -93,8 +90,8 @@ class KeyGates:
             grads = [g.mul_(self.pairs) for g in grads]
         grads, readers = [g.flatten(0, 1) for g in grads], [r.flatten(0, 1) for r in readers]
         writers = writers.flatten(0, 1)
-        before, after = sums[0].flatten(0, 1), sums[1].flatten(0, 1)
-        before[:, -1:] += sums[2].flatten(0, 1)
+        before, after, through = (x.flatten(0, 1) for x in sums)
+        before[:, -1:] += through
         diagonals = [g.diagonal(dim1=1, dim2=2).unsqueeze(-1) for g in grads]
         d_readers = [d * writers for d in diagonals]
         d_writers = diagonals[0] * readers[0]

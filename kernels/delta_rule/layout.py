@@ -3,6 +3,7 @@ head is one contiguous batch of matrices, and what documents allow to pass betwe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ def to_chunks(x: Tensor, chunk: int) -> Tensor:
     return x.reshape(x.shape[0], -1, chunk, x.shape[-1])
 
 
-def from_chunks(x: Tensor, batch: int, heads: tuple[int, ...]) -> Tensor:
+def from_chunks(x: Tensor, batch: int, heads: Sequence[int]) -> Tensor:
     """`(N, B * H, C, D)` to `(B, T, *heads, D)`, contiguous."""
     x = x.unflatten(1, (batch, *heads)).transpose(0, 1).movedim(-2, 2)
     return x.flatten(1, 2).contiguous()

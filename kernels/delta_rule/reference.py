@@ -21,9 +21,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Decay, erase and write, read; checked and defaulted arguments of `gated_delta_rule`.
 
-    `chunk_size` is not used: every token is a chunk.
+    There are no chunks here: `chunk_size` is part of the common signature only.
     """
-    del chunk_size
     repeats = v.shape[2] // k.shape[2]
     kind = state.dtype
     q, k = (x.to(kind).repeat_interleave(repeats, dim=2) for x in (q, k))

@@ -72,7 +72,7 @@ def gated_linear_attention(
         raise ValueError(f"scale is {scale}, expected a finite number")
     run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if True:  # sums and states must stay float32
+    with torch.autocast(v.device.type, enabled=False):  # sums and states must stay float32
         return run(q, k, v, log_decay, scale, initial_state, segment_ids, chunk_size)
 
 

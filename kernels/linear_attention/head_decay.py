@@ -122,13 +122,14 @@ def _gate_gradient(
     digits that q·dq - k·dk, summed over whole gradients, loses.
 
     Args:
-        pairs: `(X, R, C, C)`, P times its gradient, exact enough for its row and column sums to
-            cancel where they must.
+        pairs: `(X, R, C, C)`, P times its gradient, in the accumulation dtype so that its row and
+            column sums cancel where they must; its diagonal is overwritten.
         reads: `(X, C, R)`, output read from the entering state, times its gradient.
         writes: `(X, C, R)`, value written to the leaving state, times its gradient.
         passing: `(X, K, R)`, entering state times gradient of the leaving one.
     """
     accumulate = through.dtype
+    pairs.diagonal(0, -2, -1).zero_()  # a position paired with itself crosses nothing
     reads = (pairs.sum(-1) - pairs.sum(-2)).transpose(1, 2) + reads
     passing = passing.sum(1, keepdim=True, dtype=accumulate) * through.view(-1, 1, sizes.repeat)
     gradient = crossing_sums(reads, writes.to(accumulate), passing)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from rondo.kernels import (
     attention,
     gated_delta_rule,
@@ -70,7 +71,9 @@ def test_operator(name: str, dtype: torch.dtype) -> None:
 
     expected = gradients(run("reference", segments()), inputs)
     moved = [value.to("cuda", dtype) for value in inputs]
-    actual = gradients(lambda *args: [y.cpu() for y in run("auto", segments().cuda())(*args)], moved)
+    actual = gradients(
+        lambda *args: [y.cpu() for y in run("auto", segments().cuda())(*args)], moved
+    )
     limit = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 5e-2}[dtype]
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         assert_ratio(name, got.cpu(), want, limit)
@@ -83,7 +86,10 @@ def test_cross_entropy() -> None:
     def run(h: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
         return [linear_cross_entropy(h, w, targets.to(h.device), reduction="sum").cpu()]
 
-    expected, actual = gradients(run, [hidden, table]), gradients(run, [hidden.cuda(), table.cuda()])
+    expected, actual = (
+        gradients(run, [hidden, table]),
+        gradients(run, [hidden.cuda(), table.cuda()]),
+    )
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         assert_ratio("cross entropy", got.cpu(), want, 1e-9)
 

@@ -42,7 +42,9 @@ def main() -> None:
         figures = (
             milliseconds(lambda a=heads_first: F.scaled_dot_product_attention(*a, is_causal=True)),
             milliseconds(lambda a=(q, k, v, decay): gated_linear_attention(*a)[0]),
-            milliseconds(lambda a=(q, k, v, beta, decay): gated_delta_rule(a[0], l2_norm(a[1]), *a[2:])[0]),
+            milliseconds(
+                lambda a=(q, k, v, beta, decay): gated_delta_rule(a[0], l2_norm(a[1]), *a[2:])[0]
+            ),
         )
         print(f"{batch:5} x {length:6} {figures[0]:12.2f} {figures[1]:17.2f} {figures[2]:11.2f}")
 

@@ -31,7 +31,14 @@ def environment() -> dict[str, str]:
 
 def command(ranks: int, *options: str) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "rondo.pretrain", "tiny", *options]
+    return [
+        sys.executable,
+        *(launcher if ranks > 1 else []),
+        "-m",
+        "rondo.pretrain",
+        "tiny",
+        *options,
+    ]
 
 
 def start(folder: Path, ranks: int, *options: str) -> subprocess.Popen:
@@ -198,8 +205,17 @@ def test_a_run_leaves_what_the_design_says(data: Path, tmp_path: Path) -> None:
 def test_generate_reads_the_run(straight: dict) -> None:
     folder, _ = straight[2]
     text = subprocess.run(
-        [sys.executable, "-m", "rondo.launch.cli", "generate", "runs/tiny"]
-        + ["--prompt", "The ", "--max_tokens", "8"],
+        [
+            sys.executable,
+            "-m",
+            "rondo.launch.cli",
+            "generate",
+            "runs/tiny",
+            "--prompt",
+            "The ",
+            "--max_tokens",
+            "8",
+        ],
         cwd=folder,
         env=environment(),
         capture_output=True,
