@@ -102,14 +102,14 @@ CONTESTS = [
 ]
 
 
-def our_step(model: Decoder, tokens: Tensor, segment_ids: Tensor) -> Step:
-    """A training step of our model; returns its loss."""
+def our_step(model: Decoder, tokens: Tensor) -> Step:
+    """A training step of our model; returns its loss. Rows are one document each, on both sides."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = -100
 
     def step() -> float:
-        loss = model.loss(tokens, targets, segment_ids=segment_ids, reduction="mean")
+        loss = model.loss(tokens, targets, reduction="mean")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -149,14 +149,13 @@ def run(contest: Contest, mode: str, rounds: int, peak: float) -> dict[str, Any]
     """Figures of one contest."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCAB, (BATCH, TIME), generator=generator)
-    segment_ids = torch.zeros_like(tokens)
     ours, theirs = contest.ours(), contest.theirs()
     flops = 3 * ours.cost(TIME).flops * tokens.numel()
     if mode == "compiled":
         for block in ours.blocks:
             block.compile()
         theirs.compile()
-    steps = [our_step(ours, tokens, segment_ids), their_step(theirs, tokens)]
+    steps = [our_step(ours, tokens), their_step(theirs, tokens)]
     began = time.perf_counter()
     our_time, their_time = best_times(steps, rounds)
     return {
@@ -177,7 +176,7 @@ def run(contest: Contest, mode: str, rounds: int, peak: float) -> dict[str, Any]
 def profile(contest: Contest, rows: int = 12) -> str:
     """Where a step of ours spends its time, by operator."""
     tokens = torch.randint(0, VOCAB, (BATCH, TIME))
-    step = our_step(contest.ours(), tokens, torch.zeros_like(tokens))
+    step = our_step(contest.ours(), tokens)
     step(), step()
     with torch.profiler.profile() as recorded:
         step()

@@ -97,7 +97,7 @@ def _walk(
     """See `_losses`."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     losses, grad_hidden, grad_weight = _results(hidden, weight, upstream)
-    wide_grad = torch.zeros_like(grad_weight, dtype=losses.dtype)
+    wide_grad = grad_weight
     head = weight.to(hidden.dtype)
     chunk = max(MIN_CHUNK, BUFFER_BYTES // (vocabulary * hidden.element_size()))
     buffer = hidden.new_empty(min(chunk, tokens), vocabulary)
@@ -109,7 +109,8 @@ def _walk(
             row = upstream[part, None]
             torch.mm(logits, head, out=grad_hidden[part])
             grad_hidden[part].mul_(row)
-            wide_grad.add_(logits.T @ (hidden[part] * row))
+            update = logits.T @ (hidden[part] * row)
+            wide_grad = update.to(losses.dtype) if start == 0 else wide_grad.add_(update)
     return losses, grad_hidden, wide_grad.to(weight.dtype)
 
 
