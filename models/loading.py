@@ -96,6 +96,19 @@ def load(
     return model
 
 
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest checkpoint of the run folder `path`.
+
+    Raises UserError where there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    found = sorted((path / "checkpoints").glob("step-*/manifest.json"))
+    if not found:
+        raise UserError(f"checkpoint {path}: neither a checkpoint nor a run that has one")
+    return found[-1].parent
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of the safetensors files in `folder`, whole, on the CPU.
 

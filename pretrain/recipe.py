@@ -91,8 +91,9 @@ class CheckpointConfig:
     keep: int = 3
     """How many of the newest checkpoints stay; 0 keeps all."""
     resume: str = "auto"
-    """'auto' goes on from the newest valid checkpoint of the run folder, 'never' starts anew
-    in an empty folder, a path loads that checkpoint."""
+    """'auto' goes on from the newest valid checkpoint of the run folder; a path (of a checkpoint
+    or of a run) is where to start from while the run folder has none; 'never' refuses to run in
+    a folder that has one."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
     signal: str = "SIGUSR1"

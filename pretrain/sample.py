@@ -10,6 +10,7 @@ import torch
 from rondo.errors import UserError
 from rondo.models import load
 from rondo.models.generate import stream
+from rondo.models.loading import find_checkpoint
 from rondo.pretrain.data import load_tokenizer
 
 
@@ -68,13 +69,3 @@ def generate_text(config: GenerateConfig) -> str:
         raise UserError(str(error)) from error
     print(flush=True)
     return config.prompt + tokenizer.decode(new)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest checkpoint of the run folder."""
-    if (path / "manifest.json").is_file():
-        return path
-    found = sorted((path / "checkpoints").glob("step-*/manifest.json"))
-    if not found:
-        raise UserError(f"checkpoint: {path} is neither a checkpoint nor a run with checkpoints")
-    return found[-1].parent

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rondo.errors import UserError
+from rondo.models.loading import find_checkpoint
 from rondo.parallel import data_parallel
 from rondo.parallel.checkpoint import Checkpointer, model_tensors, optimizer_tensors, state_digest
 from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
@@ -261,9 +262,11 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        """Loads the checkpoint the recipe names, if there is one."""
+        """Loads the newest checkpoint of the run folder, else the one that the recipe names."""
         resume = self.recipe.checkpoint.resume
-        path = self.checkpointer.newest() if resume in ("auto", "never") else Path(resume)
+        path = self.checkpointer.newest()
+        if path is None and resume not in ("auto", "never"):
+            path = find_checkpoint(Path(resume))
         if path is None:
             return
         tensors = {

@@ -27,7 +27,7 @@ def test_cosine() -> None:
     assert got[60] == pytest.approx(0.55)  # half way down
     expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 25 / 100))
     assert got[35] == pytest.approx(expected)
-    assert all(a >= b for a, b in itertools.pairwise(got))
+    assert all(a >= b for a, b in itertools.pairwise(got[10:]))
 
 
 @pytest.mark.parametrize(
