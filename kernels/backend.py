@@ -47,6 +47,18 @@ def choose(
     return implementations[name]
 
 
+def show_choices(say: Callable[[str], None]) -> None:
+    """Hands every choice from now on to `say`, as a line."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    logger.handlers[:] = [Handler()]
+    logger.setLevel(logging.INFO)
+    _logged.clear()
+
+
 @torch.compiler.assume_constant_result  # so that it does not break a compiled graph
 def _log_once(operator: str, name: str, device: str, reason: str) -> None:
     if (operator, name, device) not in _logged:

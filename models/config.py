@@ -21,8 +21,10 @@ _ENTRY = re.compile(r"(?P<mixer>[\w.-]+)(\+(?P<ffn>[\w.-]+))?(\*(?P<count>[1-9]\
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One block: its sequence mixer (registered name and options) and channel mixer."""
+    """One block: its sequence mixer (name in the pattern, registered name, options) and channel
+    mixer."""
 
+    name: str
     mixer: str
     options: dict[str, Any]
     ffn: str
@@ -82,7 +84,7 @@ class ModelConfig:
             raise UserError(f"model.pattern: {MIXERS.unknown(kind)}")
         if ffn != "none" and ffn not in FFNS:
             raise UserError(f"model.pattern: {FFNS.unknown(ffn)}")
-        return [LayerSpec(kind, options, ffn)] * int(match["count"] or 1)
+        return [LayerSpec(name, kind, options, ffn)] * int(match["count"] or 1)
 
     @property
     def inner_dim(self) -> int:
@@ -120,13 +122,13 @@ def from_preset(name: str, **overrides: Any) -> ModelConfig:
     return ModelConfig(**values)
 
 
-def make_options(mixer: str, values: Mapping[str, Any]) -> Any:
+def make_options(mixer: str, values: Mapping[str, Any], name: str = "") -> Any:
     """A mixer's options from a mapping. Raises UserError on an unknown name, a wrong type or a
     number that is not above 0 (options are sizes and factors)."""
     cls = MIXERS[mixer].Options
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in values.items():
-        where = f"model.mixers.{mixer}.{key}"
+        where = f"model.mixers.{name or mixer}.{key}"
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -169,9 +171,9 @@ def problems(config: ModelConfig) -> list[str]:
         return found
     for spec in {repr(spec): spec for spec in layers}.values():
         try:
-            options = make_options(spec.mixer, spec.options)
+            options = make_options(spec.mixer, spec.options, spec.name)
             reasons = MIXERS[spec.mixer].problems(config, options)
-            found += [f"model.mixers.{spec.mixer}.{reason}" for reason in reasons]
+            found += [f"model.mixers.{spec.name}.{reason}" for reason in reasons]
         except UserError as error:
             found.append(str(error))
     return found

@@ -51,8 +51,10 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    vocabulary: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the next tokens `(B,)`, one step at a time, after `prompt` `(B, T >= 1)`.
+    """Yields the next tokens `(B,)`, one step at a time, after `prompt` `(B, T >= 1)`; only ids
+    below `vocabulary`, where the model has more rows than the tokenizer has tokens.
 
     Raises:
         ValueError: a sampling option is out of range; the message names it.
@@ -69,7 +71,7 @@ def stream(
     tokens, state = prompt, None
     for _ in range(max_tokens):
         hidden, state, _ = model(tokens, state=state)
-        logits = model.logits(hidden[:, -1])
+        logits = model.logits(hidden[:, -1])[:, :vocabulary]
         tokens = sample_token(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)[
             :, None
         ]

@@ -46,7 +46,14 @@ class Ranks:
 
 
 def world_size() -> int:
-    """Ranks of this run, as the launcher's environment says."""
+    """Ranks of this run, as the launcher's environment says. Raises UserError under an srun that
+    started several tasks without saying where they meet: each would train alone."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in os.environ and int(tasks) > 1:
+        raise UserError(
+            f"srun started {tasks} tasks, but WORLD_SIZE is not set; let each task start torchrun, "
+            "or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -70,7 +77,13 @@ def process_group(config: ParallelConfig) -> Iterator[Ranks]:
     replicate, shard = layout(config, size)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= found:
+            raise UserError(
+                f"rank {local} of this machine has no GPU of its own ({found} found); start at "
+                "most that many ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size == 1:
         yield Ranks(0, 1, device, None)

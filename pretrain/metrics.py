@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,9 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = rows(path, before=start)
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        beside.replace(path)
         self._file = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second to import
@@ -81,7 +84,9 @@ class Metrics:
             return
         values = {**row, **(extra or {})}
         step = int(values["step"])
-        self._file.write(json.dumps(values) + "\n")
+        # JSON has no NaN or infinity.
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
         if self._events is not None:
             for name, value in values.items():
                 if name != "step":

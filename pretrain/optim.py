@@ -14,6 +14,7 @@ from rondo.pretrain.recipe import OptimizerConfig
 def build_optimizers(model: Decoder, config: OptimizerConfig) -> list[Optimizer]:
     """AdamW alone, or Muon (arXiv 2502.16982) for the matrices of the blocks and AdamW for the
     rest. Matrices decay, vectors do not. Each group remembers its peak as `peak_lr`."""
+    whole = model.float32_names()  # decays and steps in logarithms: 0 is nothing special
     muon_names = model.matrix_names() if config.name == "muon" else set()
     matrices: list[nn.Parameter] = []
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -22,7 +23,8 @@ def build_optimizers(model: Decoder, config: OptimizerConfig) -> list[Optimizer]
             matrices.append(param)
         else:
             # A fused update takes sharded or whole tensors, not both in one group.
-            kind = (param.ndim >= 2, isinstance(param, DTensor))
+            decays = param.ndim >= 2 and name not in whole
+            kind = (decays, isinstance(param, DTensor))
             groups.setdefault(kind, []).append(param)
     optimizers: list[Optimizer] = [
         AdamW(

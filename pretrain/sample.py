@@ -56,6 +56,7 @@ def generate_text(config: GenerateConfig) -> str:
             top_k=config.top_k,
             top_p=config.top_p,
             seed=config.seed,
+            vocabulary=tokenizer.vocab_size,
         ):
             if int(token) == tokenizer.eod:
                 break

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rondo.errors import UserError
+from rondo.kernels.backend import show_choices
 from rondo.models.loading import find_checkpoint
 from rondo.parallel import data_parallel
 from rondo.parallel.checkpoint import Checkpointer, model_tensors, optimizer_tensors, state_digest
@@ -59,6 +60,9 @@ def train(recipe: Recipe) -> int:
     folder = Path(recipe.output_dir) / recipe.name
     if recipe.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*")):
         raise UserError(f"checkpoint.resume: 'never', but {folder} has checkpoints of a run")
+    initial = None
+    if recipe.checkpoint.resume not in ("auto", "never"):
+        initial = find_checkpoint(Path(recipe.checkpoint.resume))
     sources = prepare_sources(recipe.data)
     vocab_size = recipe.model.vocab_size or sources.tokenizer.vocab_size
 
@@ -68,7 +72,11 @@ def train(recipe: Recipe) -> int:
     training = open_split("train")
     held_out = open_split("validation") if recipe.evals.batches else None
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
-        return Trainer(recipe, folder, ranks, stop, training, held_out).run()
+        trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
+        try:
+            return trainer.run(initial)
+        finally:
+            trainer.checkpointer.close()
 
 
 class Trainer:
@@ -116,10 +124,11 @@ class Trainer:
             "data": training.fingerprint(),
         }
 
-    def run(self) -> int:
-        """Trains from where the run stands to its end, or to a signal."""
+    def run(self, initial: Path | None = None) -> int:
+        """Trains from where the run stands (`initial`, if it has no checkpoint yet) to its end,
+        or to a signal."""
         recipe = self.recipe
-        self._resume()
+        origin = self._resume(initial)
         start = self.state["step"]
         if self.ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +142,7 @@ class Trainer:
             active=self.ranks.rank == 0,
         )
         with self.metrics:
-            self._greet()
+            self._greet(origin)
             if start == 0 and self.held_out:
                 first = self.validate(self.held_out)
                 self.state["first_bits_per_byte"] = first["validation/bits_per_byte"]
@@ -261,14 +270,11 @@ class Trainer:
             {"model/config.json": config, **tokenizer},
         )
 
-    def _resume(self) -> None:
-        """Loads the newest checkpoint of the run folder, else the one that the recipe names."""
-        resume = self.recipe.checkpoint.resume
-        path = self.checkpointer.newest()
-        if path is None and resume not in ("auto", "never"):
-            path = find_checkpoint(Path(resume))
+    def _resume(self, initial: Path | None) -> Path | None:
+        """Loads the newest checkpoint of the run folder, else `initial`; returns what it loaded."""
+        path = self.checkpointer.newest() or initial
         if path is None:
-            return
+            return None
         tensors = {
             "model": model_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizers),
@@ -279,7 +285,10 @@ class Trainer:
                 f"data: {path} was trained on other data (sources, weights, tokenizer, "
                 "sequence_length or seed differ), so its place in the data is lost"
             )
+        if state["step"] > self.recipe.steps:
+            raise UserError(f"steps: {self.recipe.steps}, but {path} is after step {state['step']}")
         self.state = state
+        return path
 
     def _batches(self, start: int) -> Iterator[tuple[int, list[Batch]]]:
         """Steps from `start` on with this rank's micro-batches."""
@@ -304,15 +313,16 @@ class Trainer:
             extra |= layer_norms(self.model, batch.tokens.to(device), batch.segment_ids.to(device))
         return extra
 
-    def _greet(self) -> None:
+    def _greet(self, origin: Path | None) -> None:
+        show_choices(self.metrics.say)
         cost = self.model.cost(self.recipe.data.sequence_length)
         self.metrics.say(
             f"{self.recipe.name}: {cost.parameters:,} parameters, {cost.flops / 1e6:,.1f} MFLOP a "
             f"token forward, {self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s), "
             f"{self.peak_flops / 1e9:,.0f} GFLOP/s of matrix products"
         )
-        if self.state["step"]:
-            self.metrics.say(f"going on after step {self.state['step']}")
+        if origin is not None:
+            self.metrics.say(f"going on after step {self.state['step']}, from {origin}")
 
     def _part(self, extra: dict[str, float]) -> None:
         """The closing words of a finished run."""
@@ -326,10 +336,10 @@ class Trainer:
             targets = (self.held_out.batch([i]).targets for i in range(size))
             counts = self.training.token_counts()
             unigram = unigram_bits_per_byte(counts, targets, self.byte_lengths)
+            known = "" if before is None else f"{before:.3f} before, "
             self.metrics.say(
-                f"validation bits per byte: {before:.3f} before, "
-                f"{extra['validation/bits_per_byte']:.3f} after training "
-                f"(a token-unigram model of the training data: {unigram:.3f})"
+                f"validation bits per byte: {known}{extra['validation/bits_per_byte']:.3f} after "
+                f"training (a token-unigram model of the training data: {unigram:.3f})"
             )
 
 

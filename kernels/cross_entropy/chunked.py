@@ -97,7 +97,7 @@ def _walk(
     """See `_losses`."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     losses, grad_hidden, grad_weight = _results(hidden, weight, upstream)
-    wide_grad = grad_weight
+    wide_grad = grad_weight.zero_()  # for no tokens at all
     head = weight.to(hidden.dtype)
     chunk = max(MIN_CHUNK, BUFFER_BYTES // (vocabulary * hidden.element_size()))
     buffer = hidden.new_empty(min(chunk, tokens), vocabulary)
@@ -149,6 +149,8 @@ def _losses_into(
     torch.addmm(shift, hidden, head.T, beta=-1, out=logits)
     relative = (exact - shift).squeeze(1)
     rows = max(1, SOFTMAX_BYTES // (head.shape[0] * losses.element_size()))
+    if losses.device.type != "cpu":  # nothing stays in a cache there, launches cost
+        rows = len(losses)
     scratch = losses.new_empty(min(rows, len(losses)), head.shape[0])
     minus_one = losses.new_full((len(scratch), 1), -1)
     for start in range(0, len(losses), rows):

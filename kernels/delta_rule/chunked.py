@@ -71,7 +71,8 @@ class ChunkedDelta(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = Saved(*ctx.saved_tensors[:10], products=list(ctx.saved_tensors[10:]))
+        tensors = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
+        saved = Saved(*tensors[:10], products=list(tensors[10:]))
         with _full_precision(saved.v.device):
             return *backward(saved, ctx.scale, ctx.chunk, *grads), None, None, None
 

@@ -65,7 +65,34 @@ def chunked_attention(
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2)
+    if q.device.type == "cuda":
+        return masked_sdpa(q, k, v, window, scale, segment_ids, key_segment_ids)
     return _BlockedAttention.apply(q, k, v, window, scale, segment_ids, key_segment_ids)
+
+
+def masked_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    segment_ids: Tensor | None,
+    key_segment_ids: Tensor | None,
+) -> Tensor:
+    """See `attention`: torch's fused attention with a boolean mask `(B or 1, 1, T, S)`."""
+    time, keys = q.shape[1], k.shape[1]
+    hidden = hidden_keys(
+        (0, time), (0, keys), keys - time, window, segment_ids, key_segment_ids, q.device
+    )
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=~hidden[:, None],
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
 
 
 def _blocks(time: int, keys: int, window: int | None) -> list[Block]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rondo.kernels import gated_linear_attention, rope
 from rondo.models.config import ModelConfig
-from rondo.models.layers import GatedRMSNorm, Linear
+from rondo.models.layers import GatedRMSNorm, Linear, at_least_float32
 from rondo.models.mixer import Mixer, SequenceContext, State, get, split_heads
 from rondo.models.registry import MIXERS
 
@@ -75,7 +75,7 @@ class RetNet(Mixer):
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
         )
         theta = self.options.rope_theta
-        heads = torch.arange(self.num_heads, device=x.device, dtype=torch.float32)
+        heads = torch.arange(self.num_heads, device=x.device, dtype=at_least_float32(x).dtype)
         log_decay = torch.log1p(-torch.exp2(-5.0 - heads))
         o, recurrent = self.scan(
             rope(q, ctx.positions, theta=theta),

@@ -88,6 +88,8 @@ class TokenDataset:
         self.tokenizer = sources.tokenizer
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size or sources.tokenizer.vocab_size
+        known = min(self.vocab_size, sources.tokenizer.vocab_size)
+        self._known = known
         self._streams: list[Stream] = []
         self._numbers: list[int] = []
         weights = []
@@ -96,7 +98,7 @@ class TokenDataset:
         ):
             if split == "validation" and not (folder / "validation.idx").is_file():
                 continue
-            file = open_split(folder, split, self.vocab_size)
+            file = open_split(folder, split, known)
             if split == "validation" and file.num_tokens == 0:
                 continue
             key = (seed, number) if split == "train" else None
@@ -105,8 +107,9 @@ class TokenDataset:
             weights.append(weight)
         if split == "validation" and not weights:
             raise DataError(
-                "no source holds out documents for validation; prepare one of "
-                f"{', '.join(map(str, sources.folders))} with a validation_fraction above 0"
+                "no source holds out documents for validation: one of "
+                f"{', '.join(map(str, sources.folders))} needs two documents and a "
+                "validation_fraction above 0; or set evals.batches to 0"
             )
         self.mixture = Mixture(weights)
         self._description = {
@@ -124,7 +127,7 @@ class TokenDataset:
         stream = self._streams[which]
         s = self.sequence_length
         tokens, segments = stream.window(k * s, s + 1)
-        stream.file.check(tokens, self.vocab_size)
+        stream.file.check(tokens, self._known)
         targets = np.where(segments[1:] == segments[:-1], tokens[1:], IGNORED)
         return Sample(tokens, targets, segments[:-1], self._numbers[which])
 
@@ -146,13 +149,13 @@ class TokenDataset:
         }
 
     def token_counts(self) -> np.ndarray:
-        """Occurrences of each id in all files, float64 `(vocab_size,)`; each source scaled so that
-        its share of the sum is its weight's."""
+        """Occurrences of each id in the first tokens of each source, float64 `(vocab_size,)`; each
+        source scaled so that its share of the sum is its weight's."""
         tokens = sum(stream.file.num_tokens for stream in self._streams)
         total = np.zeros(self.vocab_size)
         for stream, share in zip(self._streams, self.mixture.shares, strict=True):
             counts = stream.file.counts(self.vocab_size)
-            total += counts * (share * tokens / stream.file.num_tokens)
+            total += counts * (share * tokens / counts.sum())
         return total
 
     def fingerprint(self) -> str:

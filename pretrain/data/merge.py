@@ -21,7 +21,9 @@ def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     Both sides get at least one document when there are two and `fraction` is not 0.
     """
     chosen = hashes[:, 0] < np.uint64(int(fraction * 2**64))
-    if fraction and len(hashes) > 1:
+    if len(hashes) == 1:  # there has to be something to train on
+        chosen[:] = False
+    elif fraction:
         if not chosen.any():
             chosen[np.argmin(hashes[:, 0])] = True
         if chosen.all():

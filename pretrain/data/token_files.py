@@ -27,6 +27,7 @@ FLOAT_CODES = (6, 7)
 CHECKED_BYTES = 64 * 2**20
 """Files up to this size are checked against the card's sha256 whenever they are opened."""
 SCAN_TOKENS = 2**22
+COUNTED_TOKENS = 2**26
 
 
 class TokenFile:
@@ -70,10 +71,12 @@ class TokenFile:
         return self.tokens[self.starts[document] : self.starts[document + 1]]
 
     def counts(self, size: int) -> np.ndarray:
-        """How often each id below `size` occurs; int64 `(size,)`. Raises DataError for others."""
+        """How often each id below `size` occurs in the first `COUNTED_TOKENS` tokens, int64
+        `(size,)`: enough to estimate frequencies. Raises DataError for other ids."""
         total = np.zeros(size, np.int64)
-        for start in range(0, self.num_tokens, SCAN_TOKENS):
-            ids = self.tokens[start : start + SCAN_TOKENS].astype(np.int64)
+        counted = min(self.num_tokens, COUNTED_TOKENS)
+        for start in range(0, counted, SCAN_TOKENS):
+            ids = self.tokens[start : min(start + SCAN_TOKENS, counted)].astype(np.int64)
             self.check(ids, size)
             total += np.bincount(ids, minlength=size)
         return total

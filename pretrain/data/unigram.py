@@ -18,7 +18,10 @@ def count_bytes(targets: torch.Tensor, byte_lengths: np.ndarray) -> int:
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Bits per byte of a summed cross-entropy, end-of-document targets included in the sum."""
+    """Bits per byte of a summed cross-entropy, end-of-document targets included in the sum; not a
+    number where there was no text."""
+    if num_bytes == 0:
+        return math.nan
     return nats / (math.log(2) * num_bytes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -26,7 +25,12 @@ SMALL += ["--checkpoint.every=4", "--steps=12", "--evals.batches=1", "--logging.
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT / ".typing"), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / ".typing"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def command(ranks: int, *options: str) -> list[str]:
@@ -146,14 +150,21 @@ def test_resume_on_another_number_of_ranks(straight: dict, data: Path, tmp_path:
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
 def test_a_signal_to_one_rank_saves_and_exits_75(
-    number: signal.Signals, straight: dict, data: Path, tmp_path: Path
+    ranks: int, number: signal.Signals, straight: dict, data: Path, tmp_path: Path
 ) -> None:
-    process = start(tmp_path, 1, f"--data.folder={data}", "--steps=10000", "--checkpoint.every=0")
+    """All ranks stop after the same step, with one checkpoint."""
+    options = [f"--data.folder={data}", "--steps=10000", "--checkpoint.every=0"]
+    process = start(tmp_path, ranks, *options)
     wait_for_rows(tmp_path, 3)
-    os.kill(process.pid, number)
-    output = finish(process, code=75)
+    workers = [process.pid]
+    if ranks > 1:
+        workers = [child.pid for child in psutil.Process(process.pid).children()]
+        assert len(workers) == ranks
+    os.kill(workers[-1], number)
+    output = finish(process, code=75 if ranks == 1 else 1)  # torchrun has a code of its own
+    assert ranks == 1 or output.count("exitcode  : 75") >= 1
     step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
     saved = [path.name for path in (tmp_path / "runs/tiny/checkpoints").glob("step-*")]
     assert saved == [f"step-{step:09d}"]
@@ -250,18 +261,19 @@ def test_bad_input_is_one_clear_message(
 def test_checkpoint_of_another_model_is_refused(straight: dict, data: Path, tmp_path: Path) -> None:
     checkpoint = straight[1][0] / "runs/tiny/checkpoints/step-000000012"
     output = run(
-        tmp_path, 1, f"--data.folder={data}", f"--checkpoint.resume={checkpoint}", "--model.dim=48",
+        tmp_path, 1, f"--data.folder={data}", f"--checkpoint.resume={checkpoint}", "--model.dim=64",
         code=2,
     )  # fmt: skip
     assert "Traceback" not in output and "embedding.weight" in output
 
 
 def test_truncated_tokens_are_refused(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("one document\n" * 500)
-    (tmp_path / "more.txt").write_text("another document\n" * 500)
-    options = ["--data.sources", f"[{{path: {tmp_path}}}]", "--data.folder=prepared"]
-    options += ["--data.validation_fraction=0", "--evals.batches=0"]
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "text.txt").write_text("one document\n" * 500)
+    (corpus / "more.txt").write_text("another document\n" * 500)
+    options = ["--data.sources", f"[{{path: {corpus}}}]", "--data.folder=prepared"]
+    options += ["--data.validation_fraction=0", "--evals.batches=0", "--schedule.warmup_steps=0"]
     run(tmp_path, 1, *options, "--steps=1")
     [tokens] = (tmp_path / "prepared").glob("*/train.bin")
     tokens.write_bytes(tokens.read_bytes()[:-7])
@@ -300,7 +312,7 @@ def test_a_step_with_bad_gradients_changes_nothing(
     spoil(monkeypatch, 4, 5)
     rows = in_process(tmp_path, data, constant)
     assert [row["skipped_steps"] for row in rows] == [0] * 4 + [1] + [2] * 7
-    assert math.isnan(rows[4]["loss"]) and math.isfinite(rows[6]["loss"])
+    assert rows[4]["loss"] is None and rows[6]["loss"] > 0
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
 
 
