@@ -234,7 +234,7 @@ def sharding_is_complete(case: Case) -> None:
 def cost_is_counted(case: Case) -> None:
     """`cost()` equals the parameters, the linear layers by their sizes, and the bytes of the
     state of a bfloat16 run; the FLOPs of the operators are no more than what the chunked forms
-    execute, and no less than a tenth of it."""
+    execute, and no less than a sixteenth of it."""
     mixer, shared = build(case, torch.float32)
     time = 256
     x = inputs(case, 1, time, torch.float32)
@@ -245,10 +245,11 @@ def cost_is_counted(case: Case) -> None:
         mixer(x, context(x, shared))
     counted = counter.get_total_flops() / time
     linear = cost.flops - mixer.operator_flops(time)
-    if not linear <= counted:
-        raise AssertionError(f"linear layers: {linear} FLOPs a token, counted only {counted}")
-    if not mixer.operator_flops(time) > 0:
-        raise AssertionError("the operators cost something")
+    operators = mixer.operator_flops(time)
+    # The counter sees matrix products only: not convolutions (8 a channel and tap of 4), scans.
+    elementwise = 64 * case.dim
+    if not (counted - linear) / 16 <= operators <= counted - linear + elementwise:
+        raise AssertionError(f"operators: {operators} FLOPs a token, counted {counted - linear}")
     weights = {id(p) for m in mixer.modules() if type(m).__name__ == "Linear" for p in [m.weight]}
     expected = sum(2 * p.numel() for p in mixer.parameters() if id(p) in weights)
     if linear != expected:

@@ -1,0 +1,35 @@
+"""A compiled block computes what an eager one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rondo.models import ModelConfig
+from rondo.parallel import data_parallel
+from rondo.parallel.config import ParallelConfig
+from rondo.parallel.mesh import Ranks
+
+CONFIG = ModelConfig(
+    vocab_size=30,
+    dim=16,
+    num_layers=2,
+    pattern=["attention"],
+    mixers={"attention": {"num_heads": 2}},
+)
+
+
+def losses(compile: bool) -> tuple[float, float]:
+    """Loss and gradient norm of one process."""
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    model = data_parallel.build_model(
+        CONFIG, ranks, ParallelConfig(), precision="float32", seed=0, compile=compile
+    )
+    tokens = torch.arange(24).view(2, 12)
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    return loss.item(), data_parallel.gradient_norm(model, ranks)
+
+
+def test_compiled_blocks_equal_eager_ones() -> None:
+    assert losses(True) == pytest.approx(losses(False), rel=1e-5)
