@@ -31,17 +31,10 @@ class Ranks:
 
     def sum(self, *values: float) -> list[float]:
         """The sums of `values` over ranks, in one collective (float64)."""
-        return self._reduce(values, dist.ReduceOp.SUM)
-
-    def max(self, *values: float) -> list[float]:
-        """The maxima of `values` over ranks, in one collective (float64)."""
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def _reduce(self, values: tuple[float, ...], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.mesh is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor)
         return tensor.tolist()
 
 

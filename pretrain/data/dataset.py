@@ -88,8 +88,8 @@ class TokenDataset:
         self.tokenizer = sources.tokenizer
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size or sources.tokenizer.vocab_size
-        known = min(self.vocab_size, sources.tokenizer.vocab_size)
-        self._known = known
+        known = min(self.vocab_size, sources.tokenizer.vocab_size)  # a model may have more rows
+        self.known_ids = known
         self._streams: list[Stream] = []
         self._numbers: list[int] = []
         weights = []
@@ -127,7 +127,7 @@ class TokenDataset:
         stream = self._streams[which]
         s = self.sequence_length
         tokens, segments = stream.window(k * s, s + 1)
-        stream.file.check(tokens, self._known)
+        stream.file.check(tokens, self.known_ids)
         targets = np.where(segments[1:] == segments[:-1], tokens[1:], IGNORED)
         return Sample(tokens, targets, segments[:-1], self._numbers[which])
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.kernels.softmax_attention import attention, chunked, flash
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 WINDOWS = (None, 1, 3, 11, 40)
 
@@ -246,3 +246,19 @@ def arguments(**change: object) -> dict[str, object]:
 def test_invalid_inputs(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(**arguments(**change))
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_masked_form_for_gpus_equals_the_reference(window: int | None, packed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 21, heads, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, 2, 2)
+    )
+    ids = torch.zeros(2, 21, dtype=torch.long)
+    ids[:, 9:] = 1
+    ids = ids if packed else None
+    expected = attention(q, k, v, window=window, scale=0.3, segment_ids=ids, backend="reference")
+    actual = chunked.masked_sdpa(q, k, v, window, 0.3, ids, ids)
+    torch.testing.assert_close(actual, expected)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rondo.kernels import conv
 from rondo.kernels.conv import short_conv
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 
 def make(

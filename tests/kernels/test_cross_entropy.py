@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.kernels.cross_entropy import chunked, linear_cross_entropy
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 REDUCTIONS = ("none", "sum", "mean")
 

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid, normalize
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.delta_rule.triangular import invert_unit_lower
 from rondo.kernels.summary import combine
-from tests.numerics import assert_ratio, error_ratio, gradients
+from rondo.tests.numerics import assert_ratio, error_ratio, gradients
 
 GATES = ("none", "head", "key")
 

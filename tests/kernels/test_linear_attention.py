@@ -16,7 +16,7 @@ from rondo.kernels.linear_attention import (
     gated_linear_attention_summary,
 )
 from rondo.kernels.summary import combine
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 GATES = ("none", "head", "key")
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -11,7 +11,7 @@ from torch.utils import deterministic
 
 from rondo.kernels.scan import chunked, linear_scan, linear_scan_summary
 from rondo.kernels.summary import combine
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SHAPES = ((), (5,), (2, 3))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 
 def make(*shape: int, seed: int = 0) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rondo.kernels.pointwise import swiglu
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 
 def plain(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:

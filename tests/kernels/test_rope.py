@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.rope import rope, rope_table, rotate
-from tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, gradients
 
 
 def make(dims: int = 8, time: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:

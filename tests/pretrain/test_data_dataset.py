@@ -197,7 +197,7 @@ def test_what_cannot_be_opened(folders, tmp_path):
 
 def test_ids_are_checked_as_they_are_read(folders):
     data = dataset(folders)
-    data.vocab_size = 100  # as if a bit had flipped in a file too large to be summed
+    data.known_ids = 100  # as if a bit had flipped in a file too large to be summed
     with pytest.raises(DataError, match="is outside the vocabulary of 100"):
         data.sample(0)
 
