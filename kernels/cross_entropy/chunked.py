@@ -97,7 +97,7 @@ def _walk(
     """See `_losses`."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     losses, grad_hidden, grad_weight = _results(hidden, weight, upstream)
-    wide_grad = grad_weight.zero_()  # for no tokens at all
+    wide_grad = grad_weight if tokens else grad_weight.zero_()
     head = weight.to(hidden.dtype)
     chunk = max(MIN_CHUNK, BUFFER_BYTES // (vocabulary * hidden.element_size()))
     buffer = hidden.new_empty(min(chunk, tokens), vocabulary)
