@@ -24,7 +24,7 @@ def last_document(segment_ids: Tensor) -> Tensor:
     return segment_ids == segment_ids[:, -1:]
 
 
-def positions(segment_ids: Tensor) -> Tensor:
+def document_positions(segment_ids: Tensor) -> Tensor:
     """`(B, T)` int64: distance of each token from the start of its document in this row."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     starts = torch.where(document_starts(segment_ids), index, 0)

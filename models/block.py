@@ -23,15 +23,26 @@ class Block(nn.Module):
             self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
             self.ffn = FFNS[spec.ffn](config)
 
+        self.carried = tuple(FFNS[spec.ffn].carried(config)) if spec.ffn != "none" else ()
+
     def forward(
-        self, x: Tensor, ctx: SequenceContext, state: State | None = None
-    ) -> tuple[Tensor, State | None]:
-        """`x` `(B, T, dim)`; returns the new `x` and, if wanted, the mixer's state after it."""
+        self,
+        x: Tensor,
+        carry: dict[str, Tensor],
+        ctx: SequenceContext,
+        state: State | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], State | None]:
+        """`x` `(B, T, dim)`; returns the new `x`, what crosses layers beside it
+        (`ChannelMixer.carried`), and, if wanted, the mixer's state after it."""
         y, state = self.mixer(self.mixer_norm(x), ctx, state)
         x = x + y
         if self.ffn is not None and self.ffn_norm is not None:
-            x = x + self.ffn(self.ffn_norm(x))
-        return x, state if ctx.keep_state else None
+            if self.carried:
+                y, carry = self.ffn(self.ffn_norm(x), carry)
+            else:
+                y = self.ffn(self.ffn_norm(x))
+            x = x + y
+        return x, carry, state if ctx.keep_state else None
 
     def cost(self, length: int) -> Cost:
         """Cost in sequences of `length` tokens."""

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from rondo.errors import UserError
 from rondo.kernels import linear_cross_entropy
-from rondo.kernels.segments import first_document, positions
+from rondo.kernels.segments import document_positions, first_document
 from rondo.models.block import Block
 from rondo.models.config import ModelConfig, make_options, problems
 from rondo.models.init import initial_values
 from rondo.models.layers import Embedding, Linear, RMSNorm
 from rondo.models.mixer import Cost, SequenceContext, State, module_cost
-from rondo.models.registry import MIXERS
+from rondo.models.registry import FFNS, MIXERS
 
 
 class DecoderState(NamedTuple):
@@ -31,18 +31,23 @@ class Output(NamedTuple):
     """What a forward pass gives."""
 
     hidden: Tensor
-    """`(B, T, dim)`, after the final norm; `Decoder.logits` turns it into logits."""
+    """`(B, T, dim)`, after the final norm; `Decoder.logits` turns it into logits. Of a part that
+    does not end the model: what the next part takes in."""
     state: DecoderState | None
     """State after the last token; None when it was not asked for."""
     aux: dict[str, Tensor]
     """Auxiliary losses by name."""
+    carry: dict[str, Tensor]
+    """What crosses layers beside the activations (`ChannelMixer.carried`)."""
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model.
+    """A decoder-only language model, or a run of its layers.
 
     Args:
         config: what to build; `vocab_size` must be given.
+        layers: which layers; None for all. The embedding comes with the first layer, final norm
+            and output matrix with the last. Names and initial values are those of the whole.
         seed: seeds the initial values; None draws one from torch's global generator. On the
             meta device nothing is initialised.
 
@@ -50,7 +55,9 @@ class Decoder(nn.Module):
         UserError: the configuration is impossible; every problem is named.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, layers: range | None = None, seed: int | None = None
+    ) -> None:
         super().__init__()
         found = problems(config)
         if config.vocab_size < 1:
@@ -59,20 +66,34 @@ class Decoder(nn.Module):
             raise UserError("\n".join(found))
         self.config = config
         self.activation_dtype: torch.dtype | None = None
-        self.embedding = Embedding(config.vocab_size, config.dim, std=config.init_std)
+        self.layers = range(config.num_layers) if layers is None else layers
+        self.first, self.last = self.layers.start == 0, self.layers.stop == config.num_layers
+        self.cross_entropy = linear_cross_entropy
         specs = config.layers()
-        self.blocks = nn.ModuleList(Block(config, spec, i) for i, spec in enumerate(specs))
+        self.carried = {
+            name: width
+            for spec in specs
+            if spec.ffn != "none"
+            for name, width in FFNS[spec.ffn].carried(config).items()
+        }
+        self.embedding: Embedding | None = None
+        if self.first or (self.last and config.tie_embeddings):
+            self.embedding = Embedding(config.vocab_size, config.dim, std=config.init_std)
+        # By number, not in a list: parts of a model keep its names.
+        self.blocks = nn.ModuleDict({str(i): Block(config, specs[i], i) for i in self.layers})
         self.shared = nn.ModuleDict()
-        for spec in specs:
+        for spec in specs:  # of all layers, in every part: they are small
             cls, options = MIXERS[spec.mixer], make_options(spec.mixer, spec.options)
             for name, module in cls.shared_modules(config, options).items():
                 if name not in self.shared:
                     self.shared[name] = module
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None
-        if not config.tie_embeddings:
+        self.norm: RMSNorm | None = None
+        self.head: Linear | None = None
+        if self.last:
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+        if self.last and not config.tie_embeddings:
             self.head = Linear(config.dim, config.vocab_size, std=config.init_std)
-        if self.embedding.weight.device.type != "meta":
+        if next(self.parameters()).device.type != "meta":
             self.init_weights(int(torch.randint(2**31, ())) if seed is None else seed)
 
     @torch.no_grad()
@@ -87,49 +108,51 @@ class Decoder(nn.Module):
         tokens: Tensor,
         *,
         segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        carry: dict[str, Tensor] | None = None,
         state: DecoderState | None = None,
         return_state: bool = True,
     ) -> Output:
         """Runs the model.
 
         Args:
-            tokens: `(B, T)` int64 token ids.
+            tokens: `(B, T)` int64 token ids; in a part of a model that does not start it, the
+                `hidden` `(B, T, dim)` of the part before.
             segment_ids: `(B, T)` integer, non-decreasing in a row; other id, other document.
+            positions: `(B, T)` int64, index of each token within its document; None where rows
+                begin with a document (or go on from `state`).
+            carry: the `carry` of the part before.
             state: state to go on from; it belongs to the document of position 0.
             return_state: False lets each layer's state (and KV cache) go at once.
         """
-        ctx = self._context(tokens, segment_ids, state)
-        ctx.keep_state = return_state
-        x = self.embedding(tokens)
-        if self.activation_dtype is not None:
-            x = x.to(self.activation_dtype)
-        states = []
-        for i, block in enumerate(self.blocks):
-            x, layer_state = block(x, ctx, None if state is None else state.layers[i])
-            states.append(layer_state)
-        after = DecoderState(states, ctx.positions[:, -1] + 1) if return_state else None
-        return Output(self.norm(x), after, {})
-
-    def _context(
-        self, tokens: Tensor, segment_ids: Tensor | None, state: DecoderState | None
-    ) -> SequenceContext:
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
+        if tokens.ndim != (2 if self.first else 3) or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be (batch, time >= 1), got {tuple(tokens.shape)}")
-        if segment_ids is None:
-            index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-            if state is not None:
-                index = index + state.length[:, None]
-        else:
-            index = positions(segment_ids)
-            if state is not None:
-                index = index + torch.where(first_document(segment_ids), state.length[:, None], 0)
+        if positions is None:
+            positions = _positions(tokens, segment_ids, state)
         shared = {name: module() for name, module in self.shared.items()}
-        return SequenceContext(positions=index, segment_ids=segment_ids, shared=shared)
+        ctx = SequenceContext(positions, segment_ids, shared, keep_state=return_state)
+        x = tokens
+        if self.first and self.embedding is not None:
+            x = self.embedding(tokens)
+            if self.activation_dtype is not None:
+                x = x.to(self.activation_dtype)
+            kind = torch.promote_types(x.dtype, torch.float32)
+            carry = {n: x.new_zeros(*x.shape[:2], w, dtype=kind) for n, w in self.carried.items()}
+        states, carry = [], carry or {}
+        for i, block in enumerate(self.blocks.values()):
+            x, carry, after = block(x, carry, ctx, None if state is None else state.layers[i])
+            states.append(after)
+        x = x if self.norm is None else self.norm(x)
+        after = DecoderState(states, positions[:, -1] + 1) if return_state else None
+        return Output(x, after, {}, carry)
 
     @property
     def output_weight(self) -> Tensor:
         """`(vocab, dim)` matrix from hidden states to logits."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        holder = self.embedding if self.head is None else self.head
+        if holder is None:
+            raise ValueError(f"layers {self.layers} do not end the model: no output matrix")
+        return holder.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(..., dim)` hidden states to `(..., vocab)` logits."""
@@ -141,19 +164,24 @@ class Decoder(nn.Module):
         targets: Tensor,
         *,
         segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
         reduction: str = "sum",
     ) -> Tensor:
         """Cross-entropy in nats of `targets` `(B, T)`, -100 where there is none; logits are
         never held for all tokens. `reduction`: "sum", "mean" (over valid tokens) or "none"."""
-        hidden = self(tokens, segment_ids=segment_ids, return_state=False).hidden
-        return linear_cross_entropy(hidden, self.output_weight, targets, reduction=reduction)
+        output = self(tokens, segment_ids=segment_ids, positions=positions, return_state=False)
+        return self.hidden_loss(output.hidden, targets, reduction=reduction)
+
+    def hidden_loss(self, hidden: Tensor, targets: Tensor, *, reduction: str = "sum") -> Tensor:
+        """The loss of `loss`, from the model's `hidden` `(B, T, dim)`."""
+        return self.cross_entropy(hidden, self.output_weight, targets, reduction=reduction)
 
     def cost(self, length: int) -> Cost:
         """Cost in sequences of `length` tokens. The embedding look-up is free, the output
         matrix is not."""
-        head = 2.0 * self.config.vocab_size * self.config.dim
+        head = 2.0 * self.config.vocab_size * self.config.dim if self.last else 0.0
         total = Cost(head, 0, 0)
-        for block in self.blocks:
+        for block in self.blocks.values():
             assert isinstance(block, Block), "nn.ModuleList forgets its element type"
             total = total + block.cost(length)
         return Cost(total.flops, module_cost(self).parameters, total.state_bytes)
@@ -162,7 +190,7 @@ class Decoder(nn.Module):
         """Names of the weights inside blocks that are plain matrices (what Muon updates)."""
         return {
             f"blocks.{i}.{name}.weight"
-            for i, block in enumerate(self.blocks)
+            for i, block in self.blocks.items()
             for name, module in block.named_modules()
             if isinstance(module, Linear)
         }
@@ -174,3 +202,14 @@ class Decoder(nn.Module):
             for prefix, module in self.named_modules()
             for name in getattr(module, "float32_parameters", ())
         }
+
+
+def _positions(tokens: Tensor, segment_ids: Tensor | None, state: DecoderState | None) -> Tensor:
+    """`(B, T)` int64: index of each token within its document."""
+    if segment_ids is None:
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+        return index if state is None else index + state.length[:, None]
+    index = document_positions(segment_ids)
+    if state is None:
+        return index
+    return index + torch.where(first_document(segment_ids), state.length[:, None], 0)

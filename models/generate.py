@@ -70,7 +70,7 @@ def stream(
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens, state = prompt, None
     for _ in range(max_tokens):
-        hidden, state, _ = model(tokens, state=state)
+        hidden, state, *_ = model(tokens, state=state)
         logits = model.logits(hidden[:, -1])[:, :vocabulary]
         tokens = sample_token(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)[
             :, None

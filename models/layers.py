@@ -35,10 +35,11 @@ class Embedding(nn.Module):
 
     def __init__(self, rows: int, dim: int, *, std: float) -> None:
         super().__init__()
+        self.operator = F.embedding
         self.weight = parameter((rows, dim), normal(std))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        return self.operator(tokens, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -46,26 +47,35 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.width = eps, dim
+        self.operator = rms_norm
         self.weight = parameter((dim,), constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+        return self.operator(x, self.weight, eps=self.eps)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm with a gate: `norm(x)·act(gate)`, or `norm(x·act(gate))` as Mamba-2 does."""
+    """RMSNorm with a gate: `norm(x)·act(gate)`, or `norm(x·act(gate))` as Mamba-2 does.
 
-    def __init__(self, dim: int, eps: float, *, norm_before_gate: bool = True) -> None:
+    `width`: channels that are normalised together, a divisor of `dim`; None for all.
+    """
+
+    def __init__(
+        self, dim: int, eps: float, *, norm_before_gate: bool = True, width: int | None = None
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.width = eps, width or dim
         self.norm_before_gate = norm_before_gate
+        self.operator = gated_rms_norm
         self.weight = parameter((dim,), constant(1.0))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return gated_rms_norm(
-            x, gate, self.weight, eps=self.eps, norm_before_gate=self.norm_before_gate
-        )
+        options = {"eps": self.eps, "norm_before_gate": self.norm_before_gate}
+        if self.width >= self.weight.shape[0]:  # one group, or a part of one
+            return self.operator(x, gate, self.weight, **options)
+        x, gate = (y.unflatten(-1, (-1, self.width)) for y in (x, gate))
+        return self.operator(x, gate, **options).flatten(-2) * self.weight.to(x.dtype)
 
 
 class ShortConv(nn.Module):

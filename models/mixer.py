@@ -65,9 +65,12 @@ class Mixer(nn.Module):
     """
 
     Options: ClassVar[type]
-    sharding: ClassVar[dict[str, str]]
+    sharding: dict[str, str]
     """Submodule or parameter -> "column" (split by output), "row" (split by input), "head"
-    (split along its first dimension with the heads) or "replicate"."""
+    (split along its first dimension with the heads) or "replicate". What is split, is split by
+    heads: a part of the mixer holds consecutive heads, and its output adds up over the parts."""
+    first_head: int = 0
+    """The first head this part of the mixer holds."""
     float32_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters never cast to a lower precision."""
 
@@ -81,6 +84,12 @@ class Mixer(nn.Module):
     def problems(cls, config: ModelConfig, options: Any) -> list[str]:
         """What makes `options` impossible for `config`; each "option: reason"."""
         return []
+
+    @classmethod
+    def heads(cls, config: ModelConfig, options: Any) -> dict[str, int]:
+        """What can be divided among ranks, by name of the option that sets it. The first entry
+        counts the heads that `first_head` does."""
+        raise NotImplementedError
 
     @classmethod
     def shared_modules(cls, config: ModelConfig, options: Any) -> dict[str, nn.Module]:
@@ -113,19 +122,34 @@ class Mixer(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """Base of the channel mixers: `forward(x)` works on each token `(B, T, dim)` by itself."""
+    """Base of the channel mixers: `forward(x)` works on each token `(B, T, dim)` by itself.
+
+    One that passes something on to the channel mixers above it names it in `carried`, and its
+    forward pass is then `forward(x, carry) -> (y, carry)`.
+    """
 
     sharding: ClassVar[dict[str, str]]
     """As `Mixer.sharding`."""
+
+    @classmethod
+    def carried(cls, config: ModelConfig) -> dict[str, int]:
+        """Name and width of what crosses layers beside the activations: tensors `(B, T, width)`,
+        float32, zero before the first layer; layers that do not know them hand them on."""
+        return {}
+
+    @classmethod
+    def splits(cls, config: ModelConfig) -> dict[str, int]:
+        """What can be divided among ranks, by name of the key that sets it."""
+        return {}
 
     def cost(self, length: int) -> Cost:
         """Cost in sequences of `length` tokens."""
         return module_cost(self)
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """`(B, T, heads·D)` -> `(B, T, heads, D)`."""
-    return x.unflatten(-1, (heads, -1))
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """`(B, T, heads·width)` -> `(B, T, heads, width)`, for all heads or a part of them."""
+    return x.unflatten(-1, (-1, width))
 
 
 def get(state: State | None, name: str) -> Tensor | None:

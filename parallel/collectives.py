@@ -21,6 +21,29 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Gather.apply(x, group)
 
 
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rank p gets the sum over ranks of row p of `x` `(P, ...)`. Backward: all-gather."""
+    return _ReduceScatter.apply(x, group)
+
+
+def gather_time(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`(B, T, ...)` from every rank's `(B, T / P, ...)`. Backward: reduce-scatter."""
+    return gather(x, group).movedim(0, 1).flatten(1, 2)
+
+
+def scatter_time(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's `(B, T / P, ...)` of the sum of all ranks' `(B, T, ...)`. Backward:
+    all-gather."""
+    parts = x.unflatten(1, (dist.get_world_size(group), -1))
+    return reduce_scatter(parts.movedim(1, 0), group)
+
+
+def slice_time(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's `(B, T / P, ...)` of a `(B, T, ...)` that is the same on all ranks. The
+    gradient is this rank's share: it is zero elsewhere."""
+    return x.unflatten(1, (dist.get_world_size(group), -1))[:, dist.get_rank(group)]
+
+
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Row p of `x` `(P, ...)` goes to rank p; row p of the result came from rank p."""
     return _AllToAll.apply(x, group)
@@ -31,19 +54,44 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _AllReduce.apply(x, group)
 
 
+def from_previous(x: Tensor, group: dist.ProcessGroup, *, cyclic: bool = False) -> Tensor:
+    """The `x` of the rank before; zeros on the first rank, or the last rank's when `cyclic`.
+    Backward: the gradient goes to the rank before."""
+    return _FromPrevious.apply(x, group, cyclic)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        out = x.new_empty(dist.get_world_size(group) * x.numel())
-        _all_gather(out, x.contiguous().view(-1), group=group)
-        return out.view(-1, *x.shape)
+        return _gathered(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_empty(grad[0].numel())
-        _reduce_scatter(out, grad.contiguous().view(-1), group=ctx.group)
-        return out.view(grad.shape[1:]), None
+        return _reduced(grad, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduced(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad, ctx.group), None
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(dist.get_world_size(group) * x.numel())
+    _all_gather(out, x.contiguous().view(-1), group=group)
+    return out.view(-1, *x.shape)
+
+
+def _reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(x[0].numel())
+    _reduce_scatter(out, x.contiguous().view(-1), group=group)
+    return out.view(x.shape[1:])
 
 
 class _AllToAll(torch.autograd.Function):
@@ -79,3 +127,29 @@ def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
     return out
+
+
+class _FromPrevious(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cyclic: bool) -> Tensor:
+        ctx.group, ctx.cyclic = group, cyclic
+        return _shift(x, group, 1, cyclic)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _shift(grad, ctx.group, -1, ctx.cyclic), None, None
+
+
+def _shift(x: Tensor, group: dist.ProcessGroup, by: int, cyclic: bool) -> Tensor:
+    """`x` moved `by` ranks onward, as one all-to-all of which most parts are empty: every rank
+    enters it, and every backend has it."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    send, receive = [0] * size, [0] * size
+    if cyclic or 0 <= rank + by < size:
+        send[(rank + by) % size] = x.numel()
+    if cyclic or 0 <= rank - by < size:
+        receive[(rank - by) % size] = x.numel()
+    moved = x.new_empty(sum(receive))
+    flat = x.contiguous().view(-1)[: sum(send)]
+    dist.all_to_all_single(moved, flat, receive, send, group=group)
+    return moved.view(x.shape) if len(moved) else torch.zeros_like(x)

@@ -10,9 +10,20 @@ from typing import Literal
 class ParallelConfig:
     """Sizes of the device mesh; their product is the number of ranks."""
 
+    pp: int = 1
+    """Pipeline ranks: each holds a run of layers and hands activations on."""
     dp_replicate: int = 1
-    """Groups of ranks that hold a full copy of the model each (gradients are averaged)."""
+    """Groups of ranks that hold a full copy of the model each (gradients are summed)."""
     dp_shard: int = -1
     """Ranks that share one copy of parameters and optimizer state; -1 takes what is left."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """'full' keeps only block inputs and recomputes the rest in the backward pass."""
+    cp: int = 1
+    """Sequence-parallel ranks: each holds a contiguous part of every sequence. They share
+    parameters and optimizer state like those of dp_shard."""
+    tp: int = 1
+    """Tensor-parallel ranks: heads, inner channels and vocabulary are divided among them."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order of forward and backward passes over pipeline ranks: one stage a rank (gpipe, 1f1b) or
+    two (interleaved 1F1B; zero_bubble also puts off the weights' gradients)."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """'full' keeps only block inputs and recomputes the rest in the backward pass; 'selective'
+    keeps the results of weight products too and recomputes what is cheap."""

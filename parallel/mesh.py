@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,29 @@ from rondo.parallel.config import ParallelConfig
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for a missing rank before it fails."""
+SHARDED, DATA = "sharded", "data"
+"""Joint dimensions: `dp_shard` and `cp`, over which parameters are sharded; these and
+`dp_replicate`, over which gradients add up."""
+
+
+class Layout(NamedTuple):
+    """Sizes of the mesh's dimensions, slowest first: neighbours in `tp` talk the most."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.pp * self.data_size * self.cp * self.tp
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that read different sequences."""
+        return self.dp_replicate * self.dp_shard
 
 
 @dataclass(frozen=True)
@@ -27,15 +52,55 @@ class Ranks:
     size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """Dimensions `dp_replicate` and `dp_shard`; None for a run of one process."""
+    """Dimensions as in `Layout`, and the joint ones; None for a run of one process."""
+
+    @property
+    def layout(self) -> Layout:
+        """Sizes of the mesh."""
+        return Layout() if self.mesh is None else Layout(*self.mesh.shape)
+
+    def index(self, name: str) -> int:
+        """This rank's place along a dimension of the mesh."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(name)
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along a dimension, or a joint one, only."""
+        assert self.mesh is not None, "a single process has no groups"
+        return submesh(self.mesh, name).get_group()
+
+    @property
+    def data_index(self) -> int:
+        """Which of the `layout.data_size` shares of the sequences this rank reads."""
+        return self.index("dp_replicate") * self.layout.dp_shard + self.index("dp_shard")
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's losses enter global sums: tensor-parallel ranks all see the same,
+        and only the end of a pipeline sees any."""
+        return self.index("tp") == 0 and self.index("pp") == self.layout.pp - 1
 
     def sum(self, *values: float) -> list[float]:
-        """The sums of `values` over ranks, in one collective (float64)."""
+        """The sums of `values` over all ranks, in one collective (float64)."""
         if self.mesh is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+
+def make_mesh(device_type: str, layout: Layout) -> DeviceMesh:
+    """The device mesh of a layout, with its joint dimensions. Collective."""
+    mesh = init_device_mesh(device_type, tuple(layout), mesh_dim_names=Layout._fields)
+    submesh(mesh, "dp_shard", "cp")._flatten(SHARDED)
+    submesh(mesh, "dp_replicate", "dp_shard", "cp")._flatten(DATA)
+    return mesh
+
+
+def submesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:
+    """Dimensions of a mesh, joint ones included."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")
+        return mesh[names if len(names) > 1 else names[0]]
 
 
 def world_size() -> int:
@@ -50,24 +115,25 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def layout(config: ParallelConfig, size: int) -> tuple[int, int]:
-    """`(dp_replicate, dp_shard)` for `size` ranks. Raises UserError when they do not fit."""
-    replicate, shard = config.dp_replicate, config.dp_shard
-    if replicate >= 1 and shard == -1:
-        shard = size // replicate
-    if replicate < 1 or shard < 1 or replicate * shard != size:
+def layout(config: ParallelConfig, size: int) -> Layout:
+    """The layout of `size` ranks. Raises UserError when they do not fit."""
+    given = (config.pp, config.dp_replicate, config.dp_shard, config.cp, config.tp)
+    fixed = config.pp * config.dp_replicate * config.cp * config.tp
+    shard = size // fixed if config.dp_shard == -1 and fixed > 0 else config.dp_shard
+    found = Layout(config.pp, config.dp_replicate, shard, config.cp, config.tp)
+    if min(found) < 1 or found.size != size:
         raise UserError(
-            f"parallel.dp_replicate, parallel.dp_shard: {config.dp_replicate} x {config.dp_shard} "
+            f"parallel.{', parallel.'.join(Layout._fields)}: {' x '.join(map(str, given))} "
             f"does not make {size} rank(s)"
         )
-    return replicate, shard
+    return found
 
 
 @contextmanager
 def process_group(config: ParallelConfig) -> Iterator[Ranks]:
     """Joins the ranks a launcher (torchrun, srun) started; alone, starts nothing."""
     size = world_size()
-    replicate, shard = layout(config, size)
+    shape = layout(config, size)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -85,9 +151,6 @@ def process_group(config: ParallelConfig) -> Iterator[Ranks]:
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
     )
     try:
-        mesh = init_device_mesh(
-            device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard")
-        )
-        yield Ranks(dist.get_rank(), size, device, mesh)
+        yield Ranks(dist.get_rank(), size, device, make_mesh(device.type, shape))
     finally:
         dist.destroy_process_group()

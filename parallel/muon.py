@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Muon
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+from rondo.parallel.data_parallel import local_part
 
 
 class ShardedMuon(Muon):
@@ -47,6 +49,12 @@ def _orthogonalise(update: Tensor, group: dict[str, Any]) -> Tensor:
     if not isinstance(update, DTensor):
         return whole
     # Every rank has the whole result: each cuts out its part without communication.
-    return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None).to(
-        update.dtype
+    part = local_part(whole.to(update.dtype), update.device_mesh, update.placements).contiguous()
+    return DTensor.from_local(
+        part,
+        update.device_mesh,
+        update.placements,
+        run_check=False,
+        shape=update.shape,
+        stride=update.stride(),
     )

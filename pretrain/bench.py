@@ -152,7 +152,7 @@ def run(contest: Contest, mode: str, rounds: int, peak: float) -> dict[str, Any]
     ours, theirs = contest.ours(), contest.theirs()
     flops = 3 * ours.cost(TIME).flops * tokens.numel()
     if mode == "compiled":
-        for block in ours.blocks:
+        for block in ours.blocks.values():
             block.compile()
         theirs.compile()
     steps = [our_step(ours, tokens), their_step(theirs, tokens)]

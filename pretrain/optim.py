@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -11,21 +13,22 @@ from rondo.parallel.muon import ShardedMuon
 from rondo.pretrain.recipe import OptimizerConfig
 
 
-def build_optimizers(model: Decoder, config: OptimizerConfig) -> list[Optimizer]:
+def build_optimizers(parts: Sequence[Decoder], config: OptimizerConfig) -> list[Optimizer]:
     """AdamW alone, or Muon (arXiv 2502.16982) for the matrices of the blocks and AdamW for the
-    rest. Matrices decay, vectors do not. Each group remembers its peak as `peak_lr`."""
-    whole = model.float32_names()  # decays and steps in logarithms: 0 is nothing special
-    muon_names = model.matrix_names() if config.name == "muon" else set()
+    rest, of all `parts` of a model. Matrices decay, vectors do not. Each group remembers its peak
+    as `peak_lr`."""
     matrices: list[nn.Parameter] = []
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, param in model.named_parameters():
-        if name in muon_names:
-            matrices.append(param)
-        else:
-            # A fused update takes sharded or whole tensors, not both in one group.
-            decays = param.ndim >= 2 and name not in whole
-            kind = (decays, isinstance(param, DTensor))
-            groups.setdefault(kind, []).append(param)
+    groups: dict[tuple[bool, Hashable], list[nn.Parameter]] = {}
+    for part in parts:
+        whole = part.float32_names()  # decays and steps in logarithms: 0 is nothing special
+        muon_names = part.matrix_names() if config.name == "muon" else set()
+        for name, param in part.named_parameters():
+            if name in muon_names:
+                matrices.append(param)
+            else:
+                # A fused update takes tensors of one device mesh at a time.
+                mesh = param.device_mesh if isinstance(param, DTensor) else None
+                groups.setdefault((param.ndim >= 2 and name not in whole, mesh), []).append(param)
     optimizers: list[Optimizer] = [
         AdamW(
             [

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,22 @@ import torch
 
 from rondo.errors import UserError
 from rondo.kernels.backend import show_choices
+from rondo.kernels.segments import document_positions
+from rondo.models import Decoder, ModelConfig
 from rondo.models.loading import find_checkpoint
-from rondo.parallel import data_parallel
-from rondo.parallel.checkpoint import Checkpointer, model_tensors, optimizer_tensors, state_digest
+from rondo.models.mixer import Cost
+from rondo.parallel.build import PRECISIONS, ParallelModel
+from rondo.parallel.checkpoint import (
+    Checkpointer,
+    copy_to_twins,
+    model_tensors,
+    optimizer_tensors,
+    state_digest,
+)
+from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
 from rondo.parallel.mesh import Ranks, process_group, world_size
+from rondo.parallel.pipeline import MicroBatch
 from rondo.parallel.signals import StopFlag
 from rondo.pretrain.data import (
     Batch,
@@ -96,25 +107,26 @@ class Trainer:
         self.tokenizer = training.tokenizer
         self.byte_lengths = self.tokenizer.byte_lengths()
         self.config = dataclasses.replace(recipe.model, vocab_size=training.vocab_size)
-        self.model = data_parallel.build_model(
+        length = recipe.data.sequence_length
+        self.model = ParallelModel(
             self.config,
             ranks,
             recipe.parallel,
             precision=recipe.precision,
             seed=recipe.seed,
+            length=length,
             compile=recipe.compile,
         )
-        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.optimizers = build_optimizers(self.model.parts, recipe.optimizer)
         self.checkpointer = Checkpointer(
             folder / "checkpoints",
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
         )
-        length = recipe.data.sequence_length
         self.tokens_per_step = recipe.data.global_batch_size * length
-        self.flops_per_token = 3 * self.model.cost(length).flops  # backward costs twice forward
-        dtype = data_parallel.PRECISIONS[recipe.precision]
-        self.peak_flops = ranks.sum(peak_flops(ranks.device, dtype))[0]
+        self.cost = model_cost(self.config, length)
+        self.flops_per_token = 3 * self.cost.flops  # backward costs twice forward
+        self.peak_flops = ranks.sum(peak_flops(ranks.device, PRECISIONS[recipe.precision]))[0]
         # What a checkpoint carries besides tensors.
         self.state: dict[str, Any] = {
             "step": 0,
@@ -151,7 +163,7 @@ class Trainer:
             for step, batches in prefetch(self._batches(start)):
                 row, stopping = self.step(step, batches)
                 last = step + 1 == recipe.steps
-                extra = self._observe(step, batches[0], last)
+                extra = self._observe(step, batches, last)
                 self.metrics.log(row, extra)
                 self.state["step"] = step + 1
                 if stopping or last or _due(step, recipe.checkpoint.every):
@@ -161,7 +173,7 @@ class Trainer:
                     self.metrics.say(f"stopped by a signal after step {step + 1}; start again")
                     return STOPPED
             self.checkpointer.close()
-            self._part(extra or self._observe(start, None, True))
+            self._part(extra or self._observe(start, [], True))
         return DONE
 
     def step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], bool]:
@@ -173,22 +185,15 @@ class Trainer:
         torch.manual_seed((recipe.seed << 32) + step * ranks.size + ranks.rank)
         scale = factor(step, recipe.steps, recipe.schedule)
         set_learning_rate(self.optimizers, scale)
-        nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for i, batch in enumerate(batches):
-            data_parallel.accumulate(model, last=i + 1 == len(batches))
-            loss = self._loss(batch)
-            loss.backward()
-            nats += loss.detach()
-        data_parallel.finish_gradients(model, ranks)
-        valid = sum(int((batch.targets >= 0).sum()) for batch in batches)
-        text = sum(count_bytes(batch.targets, self.byte_lengths) for batch in batches)
+        batches = [micro_batch(batch, ranks) for batch in batches]
+        nats = model.forward_backward(batches)
         totals = ranks.sum(
-            nats.item(), valid, text, float(self.stop.raised), float(self.checkpointer.failed)
+            *self._count(nats, batches), float(self.stop.raised), float(self.checkpointer.failed)
         )
         loss_sum, valid, text, stopping, failed = totals
         if failed:
             self.checkpointer.check()
-        norm = data_parallel.gradient_norm(model, ranks) / max(1, valid)
+        norm = model.gradient_norm() / max(1, valid)
         self._update(step, norm, valid)
         seconds = time.perf_counter() - began
         speed = self.tokens_per_step / seconds
@@ -207,13 +212,15 @@ class Trainer:
         }
         return row, stopping > 0
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        """Summed cross-entropy of one micro-batch, in nats."""
-        tokens, targets, segment_ids = (
-            tensor.to(self.ranks.device, non_blocking=True)
-            for tensor in (batch.tokens, batch.targets, batch.segment_ids)
-        )
-        return self.model.loss(tokens, targets, segment_ids=segment_ids)
+    def _count(
+        self, nats: torch.Tensor, batches: Iterable[MicroBatch]
+    ) -> tuple[float, float, float]:
+        """This rank's share of the global sums of nats, valid tokens and bytes of text."""
+        if not self.ranks.counts:
+            return 0.0, 0.0, 0.0
+        targets = [batch.targets.cpu() for batch in batches]
+        valid = sum(int((each >= 0).sum()) for each in targets)
+        return nats.item(), valid, sum(count_bytes(each, self.byte_lengths) for each in targets)
 
     def _update(self, step: int, norm: float, valid: float) -> None:
         """Divides summed gradients by the global count of valid tokens, clips, and steps; a step
@@ -221,7 +228,7 @@ class Trainer:
         if math.isfinite(norm):
             clip = self.recipe.optimizer.clip_norm
             shrink = clip / norm if clip and norm > clip else 1.0
-            data_parallel.scale_gradients(self.model, shrink / max(1, valid))
+            scale_gradients(self.model.parts, shrink / max(1, valid))
             for optimizer in self.optimizers:
                 optimizer.step()
             self.state["skipped_in_a_row"] = 0
@@ -243,14 +250,13 @@ class Trainer:
     def validate(self, held_out: TokenDataset) -> dict[str, float]:
         """Loss and bits per byte of the held-out text; the same batches every time."""
         self.model.eval()
-        nats = valid = text = 0.0
+        totals = torch.zeros(3, dtype=torch.float64)
         for number in range(self.recipe.evals.batches):
-            for batch in self._global_batch(held_out, number):
-                nats += self._loss(batch).item()
-                valid += int((batch.targets >= 0).sum())
-                text += count_bytes(batch.targets, self.byte_lengths)
+            global_batch = self._global_batch(held_out, number)
+            batches = [micro_batch(batch, self.ranks) for batch in global_batch]
+            totals += torch.tensor(self._count(self.model.evaluate(batches), batches))
         self.model.train()
-        nats, valid, text = self.ranks.sum(nats, valid, text)
+        nats, valid, text = self.ranks.sum(*totals.tolist())
         return {
             "validation/loss": nats / max(1, valid),
             "validation/bits_per_byte": bits_per_byte(nats, int(text)),
@@ -263,8 +269,8 @@ class Trainer:
         self.checkpointer.save(
             self.state["step"],
             {
-                "model": model_tensors(self.model),
-                "optimizer": optimizer_tensors(self.model, self.optimizers),
+                "model": model_tensors(self.model.parts),
+                "optimizer": optimizer_tensors(self.model.parts, self.optimizers),
             },
             self.state,
             {"model/config.json": config, **tokenizer},
@@ -276,10 +282,11 @@ class Trainer:
         if path is None:
             return None
         tensors = {
-            "model": model_tensors(self.model),
-            "optimizer": optimizer_tensors(self.model, self.optimizers),
+            "model": model_tensors(self.model.parts),
+            "optimizer": optimizer_tensors(self.model.parts, self.optimizers),
         }
         state = self.checkpointer.load(path, tensors)
+        copy_to_twins(self.model.parts, self.optimizers)
         if state["data"] != self.state["data"]:
             raise UserError(
                 f"data: {path} was trained on other data (sources, weights, tokenizer, "
@@ -299,25 +306,27 @@ class Trainer:
         """This rank's micro-batches of global batch `number`."""
         data, ranks = self.recipe.data, self.ranks
         for chunk in rank_indices(
-            number, data.global_batch_size, ranks.rank, ranks.size, data.micro_batch_size
+            number,
+            data.global_batch_size,
+            ranks.data_index,
+            ranks.layout.data_size,
+            data.micro_batch_size,
         ):
             yield dataset.batch(chunk)
 
-    def _observe(self, step: int, batch: Batch | None, last: bool) -> dict[str, float]:
+    def _observe(self, step: int, batches: list[Batch], last: bool) -> dict[str, float]:
         """Validation and norms, when they are due after `step`."""
         extra: dict[str, float] = {}
         if self.held_out and (last or _due(step, self.recipe.evals.every)):
             extra |= self.validate(self.held_out)
-        if batch is not None and _due(step, self.recipe.logging.norms_every):
-            device = self.ranks.device
-            extra |= layer_norms(self.model, batch.tokens.to(device), batch.segment_ids.to(device))
+        if batches and _due(step, self.recipe.logging.norms_every):
+            extra |= layer_norms(self.model, [micro_batch(batch, self.ranks) for batch in batches])
         return extra
 
     def _greet(self, origin: Path | None) -> None:
         show_choices(self.metrics.say)
-        cost = self.model.cost(self.recipe.data.sequence_length)
         self.metrics.say(
-            f"{self.recipe.name}: {cost.parameters:,} parameters, {cost.flops / 1e6:,.1f} MFLOP a "
+            f"{self.recipe.name}: {self.cost.parameters:,} parameters, {self.cost.flops / 1e6:,.1f} MFLOP a "
             f"token forward, {self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s), "
             f"{self.peak_flops / 1e9:,.0f} GFLOP/s of matrix products"
         )
@@ -326,7 +335,7 @@ class Trainer:
 
     def _part(self, extra: dict[str, float]) -> None:
         """The closing words of a finished run."""
-        digest = state_digest({"model": model_tensors(self.model)})
+        digest = state_digest({"model": model_tensors(self.model.parts)})
         self.metrics.say(f"model digest after step {self.state['step']}: {digest}")
         if self.held_out is None:
             return
@@ -341,6 +350,20 @@ class Trainer:
                 f"validation bits per byte: {known}{extra['validation/bits_per_byte']:.3f} after "
                 f"training (a token-unigram model of the training data: {unigram:.3f})"
             )
+
+
+def micro_batch(batch: Batch, ranks: Ranks) -> MicroBatch:
+    """This rank's stretch of the sequences of `batch`, on its device."""
+    whole = (batch.tokens, batch.targets, batch.segment_ids, document_positions(batch.segment_ids))
+    size, rank = ranks.layout.cp, ranks.index("cp")
+    parts = (tensor.unflatten(1, (size, -1))[:, rank] for tensor in whole)
+    return MicroBatch(*(part.to(ranks.device, non_blocking=True) for part in parts))
+
+
+def model_cost(config: ModelConfig, length: int) -> Cost:
+    """What the whole model costs, in sequences of `length` tokens."""
+    with torch.device("meta"):
+        return Decoder(config).cost(length)
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,6 +19,10 @@ class SwiGLU(ChannelMixer):
 
     sharding: ClassVar = {"gate_proj": "column", "up_proj": "column", "down_proj": "row"}
 
+    @classmethod
+    def splits(cls, config: ModelConfig) -> dict[str, int]:
+        return {"ffn_dim": config.inner_dim}
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.dim, config.inner_dim, std=config.init_std)

@@ -78,13 +78,18 @@ class Attention(Mixer):
             found.append(f"head_dim: RoPE needs an even width, got {head_dim}")
         return found
 
+    @classmethod
+    def heads(cls, config: ModelConfig, options: AttentionOptions) -> dict[str, int]:
+        heads, kv, _ = _sizes(config, options)
+        return {"num_heads": heads, "num_kv_heads": kv}
+
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
         q, k, v = (
-            split_heads(self.q_proj(x), self.num_heads),
-            split_heads(self.k_proj(x), self.num_kv_heads),
-            split_heads(self.v_proj(x), self.num_kv_heads),
+            split_heads(self.q_proj(x), self.head_dim),
+            split_heads(self.k_proj(x), self.head_dim),
+            split_heads(self.v_proj(x), self.head_dim),
         )
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

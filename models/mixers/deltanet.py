@@ -88,13 +88,17 @@ class DeltaNet(Mixer):
             return [f"expand_v: leaves no value channels, got {options.expand_v}"]
         return []
 
+    @classmethod
+    def heads(cls, config: ModelConfig, options: Any) -> dict[str, int]:
+        return {"num_heads": cls.sizes(config, options)[0]}
+
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
         after: State = {}
         q, k, v = (
-            split_heads(self._convolve(name, x, ctx, state, after), self.num_heads)
-            for name in ("q", "k", "v")
+            split_heads(self._convolve(name, x, ctx, state, after), width)
+            for name, width in (("q", self.head_dim), ("k", self.head_dim), ("v", self.value_dim))
         )
         beta = at_least_float32(self.beta_proj(x)).sigmoid()
         if self.options.negative_eigenvalues:
@@ -109,7 +113,7 @@ class DeltaNet(Mixer):
             segment_ids=ctx.segment_ids,
         )
         if self.options.output_gate:
-            o = self.norm(o, split_heads(self.gate_proj(x), self.num_heads))
+            o = self.norm(o, split_heads(self.gate_proj(x), self.value_dim))
         else:
             o = self.norm(o)
         return self.o_proj(o.flatten(2)), after

@@ -72,20 +72,24 @@ class GatedLinearAttention(Mixer):
             if width < 1 or width % options.num_heads
         ]
 
+    @classmethod
+    def heads(cls, config: ModelConfig, options: GLAOptions) -> dict[str, int]:
+        return {"num_heads": options.num_heads}
+
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
-        heads = self.options.num_heads
+        key_dim, value_dim = (n // self.options.num_heads for n in (self.keys, self.values))
         decay = F.logsigmoid(at_least_float32(self.decay_up(self.decay_down(x))))
         o, recurrent = self.scan(
-            split_heads(self.q_proj(x), heads),
-            split_heads(self.k_proj(x), heads),
-            split_heads(self.v_proj(x), heads),
-            split_heads(decay / self.options.gate_divisor, heads),
+            split_heads(self.q_proj(x), key_dim),
+            split_heads(self.k_proj(x), key_dim),
+            split_heads(self.v_proj(x), value_dim),
+            split_heads(decay / self.options.gate_divisor, key_dim),
             initial_state=get(state, "recurrent"),
             segment_ids=ctx.segment_ids,
         )
-        o = self.norm(o, split_heads(self.gate_proj(x), heads))
+        o = self.norm(o, split_heads(self.gate_proj(x), value_dim))
         return self.o_proj(o.flatten(2)), {"recurrent": recurrent}
 
     def state_shapes(

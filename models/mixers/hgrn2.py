@@ -58,7 +58,7 @@ class HGRN2(Mixer):
 
     def __init__(self, config: ModelConfig, options: HGRN2Options, layer: int) -> None:
         super().__init__(config, options, layer)
-        self.num_heads = config.dim // _head_dim(config, options)
+        self.head_dim = _head_dim(config, options)
         self.scan = gated_linear_attention
         self.q_proj = Linear(config.dim, config.dim, std=config.init_std)
         self.f_proj = Linear(config.dim, config.dim, std=config.init_std)
@@ -74,6 +74,10 @@ class HGRN2(Mixer):
         return []
 
     @classmethod
+    def heads(cls, config: ModelConfig, options: HGRN2Options) -> dict[str, int]:
+        return {"head_dim": config.dim // _head_dim(config, options)}
+
+    @classmethod
     def shared_modules(cls, config: ModelConfig, options: HGRN2Options) -> dict[str, nn.Module]:
         return {"hgrn2_lower_bounds": LowerBounds(config.num_layers, config.dim)}
 
@@ -85,13 +89,14 @@ class HGRN2(Mixer):
             log_decay = F.logsigmoid(forget)
         else:
             bound = ctx.shared["hgrn2_lower_bounds"][self.layer]
+            bound = bound.narrow(0, self.first_head * self.head_dim, forget.shape[-1])
             log_decay = (bound + (1 - bound) * forget.sigmoid()).clamp_min(1e-20).log()
         k = -torch.expm1(log_decay)
         o, recurrent = self.scan(
-            split_heads(F.silu(self.q_proj(x)), self.num_heads),
-            split_heads(k.to(x.dtype), self.num_heads),
-            split_heads(self.v_proj(x), self.num_heads),
-            split_heads(log_decay, self.num_heads),
+            split_heads(F.silu(self.q_proj(x)), self.head_dim),
+            split_heads(k.to(x.dtype), self.head_dim),
+            split_heads(self.v_proj(x), self.head_dim),
+            split_heads(log_decay, self.head_dim),
             initial_state=get(state, "recurrent"),
             segment_ids=ctx.segment_ids,
         )
@@ -100,11 +105,11 @@ class HGRN2(Mixer):
     def state_shapes(
         self, batch: int, length: int
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        width = self.config.dim // self.num_heads
-        return {"recurrent": ((batch, self.num_heads, width, width), torch.float32)}
+        width = self.head_dim
+        return {"recurrent": ((batch, self.config.dim // width, width, width), torch.float32)}
 
     def operator_flops(self, length: int) -> float:
-        return 4.0 * self.config.dim**2 / self.num_heads
+        return 4.0 * self.config.dim * self.head_dim
 
 
 def _head_dim(config: ModelConfig, options: HGRN2Options) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rondo.kernels import gated_linear_attention, gated_rms_norm, short_conv
+from rondo.kernels import gated_linear_attention, short_conv
 from rondo.models.config import ModelConfig
 from rondo.models.init import constant, inverse_softplus_step, log_uniform, parameter
 from rondo.models.layers import GatedRMSNorm, Linear, ShortConv, at_least_float32
@@ -43,7 +43,7 @@ class Mamba2(Mixer):
     """
 
     Options = Mamba2Options
-    sharding: ClassVar = {
+    sharding = {  # noqa: RUF012  (of one group; more groups are split like heads)
         "z_proj": "column",
         "x_proj": "column",
         "bc_proj": "replicate",
@@ -73,7 +73,14 @@ class Mamba2(Mixer):
         self.dt_bias = parameter((self.num_heads,), inverse_softplus_step())
         self.A_log = parameter((self.num_heads,), log_uniform(1, 16))
         self.D = parameter((self.num_heads,), constant(1.0))
-        self.norm = GatedRMSNorm(self.inner, config.norm_eps, norm_before_gate=False)
+        self.norm = GatedRMSNorm(
+            self.inner,
+            config.norm_eps,
+            norm_before_gate=False,
+            width=self.inner // options.num_groups,
+        )
+        if options.num_groups > 1:  # then groups go with their heads
+            self.sharding = {**self.sharding, "bc_proj": "column", "bc_conv": "head"}
         self.o_proj = Linear(self.inner, config.dim, std=config.residual_std)
 
     @classmethod
@@ -86,10 +93,15 @@ class Mamba2(Mixer):
             return [f"num_groups: {heads} heads are not divisible by {options.num_groups}"]
         return []
 
+    @classmethod
+    def heads(cls, config: ModelConfig, options: Mamba2Options) -> dict[str, int]:
+        heads = {"head_dim": options.expand * config.dim // options.head_dim}
+        return heads if options.num_groups == 1 else {**heads, "num_groups": options.num_groups}
+
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
-        groups, after = self.options.num_groups, {}
+        after: State = {}
         segments = {"segment_ids": ctx.segment_ids}
         v, after["conv_x"] = self.x_conv(
             self.x_proj(x), self.conv, initial_state=get(state, "conv_x"), **segments
@@ -97,8 +109,8 @@ class Mamba2(Mixer):
         bc, after["conv_bc"] = self.bc_conv(
             self.bc_proj(x), self.conv, initial_state=get(state, "conv_bc"), **segments
         )
-        v = split_heads(v, self.num_heads)
-        k, q = bc.unflatten(-1, (2, groups, -1)).unbind(2)
+        v = split_heads(v, self.options.head_dim)
+        k, q = bc.unflatten(-1, (-1, 2, self.options.state_dim)).unbind(3)
         step = F.softplus(at_least_float32(self.dt_proj(x)) + self.dt_bias)
         y, after["recurrent"] = self.scan(
             q,
@@ -110,15 +122,7 @@ class Mamba2(Mixer):
             **segments,
         )
         y = torch.addcmul(y, v, self.D.to(v.dtype)[:, None])
-        return self.o_proj(self._norm(y.flatten(2), self.z_proj(x))), after
-
-    def _norm(self, y: Tensor, z: Tensor) -> Tensor:
-        groups = self.options.num_groups
-        if groups == 1:
-            return self.norm(y, z)
-        y, z = split_heads(y, groups), split_heads(z, groups)
-        y = gated_rms_norm(y, z, eps=self.norm.eps, norm_before_gate=False)
-        return y.flatten(2) * self.norm.weight.to(y.dtype)
+        return self.o_proj(self.norm(y.flatten(2), self.z_proj(x))), after
 
     def state_shapes(
         self, batch: int, length: int

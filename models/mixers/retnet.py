@@ -67,16 +67,19 @@ class RetNet(Mixer):
             found.append(f"num_heads: RoPE needs an even head width, got {config.dim // heads}")
         return found
 
+    @classmethod
+    def heads(cls, config: ModelConfig, options: RetNetOptions) -> dict[str, int]:
+        return {"num_heads": _sizes(config, options)[0]}
+
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
-        q, k, v, gate = (
-            split_heads(projection(x), self.num_heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
-        )
+        key_dim, value_dim = (n // self.num_heads for n in (self.config.dim, self.values))
+        q, k = (split_heads(proj(x), key_dim) for proj in (self.q_proj, self.k_proj))
+        v, gate = (split_heads(proj(x), value_dim) for proj in (self.v_proj, self.gate_proj))
         theta = self.options.rope_theta
-        heads = torch.arange(self.num_heads, device=x.device, dtype=at_least_float32(x).dtype)
-        log_decay = torch.log1p(-torch.exp2(-5.0 - heads))
+        heads = self.first_head + torch.arange(v.shape[2], device=x.device)
+        log_decay = torch.log1p(-torch.exp2(-5.0 - heads.to(at_least_float32(x).dtype)))
         o, recurrent = self.scan(
             rope(q, ctx.positions, theta=theta),
             rope(k, ctx.positions, theta=theta),

@@ -2,11 +2,17 @@
 
 from rondo.parallel.checkpoint.checkpointer import Checkpointer
 from rondo.parallel.checkpoint.collective import CheckpointError
-from rondo.parallel.checkpoint.state import model_tensors, optimizer_tensors, state_digest
+from rondo.parallel.checkpoint.state import (
+    copy_to_twins,
+    model_tensors,
+    optimizer_tensors,
+    state_digest,
+)
 
 __all__ = [
     "CheckpointError",
     "Checkpointer",
+    "copy_to_twins",
     "model_tensors",
     "optimizer_tensors",
     "state_digest",

@@ -108,7 +108,7 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
 
 def test_residual_projections_start_smaller() -> None:
     model = Decoder(ModelConfig(vocab_size=300, dim=256, num_layers=8), seed=0)
-    block = model.blocks[3]
+    block = model.blocks["3"]
     assert block.mixer.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert block.mixer.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
     assert block.ffn.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)

@@ -50,6 +50,10 @@ class Toy(Mixer):
         self.rate_proj = Linear(config.dim, config.dim, std=config.init_std)
         self.out_proj = Linear(config.dim, config.dim, std=config.residual_std)
 
+    @classmethod
+    def heads(cls, config: ModelConfig, options: ToyOptions) -> dict[str, int]:
+        return {"dim": config.dim}
+
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:

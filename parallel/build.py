@@ -1,0 +1,157 @@
+"""From a configuration to a model that is laid out over ranks and runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from rondo.models import Decoder, ModelConfig
+from rondo.models.init import initial_values
+from rondo.parallel import data_parallel
+from rondo.parallel.checkpointing import checkpoint_block
+from rondo.parallel.config import ParallelConfig
+from rondo.parallel.mesh import Ranks, submesh
+from rondo.parallel.pipeline import (
+    MicroBatch,
+    Pipeline,
+    rank_stages,
+    stage_count,
+    stage_layers,
+)
+from rondo.parallel.sequence import shard_sequence
+from rondo.parallel.tensor import shard_tensors
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class ParallelModel:
+    """This rank's parts of a model, and how to run them.
+
+    Parts are built on the meta device, then, in this order: sequence-parallel operators, tensor
+    parallel, activation checkpointing, torch.compile, FSDP2; then each rank materialises and
+    fills its part, so that no rank ever holds more than that and one tensor. The initial values
+    depend on `seed` alone, not on the layout.
+
+    Args:
+        config: the model.
+        ranks: where this process stands.
+        parallel: layout and options.
+        precision: type of activations and products; parameters are float32, except that
+            "float64" makes everything float64 (for tests).
+        seed: of the initial values.
+        length: tokens in a sequence, for the cost of layers.
+        compile: run each block through torch.compile.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+        *,
+        precision: str,
+        seed: int,
+        length: int,
+        compile: bool = False,
+    ) -> None:
+        self.config, self.ranks, self.parallel = config, ranks, parallel
+        layout = ranks.layout
+        self.stages = stage_count(layout.pp, parallel.pipeline_schedule)
+        cuts = stage_layers(config, self.stages, length)
+        numbers = rank_stages(ranks.index("pp"), layout.pp, parallel.pipeline_schedule)
+        self.parts = [
+            self._build(cuts[number], PRECISIONS[precision], compile) for number in numbers
+        ]
+        self._pipeline: Pipeline | None = None
+        for part in self.parts:
+            part.to_empty(device=ranks.device)
+            with torch.device("meta"):
+                template = Decoder(config, layers=part.layers)
+            data_parallel.fill(part, initial_values(template, seed))
+
+    def _build(self, layers: range, dtype: torch.dtype, compile: bool) -> Decoder:
+        with torch.device("meta"):
+            part = Decoder(self.config, layers=layers)
+        if dtype == torch.float64:
+            part.double()
+        part.activation_dtype = dtype
+        names = [name for name, _ in part.named_parameters()]
+        mesh, layout = self.ranks.mesh, self.ranks.layout
+        if layout.cp > 1:
+            shard_sequence(part, self.ranks.group("cp"))
+        if mesh is not None and layout.tp > 1:
+            shard_tensors(part, submesh(mesh, "tp"))
+        for block in part.blocks.values():
+            checkpoint_block(block, self.parallel.activation_checkpointing)
+            if compile:
+                block.compile()
+        if mesh is not None:
+            data_parallel.shard_parameters(part, mesh, dtype)
+        if [name for name, _ in part.named_parameters()] != names:
+            raise RuntimeError("sharding changed the parameters' names")
+        return part
+
+    def train(self) -> None:
+        """Puts all parts in training mode."""
+        for part in self.parts:
+            part.train()
+
+    def eval(self) -> None:
+        """Puts all parts in evaluation mode."""
+        for part in self.parts:
+            part.eval()
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Adds the gradients of the summed losses of `batches` and completes them; returns this
+        rank's share of the sum of the losses (float64)."""
+        if self.ranks.layout.pp > 1:
+            nats = self._piped(batches).run(batches)
+        else:
+            nats = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+            for i, batch in enumerate(batches):
+                self._accumulate(last=i + 1 == len(batches))
+                loss = self._loss(batch)
+                loss.backward()
+                nats += loss.detach()
+        data_parallel.finish_gradients(self.parts, self.ranks)
+        return nats
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """This rank's share of the summed losses of `batches`, without gradients (float64)."""
+        if self.ranks.layout.pp > 1:
+            return self._piped(batches).run(batches, backward=False)
+        return torch.stack([self._loss(batch).double() for batch in batches]).sum()
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of all gradients, the same on every rank."""
+        return data_parallel.gradient_norm(self.parts, self.ranks, self.stages)
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        return self.parts[0].loss(
+            batch.tokens,
+            batch.targets,
+            segment_ids=batch.segment_ids,
+            positions=batch.positions,
+        )
+
+    def _piped(self, batches: Sequence[MicroBatch]) -> Pipeline:
+        if self._pipeline is None:
+            self._pipeline = Pipeline(
+                self.parts,
+                self.ranks,
+                self.parallel.pipeline_schedule,
+                len(batches),
+                batches[0],
+            )
+        return self._pipeline
+
+    def _accumulate(self, last: bool) -> None:
+        """Only in the last backward pass of a step are gradients reduced over ranks."""
+        for part in self.parts:
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(last)
+                part.set_is_last_backward(last)

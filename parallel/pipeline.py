@@ -1,0 +1,198 @@
+"""Pipeline parallel: runs of layers on different ranks, with the schedules of torch.
+
+Two letters: S stages, M micro-batches. A stage hands on the activations and whatever crosses
+layers beside them (`ChannelMixer.carried`), gradients included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining._backward import stage_backward_weight
+
+from rondo.models import Decoder, ModelConfig
+from rondo.parallel.mesh import Ranks
+
+
+class Schedule(NamedTuple):
+    """One order of forward and backward passes."""
+
+    kind: type[Any]
+    stages_per_rank: int
+
+
+SCHEDULES = {
+    "gpipe": Schedule(schedules.ScheduleGPipe, 1),
+    "1f1b": Schedule(schedules.Schedule1F1B, 1),  # arXiv 2006.09503
+    "interleaved": Schedule(schedules.ScheduleInterleaved1F1B, 2),  # arXiv 2104.04473
+    "zero_bubble": Schedule(schedules.ScheduleInterleavedZeroBubble, 2),  # arXiv 2401.10241
+}
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass reads; all tensors `(B, T)`, this rank's stretch of the sequences."""
+
+    tokens: Tensor
+    targets: Tensor
+    segment_ids: Tensor
+    positions: Tensor
+
+
+def stage_count(pp: int, schedule: str) -> int:
+    """Stages of a pipeline of `pp` ranks."""
+    return 1 if pp == 1 else pp * SCHEDULES[schedule].stages_per_rank
+
+
+def rank_stages(rank: int, pp: int, schedule: str) -> list[int]:
+    """The stages that pipeline rank `rank` holds."""
+    if pp == 1:
+        return [0]
+    return [rank + pp * i for i in range(SCHEDULES[schedule].stages_per_rank)]
+
+
+def stage_layers(config: ModelConfig, stages: int, length: int) -> list[range]:
+    """Consecutive layers for each stage, so that the most expensive stage costs as little as
+    possible. What a layer costs is what its modules say (FLOPs at `length` tokens); the output
+    matrix counts for the last stage."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    costs = [block.cost(length).flops for block in model.blocks.values()]
+    costs[-1] += 2.0 * config.vocab_size * config.dim
+    return split_evenly(costs, stages)
+
+
+def split_evenly(costs: Sequence[float], parts: int) -> list[range]:
+    """Cuts `costs` into `parts` runs, none empty, whose largest sum is the least possible."""
+    if not 1 <= parts <= len(costs):
+        raise ValueError(f"{len(costs)} layers cannot make {parts} stages")
+    sums = [0.0, *itertools.accumulate(costs)]
+    # best[n]: least possible largest sum when the first n costs make the parts so far; the cut
+    # before the last of these parts is remembered in `cuts`.
+    best, cuts = [0.0] + [math.inf] * len(costs), []
+    for _ in range(parts):
+        options = [
+            min(((max(best[m], sums[n] - sums[m]), m) for m in range(n)), default=(math.inf, 0))
+            for n in range(len(sums))
+        ]
+        best, came_from = map(list, zip(*options, strict=True))
+        cuts.append(came_from)
+    bounds = [len(costs)]
+    for came_from in reversed(cuts):
+        bounds.append(came_from[bounds[-1]])
+    return [range(a, b) for a, b in itertools.pairwise(reversed(bounds))]
+
+
+class Pipeline:
+    """Runs the parts of one rank, its stages, in turns with the other ranks.
+
+    Args:
+        parts: this rank's parts of the model, as `rank_stages` lists them.
+        ranks: where this process stands.
+        schedule: a key of `SCHEDULES`.
+        micro_batches: forward passes a step, of the shapes of `example`.
+        example: one of them.
+    """
+
+    def __init__(
+        self,
+        parts: list[Decoder],
+        ranks: Ranks,
+        schedule: str,
+        micro_batches: int,
+        example: MicroBatch,
+    ) -> None:
+        pp, kind = ranks.layout.pp, SCHEDULES[schedule]
+        numbers = rank_stages(ranks.index("pp"), pp, schedule)
+        total = stage_count(pp, schedule)
+        stages = [
+            _Stage(part, number, total, ranks, example)
+            for part, number in zip(parts, numbers, strict=True)
+        ]
+        self._starts, self._ends = 0 in numbers, total - 1 in numbers
+        self._schedule = kind.kind(
+            stages[0] if kind.stages_per_rank == 1 else stages,
+            micro_batches,
+            loss_fn=_loss_of(parts),
+            scale_grads=False,
+        )
+
+    def run(self, batches: Sequence[MicroBatch], *, backward: bool = True) -> Tensor:
+        """Forward passes over `batches`, with or without their backward passes; the sum of the
+        losses, float64, on ranks that hold the last stage, and zero on others."""
+        whole = MicroBatch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
+        inputs = (whole.tokens,) if self._starts else ()
+        losses: list[Tensor] | None = [] if self._ends else None
+        run = self._schedule.step if backward else self._schedule.eval
+        options: dict[str, Any] = {"return_outputs": False} if backward else {}
+        run(
+            *inputs,
+            target=whole.targets if self._ends else None,
+            losses=losses,
+            segment_ids=whole.segment_ids,
+            positions=whole.positions,
+            **options,
+        )
+        if not losses:
+            return torch.zeros((), dtype=torch.float64, device=whole.tokens.device)
+        return torch.stack([loss.detach().double() for loss in losses]).sum()
+
+
+def _loss_of(parts: list[Decoder]) -> Any:
+    last = next((part for part in parts if part.last), None)
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        assert last is not None, "only the last stage has a loss"
+        return last.hidden_loss(hidden, targets)
+
+    return loss
+
+
+class _Stage(PipelineStage):
+    """A part of the model between tensors that are received and tensors that are sent."""
+
+    def __init__(
+        self, part: Decoder, number: int, total: int, ranks: Ranks, example: MicroBatch
+    ) -> None:
+        tokens = example.tokens.to("meta")
+        batch, time = tokens.shape
+        kind = part.activation_dtype or next(part.parameters()).dtype
+        between = [(part.config.dim, kind)]
+        wide = torch.promote_types(kind, torch.float32)
+        between += [(width, wide) for width in part.carried.values()]
+        crossing = tuple(
+            tokens.new_empty(batch, time // ranks.layout.tp, width, dtype=dtype).requires_grad_()
+            for width, dtype in between
+        )
+        super().__init__(
+            part,
+            number,
+            total,
+            ranks.device,
+            input_args=(tokens,) if part.first else crossing,
+            output_args=crossing[:1] if part.last else crossing,
+            group=ranks.group("pp"),
+        )
+
+    def backward_maybe_with_nosync(
+        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        """One backward pass, or its half for inputs or weights."""
+        if backward_type != "weight":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        # Weights that meet in one operator would free each other's graph. It goes with the last
+        # reference to it anyway.
+        groups = bwd_kwargs["param_groups"]
+        return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass; `args` are tokens, or hidden states and what crosses beside them."""
+        part: Any = self.submod
+        carry = dict(zip(part.carried, args[1:], strict=False))
+        output = part(args[0], carry=carry, return_state=False, **kwargs)
+        return output.hidden if part.last else (output.hidden, *output.carry.values())

@@ -1,0 +1,117 @@
+"""Training under a layout, and what is left of it to compare with one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from rondo.kernels.segments import document_positions
+from rondo.models import ModelConfig
+from rondo.parallel.build import ParallelModel
+from rondo.parallel.config import ParallelConfig
+from rondo.parallel.data_parallel import scale_gradients
+from rondo.parallel.mesh import Layout, Ranks, make_mesh
+from rondo.parallel.pipeline import MicroBatch
+from rondo.pretrain.optim import build_optimizers
+from rondo.pretrain.recipe import OptimizerConfig
+
+VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 2, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What to train, and how."""
+
+    config: ModelConfig
+    layout: Layout
+    schedule: str = "1f1b"
+    precision: str = "float64"
+    checkpointing: str = "none"
+    rows: int = ROWS
+    time: int = TIME
+
+
+def data(run: Run) -> MicroBatch:
+    """All rows: documents of odd lengths, across every border between ranks, and beginning
+    exactly at some; the first row is one document, the second has many short ones."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, VOCAB, (run.rows, run.time + 1), generator=generator)
+    starts = torch.zeros(run.rows, run.time, dtype=torch.long)
+    starts[1, 1::2] = 1
+    starts[1, run.time // 2] = 1
+    starts[2:, run.time // 2] = 1
+    starts[3:, [1, run.time // 4 + 1, run.time - 1]] = 1
+    starts[4:, run.time // 4] = 1
+    ids = starts.cumsum(1)
+    targets = tokens[:, 1:].clone()
+    targets[:, :-1][ids[:, 1:] != ids[:, :-1]] = -100
+    return MicroBatch(tokens[:, :-1], targets, ids, document_positions(ids))
+
+
+def micro_batches(run: Run, ranks: Ranks) -> list[MicroBatch]:
+    """This rank's share of the rows and of the time."""
+    layout = run.layout
+    parts = []
+    for tensor in data(run):
+        rows = tensor.chunk(layout.data_size)[ranks.data_index]
+        rows = rows.unflatten(1, (layout.cp, -1))[:, ranks.index("cp")]
+        parts.append(rows.split(max(1, MICRO // layout.data_size)))
+    return [MicroBatch(*tensors) for tensors in zip(*parts, strict=True)]
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Losses, gradients of the first step, gradient norms, and parameters after `STEPS` steps, by
+    name and whole; of a pipeline this rank's names."""
+    rank, size, mesh = 0, 1, None
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        mesh = make_mesh("cpu", run.layout)
+    ranks = Ranks(rank, size, torch.device("cpu"), mesh)
+    parallel = ParallelConfig(
+        pipeline_schedule=run.schedule,  # type: ignore[arg-type]
+        activation_checkpointing=run.checkpointing,  # type: ignore[arg-type]
+    )
+    model = ParallelModel(
+        run.config, ranks, parallel, precision=run.precision, seed=4, length=run.time
+    )
+    optimizers = build_optimizers(model.parts, OptimizerConfig(lr=0.01, eps=1e-3))
+    batches = micro_batches(run, ranks)
+    valid = int((data(run).targets >= 0).sum())
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}, "evaluated": []}
+    for step in range(STEPS):
+        nats = model.forward_backward(batches)
+        result["losses"].append(ranks.sum(nats.item() * ranks.counts)[0] / valid)
+        scale_gradients(model.parts, 1 / valid)
+        result["norms"].append(model.gradient_norm())
+        if step == 0:
+            result["gradients"] = named(model, lambda param: param.grad)
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    result["evaluated"] = ranks.sum(model.evaluate(batches).item() * ranks.counts)[0] / valid
+    result["parameters"] = named(model, lambda param: param.detach())
+    return result
+
+
+def named(model: ParallelModel, value: Any) -> dict[str, np.ndarray]:
+    """`value` of every parameter of this rank, whole."""
+    found = {}
+    for part in model.parts:
+        for name, param in part.named_parameters():
+            tensor = value(param)
+            if tensor is None:
+                print("NONE", name, flush=True)
+                continue
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[name] = whole.numpy().copy()  # tensors in a pipe need the sender to stay alive
+    return found
+
+
+def train_all(runs: list[Run]) -> list[dict[str, Any]]:
+    """`train`, one run after another in the same processes."""
+    return [train(run) for run in runs]
