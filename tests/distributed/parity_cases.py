@@ -21,7 +21,7 @@ from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
 from rondo.tests.toys import registered
 
-VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 2, 5
+VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 5
 
 
 @dataclasses.dataclass(frozen=True)

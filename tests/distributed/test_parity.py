@@ -32,7 +32,7 @@ OPTIONS = {
     "groups": {"kind": "mamba2", "head_dim": 8, "state_dim": 4, "num_groups": 2},
 }
 MIXED = [*MIXERS, "grouped", "toy+toy_router", "groups+toy_router", "toy"]
-PATTERNS = {"mixed": MIXED, **{name: [name] * 4 for name in MIXERS}}
+PATTERNS = {"mixed": MIXED, **{name: [name] for name in MIXERS}}
 # Layout, schedule, activation checkpointing.
 LAYOUTS = {
     "tp2": (Layout(tp=2), "1f1b", "none"),
@@ -58,7 +58,7 @@ def config(pattern: str, **changes: Any) -> ModelConfig:
     return ModelConfig(
         vocab_size=VOCAB,
         dim=32,
-        num_layers=len(entries),
+        num_layers=max(4, len(entries)),  # four stages at most
         pattern=entries,
         mixers=OPTIONS,
         ffn_dim=48,
@@ -84,8 +84,8 @@ def tolerance(pattern: str, precision: str, tied: bool) -> float:
 
 
 def ratio(value: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
+    """Norm of the difference over the norm of what is expected, if that is not zero."""
+    return float(np.linalg.norm(value - expected) / (np.linalg.norm(expected) or 1.0))
 
 
 def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> list[str]:
@@ -110,12 +110,10 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: fl
 def cases(layout: str) -> list[tuple[str, str, bool]]:
     """Pattern, precision, tied embeddings."""
     found = [("mixed", "float64", True)]
-    if FULL or layout == "tp2-cp2":
+    if FULL or layout == "dp_shard2":
         found += [("mixed", "float32", False)]
     if FULL or layout in ("tp2", "cp2"):
         found += [(name, "float64", False) for name in MIXERS]
-    if FULL:
-        found += [(name, "float32", False) for name in MIXERS]
     return found
 
 
