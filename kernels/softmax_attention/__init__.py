@@ -52,7 +52,7 @@ def attention(
     Raises:
         ValueError: shapes, window or backend do not fit.
     """
-    _check(q, k, v, window, segment_ids, key_segment_ids)
+    check_inputs(q, k, v, window, segment_ids, key_segment_ids)
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids
     if backend == "auto" and flash_serves(q, k, v):
@@ -64,7 +64,7 @@ def attention(
     return run(q, k, v, window, scale, segment_ids, key_segment_ids)
 
 
-def _check(
+def check_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
