@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rondo.kernels.backend import choose
+from rondo.kernels.conv_library import library_conv, library_serves
+from rondo.kernels.tiles import Tile, tiles
 
 TILE = 2**19
 """Elements of x that are worked on at a time, so that float32 intermediates stay in cache."""
@@ -37,7 +39,8 @@ def short_conv(
             zeros.
         segment_ids: `(B, T)` integer, non-decreasing in a row: inputs of other documents count
             as zeros.
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked", or "library" (oneDNN; no `segment_ids`). "auto"
+            takes library in bfloat16 on a CPU where it serves these inputs, else chunked.
 
     Returns:
         y `(B, T, C)` and the state `(B, W - 1, C)`: the last W - 1 inputs, zeros where they lie
@@ -54,7 +57,9 @@ def short_conv(
     ids = None
     if segment_ids is not None:
         ids = torch.cat((segment_ids[:, :1].expand(-1, history), segment_ids), dim=1)
-    run = choose("short_conv", backend, {"reference": _reference, "chunked": _chunked}, x.device)
+    if backend == "auto" and library_serves(x, segment_ids):
+        backend = "library"
+    run = choose("short_conv", backend, IMPLEMENTATIONS, x.device)
     y = run(x, weight, bias, initial_state, ids, activation == "silu")
     return y, _last_inputs(x, initial_state, ids)
 
@@ -154,7 +159,7 @@ class _ShortConv(torch.autograd.Function):
         taps = _taps(weight, x.dtype)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         before = torch.empty_like(out) if silu else None
-        for tile in _tiles(*x.shape):
+        for tile in tiles(x.shape, TILE, MIN_TILE_TIME):
             inputs = _inputs(x, initial_state, tile)
             y = inputs[:, len(taps) - 1 :] * taps[-1]
             if bias is not None:
@@ -182,7 +187,7 @@ class _ShortConv(torch.autograd.Function):
         grad_taps = torch.zeros_like(taps)
         grad_bias = torch.zeros_like(taps[0])
         later = grad_state  # what later tiles of these rows owe to the last inputs of this one
-        for tile in reversed(_tiles(*x.shape)):
+        for tile in reversed(tiles(x.shape, TILE, MIN_TILE_TIME)):
             inputs = _inputs(x, initial_state, tile)
             part = grad[tile.rows, tile.times].to(taps.dtype)
             if before is not None:
@@ -214,30 +219,12 @@ class _ShortConv(torch.autograd.Function):
         )
 
 
-class _Tile(NamedTuple):
-    rows: slice
-    times: slice
-
-
-def _tiles(batch: int, time: int, channels: int) -> list[_Tile]:
-    """Tiles in order of time for the same rows, of about TILE elements."""
-    if torch.compiler.is_compiling():  # the compiler makes its own loops, and unrolls these
-        return [_Tile(slice(0, batch), slice(0, time))]
-    rows = max(1, TILE // max(time * channels, 1))
-    times = max(MIN_TILE_TIME, TILE // max(channels, 1))
-    return [
-        _Tile(slice(row, min(row + rows, batch)), slice(start, min(start + times, time)))
-        for row in range(0, batch, rows)
-        for start in range(0, time, times)
-    ]
-
-
 def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`(W, C)`, at least float32."""
     return weight.T.to(torch.promote_types(dtype, torch.float32)).contiguous()
 
 
-def _inputs(x: Tensor, initial_state: Tensor, tile: _Tile) -> Tensor:
+def _inputs(x: Tensor, initial_state: Tensor, tile: Tile) -> Tensor:
     """The inputs that a tile reads, W - 1 before it included, at least float32."""
     rows, times = tile
     history, start = initial_state.shape[1], times.start
@@ -249,9 +236,12 @@ def _inputs(x: Tensor, initial_state: Tensor, tile: _Tile) -> Tensor:
     return inputs
 
 
-def _own(ids: Tensor, tile: _Tile, tap: int, width: int, dtype: torch.dtype) -> Tensor:
+def _own(ids: Tensor, tile: Tile, tap: int, width: int, dtype: torch.dtype) -> Tensor:
     """`(rows, times, 1)`: 1 where the input under `tap` is of the output's document, else 0."""
     start, stop = tile.times.start, tile.times.stop
     source = ids[tile.rows, start + tap : stop + tap]
     output = ids[tile.rows, start + width - 1 : stop + width - 1]
     return (source == output).to(dtype).unsqueeze(-1)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "library": library_conv}

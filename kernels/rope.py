@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.tiles import ROW_TILE, tiles
+
 
 def rope(
     x: Tensor, positions: Tensor, *, theta: float = 10000.0, dims: int | None = None
@@ -44,10 +46,13 @@ def rope(
 def rope_table(
     positions: Tensor, dims: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines, each `(B, T, 1, dims)`, for `rotate`.
+    """Cosines and signed sines, each `(B, T, 1, dims)`, for `rotate`; `(1, T, 1, dims)` for
+    positions that are one row expanded.
 
     Layers that rotate by the same positions can share one table.
     """
+    if positions.stride(0) == 0:
+        positions = positions[:1]
     index = torch.arange(0, dims, 2, device=positions.device, dtype=dtype)
     angles = positions[..., None, None].to(dtype) * theta ** (-index / dims)
     cos, sin = angles.cos(), angles.sin()
@@ -60,10 +65,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    batch, time, heads, width = x.shape
     dims = cos.shape[-1]
-    wide = x[..., :dims].to(cos.dtype)
-    turned = (wide * cos).addcmul_(wide.roll(dims // 2, dims=-1), sin).to(x.dtype)
-    return turned if dims == x.shape[-1] else torch.cat((turned, x[..., dims:]), dim=-1)
+    out = x.new_empty(x.shape)
+    size = ROW_TILE if x.device.type == "cpu" else x.numel()
+    for rows, times in tiles((batch, time, heads * width), size, 1):
+        own = slice(None) if len(cos) == 1 else rows
+        wide = x[rows, times, :, :dims].to(cos.dtype)
+        turned = wide * cos[own, times]
+        turned.addcmul_(wide.roll(dims // 2, dims=-1), sin[own, times])
+        out[rows, times, :, :dims] = turned
+    if dims < width:
+        out[..., dims:] = x[..., dims:]
+    return out
 
 
 class _Rotate(torch.autograd.Function):

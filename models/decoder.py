@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
         self.activation_dtype: torch.dtype | None = None
         self.layers = range(config.num_layers) if layers is None else layers
         self.first, self.last = self.layers.start == 0, self.layers.stop == config.num_layers
-        self.cross_entropy = linear_cross_entropy
+        self.cross_entropy: Callable[..., Tensor] = linear_cross_entropy
         specs = config.layers()
         self.carried = {
             name: width

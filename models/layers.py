@@ -35,7 +35,7 @@ class Embedding(nn.Module):
 
     def __init__(self, rows: int, dim: int, *, std: float) -> None:
         super().__init__()
-        self.operator = F.embedding
+        self.operator: Callable[[Tensor, Tensor], Tensor] = F.embedding
         self.weight = parameter((rows, dim), normal(std))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps, self.width = eps, dim
-        self.operator = rms_norm
+        self.operator: Callable[..., Tensor] = rms_norm
         self.weight = parameter((dim,), constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class GatedRMSNorm(nn.Module):
         super().__init__()
         self.eps, self.width = eps, width or dim
         self.norm_before_gate = norm_before_gate
-        self.operator = gated_rms_norm
+        self.operator: Callable[..., Tensor] = gated_rms_norm
         self.weight = parameter((dim,), constant(1.0))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:

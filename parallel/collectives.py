@@ -41,7 +41,7 @@ def scatter_time(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def slice_time(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's `(B, T / P, ...)` of a `(B, T, ...)` that is the same on all ranks. The
     gradient is this rank's share: it is zero elsewhere."""
-    return x.unflatten(1, (dist.get_world_size(group), -1))[:, dist.get_rank(group)]
+    return x.unflatten(1, (dist.get_world_size(group), -1))[:, dist.get_rank(group)].clone()
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -83,15 +83,15 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(dist.get_world_size(group) * x.numel())
-    _all_gather(out, x.contiguous().view(-1), group=group)
-    return out.view(-1, *x.shape)
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    _all_gather(out.view(-1), x.contiguous().view(-1), group=group)
+    return out
 
 
 def _reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(x[0].numel())
-    _reduce_scatter(out, x.contiguous().view(-1), group=group)
-    return out.view(x.shape[1:])
+    out = x.new_empty(x.shape[1:])
+    _reduce_scatter(out.view(-1), x.contiguous().view(-1), group=group)
+    return out
 
 
 class _AllToAll(torch.autograd.Function):

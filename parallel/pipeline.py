@@ -17,6 +17,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward_weight
 
 from rondo.models import Decoder, ModelConfig
+from rondo.models.block import Block
 from rondo.parallel.mesh import Ranks
 
 
@@ -61,8 +62,8 @@ def stage_layers(config: ModelConfig, stages: int, length: int) -> list[range]:
     possible. What a layer costs is what its modules say (FLOPs at `length` tokens); the output
     matrix counts for the last stage."""
     with torch.device("meta"):
-        model = Decoder(config)
-    costs = [block.cost(length).flops for block in model.blocks.values()]
+        blocks = [Block(config, spec, i) for i, spec in enumerate(config.layers())]
+    costs = [block.cost(length).flops for block in blocks]
     costs[-1] += 2.0 * config.vocab_size * config.dim
     return split_evenly(costs, stages)
 
@@ -195,4 +196,9 @@ class _Stage(PipelineStage):
         part: Any = self.submod
         carry = dict(zip(part.carried, args[1:], strict=False))
         output = part(args[0], carry=carry, return_state=False, **kwargs)
-        return output.hidden if part.last else (output.hidden, *output.carry.values())
+        if part.last:
+            return output.hidden
+        # A schedule detaches what a stage gives, in place, which views (inputs that are only
+        # handed on) do not allow.
+        outputs = (output.hidden, *output.carry.values())
+        return tuple(x.clone() if x._is_view() else x for x in outputs)

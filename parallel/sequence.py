@@ -14,6 +14,7 @@ sides of each border, which travel with the summaries.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ class _RecurrenceOverRanks:
         state = torch.where(nothing, ranks[0].parts[1], 0.0)
         if initial_state is not None:
             state = ranks[-1].parts[2]
-        for before, here in zip(ranks[:rank], ranks[1 : rank + 1], strict=True):
+        for before, here in itertools.pairwise(ranks[: rank + 1]):
             state = type(summary)(*before.parts[:2]).apply(state)
             if before.ids is not None and here.ids is not None:
                 goes_on = before.ids[:, 1] == here.ids[:, 0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from rondo.errors import UserError
 from rondo.models import Decoder
 from rondo.models.layers import GatedRMSNorm, RMSNorm
 from rondo.models.mixer import ChannelMixer, Mixer
@@ -46,6 +47,8 @@ def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
             module.register_forward_pre_hook(functools.partial(_gather_inputs, group))
             module.register_forward_hook(functools.partial(_scatter_outputs, group))
     vocabulary = Vocabulary(model.config.vocab_size, group)
+    if vocabulary.size <= (size - 1) * -(-vocabulary.size // size):
+        raise UserError(f"parallel.tp: {size} ranks are too many for {vocabulary.size} token ids")
     model.cross_entropy = vocabulary.cross_entropy
     if model.embedding is not None:
         model.embedding.operator = vocabulary.look_up
@@ -77,10 +80,10 @@ def _shard_module(module: Mixer | ChannelMixer, mesh: DeviceMesh) -> None:
         if word == "row" and param.ndim == 1:
             raise ValueError(f"{type(module).__name__}.{name}: a row-split layer has no bias")
         # A norm over all heads spans ranks; one that has its own groups of channels does not.
-        spans = isinstance(holder, RMSNorm | GatedRMSNorm) and holder.width == param.numel()
-        if word == "head" and spans:
+        norm = isinstance(holder, RMSNorm | GatedRMSNorm) and holder.width == param.numel()
+        if norm and word == "head":
             operator = _rms_norm if isinstance(holder, RMSNorm) else _gated_rms_norm
-            holder.operator = functools.partial(operator, mesh.get_group())
+            object.__setattr__(holder, "operator", functools.partial(operator, mesh.get_group()))
         _distribute(holder, leaf, mesh, PLACEMENTS[word])
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
@@ -18,7 +19,7 @@ def build_optimizers(parts: Sequence[Decoder], config: OptimizerConfig) -> list[
     rest, of all `parts` of a model. Matrices decay, vectors do not. Each group remembers its peak
     as `peak_lr`."""
     matrices: list[nn.Parameter] = []
-    groups: dict[tuple[bool, Hashable], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
     for part in parts:
         whole = part.float32_names()  # decays and steps in logarithms: 0 is nothing special
         muon_names = part.matrix_names() if config.name == "muon" else set()
@@ -28,7 +29,8 @@ def build_optimizers(parts: Sequence[Decoder], config: OptimizerConfig) -> list[
             else:
                 # A fused update takes tensors of one device mesh at a time.
                 mesh = param.device_mesh if isinstance(param, DTensor) else None
-                groups.setdefault((param.ndim >= 2 and name not in whole, mesh), []).append(param)
+                decays = param.ndim >= 2 and name not in whole
+                groups.setdefault((decays, mesh), []).append(param)
     optimizers: list[Optimizer] = [
         AdamW(
             [

@@ -176,7 +176,7 @@ class Trainer:
             self._part(extra or self._observe(start, [], True))
         return DONE
 
-    def step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], bool]:
+    def step(self, step: int, batches: list[MicroBatch]) -> tuple[dict[str, float], bool]:
         """One optimizer step over this rank's micro-batches; returns the metrics of the step and
         whether a signal asks to stop. All ranks decide alike."""
         began = time.perf_counter()
@@ -185,7 +185,6 @@ class Trainer:
         torch.manual_seed((recipe.seed << 32) + step * ranks.size + ranks.rank)
         scale = factor(step, recipe.steps, recipe.schedule)
         set_learning_rate(self.optimizers, scale)
-        batches = [micro_batch(batch, ranks) for batch in batches]
         nats = model.forward_backward(batches)
         totals = ranks.sum(
             *self._count(nats, batches), float(self.stop.raised), float(self.checkpointer.failed)
@@ -252,8 +251,7 @@ class Trainer:
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64)
         for number in range(self.recipe.evals.batches):
-            global_batch = self._global_batch(held_out, number)
-            batches = [micro_batch(batch, self.ranks) for batch in global_batch]
+            batches = list(self._global_batch(held_out, number))
             totals += torch.tensor(self._count(self.model.evaluate(batches), batches))
         self.model.train()
         nats, valid, text = self.ranks.sum(*totals.tolist())
@@ -297,12 +295,12 @@ class Trainer:
         self.state = state
         return path
 
-    def _batches(self, start: int) -> Iterator[tuple[int, list[Batch]]]:
+    def _batches(self, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Steps from `start` on with this rank's micro-batches."""
         for step in range(start, self.recipe.steps):
             yield step, list(self._global_batch(self.training, step))
 
-    def _global_batch(self, dataset: TokenDataset, number: int) -> Iterator[Batch]:
+    def _global_batch(self, dataset: TokenDataset, number: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of global batch `number`."""
         data, ranks = self.recipe.data, self.ranks
         for chunk in rank_indices(
@@ -312,23 +310,26 @@ class Trainer:
             ranks.layout.data_size,
             data.micro_batch_size,
         ):
-            yield dataset.batch(chunk)
+            yield micro_batch(dataset.batch(chunk), ranks)
 
-    def _observe(self, step: int, batches: list[Batch], last: bool) -> dict[str, float]:
+    def _observe(self, step: int, batches: list[MicroBatch], last: bool) -> dict[str, float]:
         """Validation and norms, when they are due after `step`."""
         extra: dict[str, float] = {}
         if self.held_out and (last or _due(step, self.recipe.evals.every)):
             extra |= self.validate(self.held_out)
         if batches and _due(step, self.recipe.logging.norms_every):
-            extra |= layer_norms(self.model, [micro_batch(batch, self.ranks) for batch in batches])
+            extra |= layer_norms(self.model, batches)
         return extra
 
     def _greet(self, origin: Path | None) -> None:
         show_choices(self.metrics.say)
+        cost, layout = self.cost, self.ranks.layout
+        shape = " x ".join(f"{name} {n}" for name, n in layout._asdict().items() if n > 1)
         self.metrics.say(
-            f"{self.recipe.name}: {self.cost.parameters:,} parameters, {self.cost.flops / 1e6:,.1f} MFLOP a "
-            f"token forward, {self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s), "
-            f"{self.peak_flops / 1e9:,.0f} GFLOP/s of matrix products"
+            f"{self.recipe.name}: {cost.parameters:,} parameters, {cost.flops / 1e6:,.1f} MFLOP a "
+            f"token forward, {self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s)"
+            f"{f' ({shape})' if shape else ''}, {self.peak_flops / 1e9:,.0f} GFLOP/s of matrix "
+            "products"
         )
         if origin is not None:
             self.metrics.say(f"going on after step {self.state['step']}, from {origin}")

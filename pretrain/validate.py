@@ -15,6 +15,7 @@ from rondo.models import config as model_config
 from rondo.pretrain.plain import show
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.typed import RecipeError
+from rondo.pretrain.validate_layout import layout_problems, model_layout_problems
 
 _LARGEST = 2**31 - 1
 _AT_LEAST = {
@@ -26,7 +27,6 @@ _AT_LEAST = {
     "optimizer.max_skipped_steps": 0,
     "schedule.warmup_steps": 0,
     "schedule.decay_steps": 0,
-    "parallel.dp_replicate": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
     "evals.every": 0,
@@ -61,10 +61,13 @@ def problems(
     found = [*_numbers(recipe), *_names(recipe), *_sources(recipe)]
     if all_read("steps", "schedule."):
         found += _schedule(recipe)
-    if all_read("parallel.", "data.global_batch_size", "data.micro_batch_size"):
-        found += _layout(recipe, world_size)
+    sizes = ("data.global_batch_size", "data.micro_batch_size", "data.sequence_length")
+    if all_read("parallel.", *sizes):
+        found += layout_problems(recipe, world_size)
     if all_read("model."):
-        found += model_config.problems(recipe.model)
+        found += (wrong := model_config.problems(recipe.model))
+        if not wrong and all_read("parallel.", "compile"):
+            found += model_layout_problems(recipe)
     return [problem for problem in found if problem.partition(":")[0] not in unread]
 
 
@@ -140,47 +143,6 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
         yield (
             f"schedule.warmup_steps: {warmup} steps of warm-up and {decay} of decay do not fit "
             f"into a run of {recipe.steps} steps"
-        )
-
-
-def _layout(recipe: Recipe, world_size: int | None) -> Iterator[str]:
-    replicate, shard = recipe.parallel.dp_replicate, recipe.parallel.dp_shard
-    if shard < 1 and shard != -1:
-        yield f"parallel.dp_shard: must be at least 1, or -1 for what is left, got {shard}"
-    if replicate < 1 or shard < -1 or shard == 0:
-        return
-    if shard == -1:
-        if world_size is not None and world_size % replicate:
-            yield (
-                f"parallel.dp_replicate: {replicate} groups do not divide {world_size} ranks; "
-                f"for example {math.gcd(replicate, world_size)} would"
-            )
-            return
-        shard = (world_size or replicate) // replicate
-    elif world_size is not None and replicate * shard != world_size:
-        yield (
-            f"parallel.dp_shard: dp_replicate {replicate} x dp_shard {shard} = {replicate * shard} "
-            f"ranks, but the run has {world_size}; -1 takes what is left"
-        )
-        return
-    yield from _batch(recipe, replicate * shard, f"dp_replicate {replicate} x dp_shard {shard}")
-
-
-def _batch(recipe: Recipe, ranks: int, layout: str) -> Iterator[str]:
-    batch, micro = recipe.data.global_batch_size, recipe.data.micro_batch_size
-    if batch < 1 or micro < 1:
-        return
-    if batch % ranks:
-        yield (
-            f"data.global_batch_size: {batch} sequences do not divide over {ranks} data-parallel "
-            f"ranks ({layout}); {-(-batch // ranks) * ranks} would"
-        )
-    elif batch // ranks % micro:
-        share = batch // ranks
-        yield (
-            f"data.micro_batch_size: {micro} does not divide a rank's share of {share} sequences "
-            f"(global_batch_size {batch} over {ranks} data-parallel ranks); "
-            f"for example {math.gcd(share, micro)} would"
         )
 
 

@@ -229,6 +229,9 @@ def sharding_is_complete(case: Case) -> None:
             raise AssertionError(f"sharding says nothing of {name}")
     for name in mixer.float32_parameters:
         mixer.get_parameter(name)
+    heads = mixer.heads(mixer.config, mixer.options)
+    if not heads or not all(isinstance(n, int) and n > 0 for n in heads.values()):
+        raise AssertionError(f"heads() must count what ranks may divide, got {heads}")
 
 
 def cost_is_counted(case: Case) -> None:

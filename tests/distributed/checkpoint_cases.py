@@ -71,8 +71,8 @@ class Run:
     @property
     def tensors(self) -> Tensors:
         return {
-            "model": model_tensors(self.model),
-            "optimizer": optimizer_tensors(self.model, self.optimizers),
+            "model": model_tensors([self.model]),
+            "optimizer": optimizer_tensors([self.model], self.optimizers),
         }
 
 

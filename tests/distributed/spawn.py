@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -81,7 +82,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
             raise AssertionError(f"ranks {sorted(waiting)} did not end in time")
         for rank in [r for r, pipe in waiting.items() if pipe in ready]:
             try:
-                ok, value = waiting.pop(rank).recv()
+                ok, value = pickle.loads(waiting.pop(rank).recv_bytes())
             except EOFError:
                 ok, value = False, "died without a word (killed, or a crash in native code)"
             (results if ok else failures)[rank] = value
@@ -111,7 +112,8 @@ def _rank(
         )
         result = function(*args)
         dist.barrier()
-        pipe.send((True, result))
+        # By value: what a pipe shares of a tensor would go with the process.
+        pipe.send_bytes(pickle.dumps((True, result)))
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))

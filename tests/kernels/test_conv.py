@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rondo.kernels import conv
+from rondo.kernels import conv, conv_library
 from rondo.kernels.conv import short_conv
 from rondo.tests.numerics import assert_ratio, gradients
 
@@ -37,8 +37,9 @@ def run(backend: str, ids: Tensor | None = None, activation: str | None = "silu"
 @pytest.fixture(params=[2**19, 12])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The usual tile, and one of a few tokens."""
-    monkeypatch.setattr(conv, "TILE", request.param)
-    monkeypatch.setattr(conv, "MIN_TILE_TIME", 2)
+    for module in (conv, conv_library):
+        monkeypatch.setattr(module, "TILE", request.param)
+        monkeypatch.setattr(module, "MIN_TILE_TIME", 2)
     return request.param
 
 
@@ -55,6 +56,18 @@ def test_chunked_matches_reference(
     names = ("y", "state", "dx", "dweight", "dbias", "dstate")
     for name, a, e in zip(names, actual + actual_grads, expected + expected_grads, strict=True):
         torch.testing.assert_close(a, e, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "time,width,activation", list(itertools.product((1, 2, 3, 17), (1, 2, 4), (None, "silu")))
+)
+def test_library_matches_reference(
+    tile: int, time: int, width: int, activation: str | None
+) -> None:
+    inputs = make(time, width)
+    expected, expected_grads = gradients(run("reference", None, activation), inputs)
+    actual, actual_grads = gradients(run("library", None, activation), inputs)
+    torch.testing.assert_close(actual + actual_grads, expected + expected_grads)
 
 
 @pytest.mark.parametrize("packed", (False, True))
@@ -75,6 +88,25 @@ def test_low_precision(dtype: torch.dtype, limits: tuple[float, float]) -> None:
         assert_ratio("output", a, e, limits[0])
     for a, e in zip(actual_grads, expected_grads, strict=True):
         assert_ratio("gradient", a, e, limits[1])
+
+
+@pytest.mark.skipif(
+    not conv_library.library_serves(torch.zeros(1, 1, 1, dtype=torch.bfloat16), None),
+    reason="this processor or build has no bfloat16 convolution",
+)
+def test_library_in_bfloat16() -> None:
+    inputs = [x.bfloat16() for x in make(200, channels=32)]
+    expected, expected_grads = gradients(run("reference"), [x.double() for x in inputs])
+    actual, actual_grads = gradients(run("auto"), inputs)
+    assert {y.dtype for y in actual + actual_grads} == {torch.bfloat16}
+    assert_ratio("output", actual[0], expected[0], 5e-3)
+    for a, e in zip(actual_grads, expected_grads, strict=True):
+        assert_ratio("gradient", a, e, 8e-3)
+
+
+def test_library_takes_no_documents() -> None:
+    with pytest.raises(ValueError, match="library"):
+        run("library", documents(9))(*make(9))
 
 
 @pytest.mark.parametrize("backend", ("reference", "chunked"))

@@ -87,6 +87,21 @@ def test_ignore_index_can_be_a_token(reduction: str) -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_logits_that_overflow_exponentials(
+    chunk: None, dtype: torch.dtype, limit: float, reduction: str
+) -> None:
+    """Other logits lie hundreds above the target's in some rows, and hundreds below in others."""
+    hidden, weight, targets = make(40)
+    hidden[::3] *= 100
+    inputs = [hidden.to(dtype), weight.to(dtype)]
+    expected, expected_grads = gradients(dense(targets, reduction), [x.double() for x in inputs])
+    actual, actual_grads = gradients(run(targets, reduction), inputs)
+    for a, e in zip(actual + actual_grads, expected + expected_grads, strict=True):
+        assert_ratio("loss or gradient", a, e, limit)
+
+
 @pytest.mark.parametrize("confident", (False, True))
 @pytest.mark.parametrize("reduction", ("none", "sum"))
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rondo.kernels import tiles
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from rondo.tests.numerics import assert_ratio, gradients
 
@@ -51,6 +52,12 @@ def test_chunked_matches_reference(case: str, shape: tuple[int, ...]) -> None:
     expected, expected_grads = gradients(function("reference"), inputs)
     actual, actual_grads = gradients(function("chunked"), inputs)
     torch.testing.assert_close(actual + actual_grads, expected + expected_grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_by_tiles(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "ROW_TILE", 11)
+    test_chunked_matches_reference(case, (2, 7, 3, 5))
 
 
 @pytest.mark.parametrize("case", CASES)

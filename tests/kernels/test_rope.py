@@ -69,6 +69,15 @@ def test_scores_depend_on_distance_only() -> None:
     torch.testing.assert_close(*scores)
 
 
+def test_one_row_of_positions() -> None:
+    x, positions = make()
+    row = positions[1:].expand(2, -1)
+    assert rope_table(row, 8)[0].shape[0] == 1
+    expected, actual = (gradients(lambda x, p=p: [rope(x, p)], [x]) for p in (row.clone(), row))
+    assert torch.equal(expected[0][0], actual[0][0])
+    assert torch.equal(expected[1][0], actual[1][0])
+
+
 def test_shared_table() -> None:
     x, positions = make()
     table = rope_table(positions, 8, dtype=torch.float64)

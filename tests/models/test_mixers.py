@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
-import torch
 from torch import Tensor
 
-from rondo.kernels import linear_scan
-from rondo.models import MIXERS, Mixer
-from rondo.models.config import ModelConfig
-from rondo.models.layers import Linear, at_least_float32
-from rondo.models.mixer import SequenceContext, State, get
+from rondo.models import MIXERS
+from rondo.models.mixer import SequenceContext, State
 from rondo.tests.mixer_suite import CHECKS, Case
+from rondo.tests.toys import Toy
 
 VARIANTS = [
     Case("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 9, "rope": False}),
@@ -30,49 +25,6 @@ SMALL = {
     "deltanet": {"head_dim": 16},
 }
 CASES = [Case(name, SMALL.get(name, {})) for name in MIXERS] + VARIANTS
-
-
-@dataclass
-class ToyOptions:
-    """No hyper-parameters."""
-
-
-class Toy(Mixer):
-    """An exponential moving average with a learned, data-dependent rate a channel."""
-
-    Options = ToyOptions
-    sharding = {"in_proj": "column", "rate_proj": "column", "out_proj": "row"}  # noqa: RUF012
-
-    def __init__(self, config: ModelConfig, options: ToyOptions, layer: int) -> None:
-        super().__init__(config, options, layer)
-        self.scan = linear_scan
-        self.in_proj = Linear(config.dim, config.dim, std=config.init_std)
-        self.rate_proj = Linear(config.dim, config.dim, std=config.init_std)
-        self.out_proj = Linear(config.dim, config.dim, std=config.residual_std)
-
-    @classmethod
-    def heads(cls, config: ModelConfig, options: ToyOptions) -> dict[str, int]:
-        return {"dim": config.dim}
-
-    def forward(
-        self, x: Tensor, ctx: SequenceContext, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        keep = at_least_float32(self.rate_proj(x)).sigmoid()
-        h, last = self.scan(
-            keep,
-            (1 - keep) * self.in_proj(x),
-            initial_state=get(state, "recurrent"),
-            segment_ids=ctx.segment_ids,
-        )
-        return self.out_proj(h.to(x.dtype)), {"recurrent": last}
-
-    def state_shapes(
-        self, batch: int, length: int
-    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {"recurrent": ((batch, self.config.dim), torch.float32)}
-
-    def operator_flops(self, length: int) -> float:
-        return 2.0 * self.config.dim
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -97,8 +97,8 @@ def test_training_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
 def test_missing_optimizer_state_is_made_without_a_step() -> None:
     run = Run(seed=0)
     run.model.up.weight.grad = torch.ones(9, 6)
-    before = state_digest({"model": model_tensors(run.model)})
-    tensors = optimizer_tensors(run.model, run.optimizers)
+    before = state_digest({"model": model_tensors([run.model])})
+    tensors = optimizer_tensors([run.model], run.optimizers)
     assert sorted(name for name in tensors if name.startswith(("up", "gain"))) == [
         "gain.exp_avg",
         "gain.exp_avg_sq",
@@ -109,12 +109,12 @@ def test_missing_optimizer_state_is_made_without_a_step() -> None:
         "up.weight.momentum_buffer",
     ]
     assert all(not tensor.any() for tensor in tensors.values())
-    assert state_digest({"model": model_tensors(run.model)}) == before
+    assert state_digest({"model": model_tensors([run.model])}) == before
     assert run.model.up.weight.grad.eq(1).all()
     assert run.model.gain.grad is None
     stranger = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
     with pytest.raises(CheckpointError, match=r"shape \(2,\) that is not the model's"):
-        optimizer_tensors(run.model, [stranger])
+        optimizer_tensors([run.model], [stranger])
 
 
 def test_tied_and_wrapped_modules_keep_one_plain_name() -> None:
@@ -122,7 +122,7 @@ def test_tied_and_wrapped_modules_keep_one_plain_name() -> None:
     compiled._orig_mod = nn.Linear(3, 3)  # what torch.compile makes of a module
     model = nn.Sequential(nn.Embedding(4, 3), compiled, nn.Linear(3, 4))
     model[2].weight = model[0].weight
-    assert list(model_tensors(model)) == ["0.weight", "1.weight", "1.bias", "2.bias"]
+    assert list(model_tensors([model])) == ["0.weight", "1.weight", "1.bias", "2.bias"]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])

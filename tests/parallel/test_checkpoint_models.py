@@ -24,7 +24,7 @@ def save(folder: Path, config: ModelConfig, **changes: object) -> Decoder:
     described = json.dumps(dataclasses.asdict(config) | changes)
     checkpointer = Checkpointer(folder, keep=0, asynchronous=False)
     files = {"model/config.json": described}
-    checkpointer.save(3, {"model": model_tensors(model)}, {}, files)
+    checkpointer.save(3, {"model": model_tensors([model])}, {}, files)
     return model
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rondo.models import ModelConfig
-from rondo.parallel import data_parallel
+from rondo.parallel.build import ParallelModel
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.mesh import Ranks
+from rondo.parallel.pipeline import MicroBatch
 
 CONFIG = ModelConfig(
     vocab_size=30,
@@ -22,13 +23,14 @@ CONFIG = ModelConfig(
 def losses(compile: bool) -> tuple[float, float]:
     """Loss and gradient norm of one process."""
     ranks = Ranks(0, 1, torch.device("cpu"), None)
-    model = data_parallel.build_model(
-        CONFIG, ranks, ParallelConfig(), precision="float32", seed=0, compile=compile
+    model = ParallelModel(
+        CONFIG, ranks, ParallelConfig(), precision="float32", seed=0, length=11, compile=compile
     )
     tokens = torch.arange(24).view(2, 12)
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    return loss.item(), data_parallel.gradient_norm(model, ranks)
+    ids = torch.zeros_like(tokens[:, 1:])
+    positions = torch.arange(11).expand(2, 11)
+    loss = model.forward_backward([MicroBatch(tokens[:, :-1], tokens[:, 1:], ids, positions)])
+    return loss.item(), model.gradient_norm()
 
 
 def test_compiled_blocks_equal_eager_ones() -> None:

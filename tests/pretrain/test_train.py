@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rondo.errors import UserError
+from rondo.parallel.build import ParallelModel
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.train import Trainer
 
@@ -292,18 +293,18 @@ def in_process(folder: Path, data: Path, *options: str) -> list[dict]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
     """Makes the gradients of steps `first` to `last` not finite."""
-    step, loss = Trainer.step, Trainer._loss
+    step, loss = Trainer.step, ParallelModel._loss
 
     def spoiled(self: Trainer, number: int, batches: list) -> tuple:
-        self.spoil = first <= number <= last
+        self.model.spoil = first <= number <= last
         return step(self, number, batches)
 
-    def spoiled_loss(self: Trainer, batch) -> torch.Tensor:
+    def spoiled_loss(self: ParallelModel, batch) -> torch.Tensor:
         value = loss(self, batch)
         return value * float("nan") if getattr(self, "spoil", False) else value
 
     monkeypatch.setattr(Trainer, "step", spoiled)
-    monkeypatch.setattr(Trainer, "_loss", spoiled_loss)
+    monkeypatch.setattr(ParallelModel, "_loss", spoiled_loss)
 
 
 def test_a_step_with_bad_gradients_changes_nothing(

@@ -1,0 +1,144 @@
+"""The parity matrix: training under any layout is training in one process.
+
+Losses, every gradient, gradient norms and the parameters after five optimizer steps, with packed
+documents. The matrix is made from the registry: a new mixer is in it without an edit. `make test`
+runs the core of it; with RONDO_PARITY=full, as .ci/run sets it, all of it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rondo.models import MIXERS, ModelConfig
+from rondo.parallel.mesh import Layout
+from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
+from rondo.tests.distributed.spawn import run_ranks
+
+FULL = os.environ.get("RONDO_PARITY") == "full"
+OPTIONS = {
+    "attention": {"num_heads": 4},
+    "mamba2": {"head_dim": 8, "state_dim": 4},
+    "retnet": {"num_heads": 4},
+    "gla": {"num_heads": 4},
+    "hgrn2": {"head_dim": 8},
+    "deltanet": {"head_dim": 8, "num_heads": 4},
+    "gated_deltanet": {"head_dim": 8, "num_heads": 4},
+    "grouped": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "window": 9},
+    "groups": {"kind": "mamba2", "head_dim": 8, "state_dim": 4, "num_groups": 2},
+}
+MIXED = [*MIXERS, "grouped", "toy+toy_router", "groups+toy_router", "toy"]
+PATTERNS = {"mixed": MIXED, **{name: [name] for name in MIXERS}}
+# Layout, schedule, activation checkpointing.
+LAYOUTS = {
+    "tp2": (Layout(tp=2), "1f1b", "none"),
+    "cp2": (Layout(cp=2), "1f1b", "none"),
+    "cp4": (Layout(cp=4), "1f1b", "none"),
+    "dp_shard2": (Layout(dp_shard=2), "1f1b", "selective"),
+    "dp_replicate2": (Layout(dp_replicate=2), "1f1b", "full"),
+    "pp2-gpipe": (Layout(pp=2), "gpipe", "none"),
+    "pp2-1f1b": (Layout(pp=2), "1f1b", "full"),
+    "pp2-interleaved": (Layout(pp=2), "interleaved", "none"),
+    "pp2-zero_bubble": (Layout(pp=2), "zero_bubble", "none"),
+    "tp2-cp2": (Layout(tp=2, cp=2), "1f1b", "selective"),
+    "pp2-tp2": (Layout(pp=2, tp=2), "1f1b", "none"),
+    "pp2-cp2-interleaved": (Layout(pp=2, cp=2), "interleaved", "none"),
+    "dp_replicate2-dp_shard2-tp2": (Layout(dp_replicate=2, dp_shard=2, tp=2), "1f1b", "none"),
+    "pp2-cp2-tp2": (Layout(pp=2, cp=2, tp=2), "1f1b", "full"),
+    "pp2-dp_shard2-cp2": (Layout(pp=2, dp_shard=2, cp=2), "zero_bubble", "none"),
+}
+
+
+def config(pattern: str, **changes: Any) -> ModelConfig:
+    entries = PATTERNS[pattern]
+    return ModelConfig(
+        vocab_size=VOCAB,
+        dim=32,
+        num_layers=max(4, len(entries)),  # four stages at most
+        pattern=entries,
+        mixers=OPTIONS,
+        ffn_dim=48,
+        init_std=0.1,
+        **changes,
+    )
+
+
+@functools.cache
+def alone(pattern: str, precision: str, tied: bool) -> dict[str, Any]:
+    """What one process gets."""
+    return train(Run(config(pattern, tie_embeddings=tied), Layout(), precision=precision))
+
+
+def tolerance(pattern: str, precision: str, tied: bool) -> float:
+    """1e-10 in float64; in float32 1e-5, or what one process itself is off by (a deep model of
+    many kinds of layers multiplies rounding errors)."""
+    if precision == "float64":
+        return 1e-10
+    truth, rounded = (alone(pattern, kind, tied) for kind in ("float64", "float32"))
+    pairs = [(rounded["gradients"][name], exact) for name, exact in truth["gradients"].items()]
+    return max(1e-5, 3 * max(ratio(value, exact) for value, exact in pairs))
+
+
+def ratio(value: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the difference over the norm of what is expected, if that is not zero."""
+    return float(np.linalg.norm(value - expected) / (np.linalg.norm(expected) or 1.0))
+
+
+def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> list[str]:
+    """Where results differ by more than `tolerance`, relative to each tensor's norm."""
+    wrong = []
+    for key in ("losses", "norms", "evaluated"):
+        for found in ranks:
+            if not np.allclose(found[key], expected[key], rtol=tolerance, atol=0):
+                wrong.append(f"{key}: {found[key]} instead of {expected[key]}")
+    for kind in ("gradients", "parameters"):
+        names = set().union(*(found[kind] for found in ranks))
+        if names != expected[kind].keys():
+            wrong.append(f"{kind}: {names ^ expected[kind].keys()} on one side only")
+        for found in ranks:
+            for name, value in found[kind].items():
+                error = ratio(value, expected[kind][name])
+                if not error <= tolerance:
+                    wrong.append(f"{kind} of {name}: off by {error:.1e} of its norm")
+    return wrong
+
+
+def cases(layout: str) -> list[tuple[str, str, bool]]:
+    """Pattern, precision, tied embeddings."""
+    found = [("mixed", "float64", True)]
+    if FULL or layout == "dp_shard2":
+        found += [("mixed", "float32", False)]
+    if FULL or layout in ("tp2", "cp2"):
+        found += [(name, "float64", False) for name in MIXERS]
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_equals_one_process(name: str) -> None:
+    layout, schedule, checkpointing = LAYOUTS[name]
+    chosen = cases(name)
+    runs = [
+        Run(config(pattern, tie_embeddings=tied), layout, schedule, precision, checkpointing)
+        for pattern, precision, tied in chosen
+    ]
+    results = run_ranks(train_all, layout.size, runs, timeout=900)
+    wrong = []
+    for number, (pattern, precision, tied) in enumerate(chosen):
+        ranks = [of_rank[number] for of_rank in results]
+        expected = alone(pattern, precision, tied)
+        problems = compare(ranks, expected, tolerance(pattern, precision, tied))
+        wrong += [f"{pattern} {precision}: {problem}" for problem in problems]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_a_difference_is_noticed() -> None:
+    expected = alone("gla", "float64", False)
+    other = {**expected, "gradients": dict(expected["gradients"])}
+    name = next(iter(other["gradients"]))
+    other["gradients"][name] = other["gradients"][name] * (1 + 1e-8)
+    assert not compare([expected], expected, 1e-10)
+    assert compare([other], expected, 1e-10)

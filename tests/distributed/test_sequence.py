@@ -1,0 +1,48 @@
+"""Sequence parallel: operators over ranks are operators over the whole, at a fixed volume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rondo.parallel.sequence import over_ranks
+from rondo.tests.distributed.sequence_cases import bytes_of_layers, operators_over_ranks
+from rondo.tests.distributed.spawn import run_ranks
+
+DIM, HEADS, WIDTH = 128, 2, 64
+STATE = HEADS * WIDTH * WIDTH
+# Mixer, options, numbers in a summary (transition and state).
+SUMMARIES = [
+    ("gated_deltanet", {"num_heads": HEADS, "head_dim": WIDTH, "expand_v": 1.0}, 2 * STATE),
+    ("gla", {"num_heads": HEADS, "expand_k": 1.0}, STATE + HEADS * WIDTH),
+    ("retnet", {"num_heads": HEADS, "expand_v": 1.0}, STATE + HEADS),
+    ("mamba2", {"expand": 1, "head_dim": WIDTH, "state_dim": WIDTH}, STATE + HEADS),
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_operators_over_ranks_equal_the_whole(ranks: int) -> None:
+    """Outputs, states and every gradient, with documents and carried state; stretches longer and
+    shorter than a convolution's history."""
+    for worst in run_ranks(operators_over_ranks, ranks, [1, 2, 9, 70]):
+        wrong = {case: error for case, error in worst.items() if not error < 1e-11}
+        assert not wrong
+        assert len(worst) == 4 * 9 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_do_not_depend_on_the_length(dtype: torch.dtype) -> None:
+    """And are those of the summaries: (P - 1) float32 summaries forward and as many backward."""
+    lengths, ranks = [1024, 8192, 65536] if dtype == torch.bfloat16 else [1024, 8192], 2
+    cases = [(mixer, options) for mixer, options, _ in SUMMARIES]
+    for of_rank in run_ranks(bytes_of_layers, ranks, cases, DIM, lengths, dtype, timeout=300):
+        for (mixer, _, numbers), found in zip(SUMMARIES, of_rank, strict=True):
+            assert found[0] == found[1] == found[-1], mixer
+            formula = 4 * (ranks - 1) * numbers
+            assert formula <= found[0]["all_gather"] <= 1.1 * formula, mixer
+            assert sum(found[0].values()) <= 1.1 * 2 * formula, mixer
+
+
+def test_an_operator_without_a_summary_is_refused() -> None:
+    with pytest.raises(ValueError, match="no sequence-parallel form"):
+        over_ranks(torch.cumsum, None)  # type: ignore[arg-type]

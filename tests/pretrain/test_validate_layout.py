@@ -1,0 +1,71 @@
+"""Impossible layouts are refused while the recipe is read, all problems at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from rondo.pretrain import load_recipe
+from rondo.pretrain.typed import RecipeError
+
+pytestmark = pytest.mark.quick
+FEW_HEADS = "--model.mixers={attention: {num_heads: 4, num_kv_heads: 2}}"
+
+
+def problems(ranks: int | None, *options: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tiny", ["--model.pattern=[attention]", *options], world_size=ranks)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "words"),
+    [
+        (8, ["--parallel.tp=3"], ["parallel.tp", "3", "8 ranks"]),
+        (8, ["--parallel.tp=0"], ["parallel.tp", "at least 1", "got 0"]),
+        (8, ["--parallel.pp=2", "--parallel.dp_shard=2"], ["parallel.dp_shard", "= 4", "8"]),
+        (4, ["--parallel.tp=4", FEW_HEADS], ["parallel.tp", "4", "num_kv_heads", "2"]),
+        (2, ["--parallel.tp=2", "--model.ffn_dim=63"], ["parallel.tp", "model.ffn_dim", "63"]),
+        (4, ["--parallel.tp=4", "--model.vocab_size=3"], ["parallel.tp", "model.vocab_size 3"]),
+        (3, ["--parallel.cp=3"], ["data.sequence_length", "128", "cp 3", "129"]),
+        (8, ["--parallel.pp=8", "--model.num_layers=7"], ["parallel.pp", "8 stages", "7 layers"]),
+        (
+            2,
+            ["--parallel.pp=2", "--parallel.pipeline_schedule=interleaved", "--model.num_layers=3"],
+            ["parallel.pp", "4 stages", "3 layers"],
+        ),
+        (
+            4,
+            ["--parallel.pp=4", "--model.num_layers=8"],
+            ["parallel.pipeline_schedule", "at least 4", "got 2", "micro_batch_size"],
+        ),
+        (2, ["--parallel.tp=2", "--compile=true"], ["compile", "parallel.tp"]),
+        (
+            2,
+            ["--parallel.pp=2", "--parallel.pipeline_schedule=zero_buble"],
+            ["pipeline_schedule", "did you mean zero_bubble"],
+        ),
+    ],
+)
+def test_the_message_names_key_and_numbers(
+    ranks: int, options: list[str], words: list[str]
+) -> None:
+    text = problems(ranks, *options)
+    for word in words:
+        assert word in text, text
+
+
+def test_all_problems_come_at_once() -> None:
+    text = problems(8, "--parallel.tp=4", "--parallel.cp=2", FEW_HEADS, "--data.sequence_length=12")
+    assert "num_kv_heads" in text and "data.sequence_length" in text
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (8, ["--parallel.pp=2", "--parallel.tp=2", "--parallel.cp=2"]),
+        (4, ["--parallel.dp_replicate=2", "--parallel.tp=2"]),
+        (None, ["--parallel.pp=2", "--parallel.pipeline_schedule=zero_bubble"]),
+    ],
+)
+def test_what_fits_is_accepted(ranks: int | None, options: list[str]) -> None:
+    load_recipe("tiny", ["--model.pattern=[attention]", FEW_HEADS, *options], world_size=ranks)
