@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -53,7 +53,6 @@ class Plan:
     model_flops: float
     """FLOPs of a step over all ranks: 3 x the forward pass, without recomputation."""
     parameters: int
-    extra: dict[str, str] = field(default_factory=dict)
 
     @property
     def worst(self) -> RankPlan:
@@ -74,6 +73,11 @@ class Plan:
     def tokens_per_second(self) -> float:
         """Over all ranks."""
         return self.job.global_batch * self.job.length / self.times.step
+
+    @property
+    def bubble_share(self) -> float:
+        """Idle share of a step."""
+        return self.times.bubble / self.times.step
 
     @property
     def assumptions(self) -> list[str]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from rondo.models import ModelConfig
-from rondo.models.config import make_options
-from rondo.models.registry import FFNS, MIXERS
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.plan.estimate import MEMORY_SHARE, Plan, make_plan, model_cost
 from rondo.parallel.plan.hardware import Hardware
@@ -53,13 +49,12 @@ def search(
 
 
 def layouts(job: Job, hardware: Hardware) -> Iterator[ParallelConfig]:
-    """Powers of two along every dimension: tp within a node and the heads, cp while stretches are
-    long enough, pp up to the layers, parameters sharded over all data-parallel ranks or over those
+    """Powers of two along every dimension: tp within a node, cp while stretches are long enough, pp
+    up to the layers, parameters sharded over all data-parallel ranks or over those
     of a node, and each form of activation checkpointing."""
-    divisor = tensor_parallel_limit(job.config)
     modes: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
     for tp, cp, pp in itertools.product(_powers(hardware.node_size), _powers(64), _powers(64)):
-        if divisor % tp or job.length // cp < min(SHORTEST_STRETCH, job.length):
+        if job.length // cp < min(SHORTEST_STRETCH, job.length):
             continue
         if job.length % (cp * tp) or pp > job.config.num_layers or job.ranks % (tp * cp * pp):
             continue
@@ -76,17 +71,6 @@ def layouts(job: Job, hardware: Hardware) -> Iterator[ParallelConfig]:
                     tp=tp,
                     activation_checkpointing=mode,
                 )
-
-
-def tensor_parallel_limit(config: ModelConfig) -> int:
-    """The greatest common divisor of what tensor-parallel ranks must divide."""
-    numbers = []
-    for spec in config.layers():
-        options = make_options(spec.mixer, spec.options)
-        numbers += MIXERS[spec.mixer].heads(config, options).values()
-        if spec.ffn != "none":
-            numbers += FFNS[spec.ffn].splits(config).values()
-    return math.gcd(*numbers)
 
 
 def rough(job: Job, hardware: Hardware, efficiency: float) -> tuple[int, float]:

@@ -1,0 +1,219 @@
+"""A plan as one HTML page that loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from rondo.parallel.plan.estimate import MEMORY_SHARE, Plan
+from rondo.parallel.plan.report import (
+    GIB,
+    PARTS,
+    collective_rows,
+    layout_text,
+    summary_rows,
+    time_parts,
+)
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999", "#dd8844")
+"""Distinct for colour-blind readers too (Paul Tol's bright scheme, and an orange)."""
+SHOWN_NODES = 128
+"""Nodes the picture shows at most."""
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
+th { border-bottom: 1px solid #bbb; font-weight: 600; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.key { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 0; border-radius: 2px; }
+.legend span.item { margin-right: 1.2em; white-space: nowrap; } .note { color: #666; }
+svg { display: block; max-width: 100%; height: auto; margin: .5rem 0; } svg text { font: 12px
+system-ui, sans-serif; fill: #333; }
+"""
+
+
+def plan_page(plan: Plan, best: Sequence[Plan] = ()) -> str:
+    """The page of a plan, and of the best layouts of a search."""
+    rows = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>"
+        for key, value in summary_rows(plan)
+    )
+    title = f"{plan.job.config.preset or 'model'} on {plan.job.ranks} x {plan.hardware.name}"
+    body = [
+        f"<h1>{escape(title)}</h1><p>{escape(layout_text(plan))}</p><table>{rows}</table>",
+        f"<h2>Memory of a rank</h2>{_memory(plan)}",
+        f"<h2>Predicted time of a step</h2>{_times(plan)}",
+        f"<h2>Layout</h2>{_layout(plan)}",
+        f"<h2>Collectives of a rank in a step</h2>{_collectives(plan)}",
+    ]
+    if best:
+        body.append(f"<h2>Best layouts that fit (predicted)</h2>{_search(best)}")
+    notes = "".join(f"<li>{escape(text)}</li>" for text in plan.assumptions)
+    body.append(
+        "<h2>Assumptions</h2><p>Times are predictions, not measurements. They assume:</p>"
+        f"<ul>{notes}</ul>"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    """A bar for each pipeline rank, with the GPU's memory as its frame."""
+    room = plan.hardware.memory / GIB
+    scale = 640 / max(room, *(rank.memory.total / GIB for rank in plan.ranks))
+    height = 34 * len(plan.ranks) + 26
+    shapes = []
+    for row, rank in enumerate(plan.ranks):
+        x, y = 90.0, 34 * row
+        shapes.append(f'<text x="0" y="{y + 18}">pp rank {rank.pp_rank}</text>')
+        for i, (key, name) in enumerate(PARTS.items()):
+            size = getattr(rank.memory, key) / GIB
+            shapes.append(_box(x, y, size * scale, 26, COLOURS[i], f"{name}: {size:.2f} GiB"))
+            x += size * scale
+        total = f"{rank.memory.total / GIB:.1f}"
+        shapes.append(f'<text x="{min(x + 6, 740):.1f}" y="{y + 18}">{total} GiB</text>')
+    limit, end = 90 + MEMORY_SHARE * room * scale, 90 + room * scale
+    for x in (limit, end):
+        shapes.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}" stroke="#333" '
+            'stroke-dasharray="4 3"/>'
+        )
+    words = f"{MEMORY_SHARE:.0%} of {room:.1f} GiB"
+    shapes.append(f'<text x="{limit:.1f}" y="{height - 5}" text-anchor="end">{words}</text>')
+    names = [
+        (COLOURS[i], f"{name} {getattr(plan.worst.memory, key) / GIB:.2f} GiB")
+        for i, (key, name) in enumerate(PARTS.items())
+    ]
+    worst = f'<p class="note">Figures: pp rank {plan.worst.pp_rank}, the fullest.</p>'
+    return _svg(820, height, shapes) + _legend(names) + worst
+
+
+def _times(plan: Plan) -> str:
+    parts = time_parts(plan)
+    scale, x, shapes = 720 / plan.times.step, 0.0, []
+    for i, (name, seconds) in enumerate(parts):
+        shapes.append(_box(x, 0, seconds * scale, 26, COLOURS[i], f"{name}: {seconds:.3f} s"))
+        x += seconds * scale
+    return _svg(720, 28, shapes) + _legend(
+        [(COLOURS[i], f"{name} {seconds:.3f} s") for i, (name, seconds) in enumerate(parts)]
+    )
+
+
+def _layout(plan: Plan) -> str:
+    """Nodes as frames, ranks as squares: coloured by pipeline rank, or by sequence-parallel rank
+    without a pipeline; tensor-parallel groups touch."""
+    layout, size = plan.job.layout, plan.hardware.node_size
+    nodes = -(-plan.job.ranks // size)
+    by, parts = ("pp", layout.pp) if layout.pp > 1 else ("cp", layout.cp)
+    cell, across = 16, min(size, 8)
+    rows_in_node = -(-size // across)
+    width, height = across * (cell + 3) + 10, rows_in_node * (cell + 3) + 26
+    columns = max(1, min(8, 880 // (width + 8)))
+    shown, shapes = min(nodes, SHOWN_NODES), []
+    for node in range(shown):
+        left, top = (node % columns) * (width + 8), (node // columns) * (height + 8)
+        shapes.append(
+            f'<rect x="{left}" y="{top}" width="{width}" height="{height}" rx="4" fill="none" '
+            'stroke="#999"/>'
+            f'<text x="{left + 5}" y="{top + 14}">node {node}</text>'
+        )
+        for rank in range(node * size, min((node + 1) * size, plan.job.ranks)):
+            slot = rank - node * size
+            # Ranks of a tensor-parallel group stand together, groups a little apart.
+            x = (
+                left
+                + 5
+                + (slot % across) * (cell + 1)
+                + slot % across // min(layout.tp, across) * 2
+            )
+            y = top + 20 + slot // across * (cell + 3)
+            place = _place(rank, layout)
+            label = f"rank {rank}: " + ", ".join(f"{n} {i}" for n, i in place.items())
+            colour = COLOURS[place[by] * len(COLOURS) // max(parts, len(COLOURS))]
+            shapes.append(_box(x, y, cell, cell, colour, label))
+    picture = _svg(columns * (width + 8), -(-shown // columns) * (height + 8), shapes)
+    step = max(1, -(-parts // len(COLOURS)))
+    names = [
+        (COLOURS[first * len(COLOURS) // max(parts, len(COLOURS))], _range(by, first, step, parts))
+        for first in range(0, parts, step)
+    ]
+    hidden = f" {nodes - shown} more nodes are laid out alike." if nodes > shown else ""
+    note = (
+        f'<p class="note">Each frame is a node of {size} GPUs, each square a rank (hold the mouse '
+        f"over it); {layout.tp} neighbour(s) make a tensor-parallel group.{hidden}</p>"
+    )
+    return picture + _legend(names) + note
+
+
+def _range(name: str, first: int, step: int, parts: int) -> str:
+    last = min(first + step, parts) - 1
+    return f"{name} {first}" if first == last else f"{name} {first} to {last}"
+
+
+def _place(rank: int, layout: Sequence[int]) -> dict[str, int]:
+    """Where a rank stands along each dimension (`tp` is the fastest)."""
+    place = {}
+    for name, size in reversed(list(zip(layout._fields, layout, strict=True))):  # type: ignore
+        rank, place[name] = divmod(rank, size)
+    return dict(reversed(place.items()))
+
+
+def _collectives(plan: Plan) -> str:
+    heads = ["collective", "along"]
+    for rank in plan.ranks:
+        heads += [f"count (pp {rank.pp_rank})", f"GB received (pp {rank.pp_rank})"]
+    return _table(heads, collective_rows(plan))
+
+
+def _search(best: Sequence[Plan]) -> str:
+    heads = ["layout", "", "GiB", "s a step", "bubble", "MFU", "tokens/s"]
+    rows = [
+        (
+            layout_text(plan),
+            "",
+            f"{plan.worst.memory.total / GIB:.1f}",
+            f"{plan.times.step:.3f}",
+            f"{plan.bubble_share:.1%}",
+            f"{plan.mfu:.1%}",
+            f"{plan.tokens_per_second:,.0f}",
+        )
+        for plan in best
+    ]
+    return _table(heads, rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Two columns of words, then numbers."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = ["" if i < 2 else ' class="n"' for i in range(len(cells))]
+        inner = (f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(inner)}</tr>"
+
+    return f"<table>{line(heads, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _box(x: float, y: float, width: float, height: float, colour: str, label: str) -> str:
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height}" '
+        f'fill="{colour}"><title>{escape(label)}</title></rect>'
+    )
+
+
+def _svg(width: float, height: float, shapes: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+    )
+
+
+def _legend(names: Sequence[tuple[str, str]]) -> str:
+    items = "".join(
+        f'<span class="item"><span class="key" style="background:{colour}"></span>'
+        f"{escape(text)}</span> "
+        for colour, text in names
+    )
+    return f'<p class="legend">{items}</p>'
