@@ -1,10 +1,11 @@
-"""A prediction of a step's time from what is computed and sent. It is a model, not a measurement."""
+"""A prediction of a step's time from what is computed and sent; not a measurement."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,8 +90,8 @@ class Plan:
             "traffic of tp, cp and pp does not overlap and is added",
             "a group inside a node uses its links, any other the slower network, at full "
             "bandwidth, plus a latency per collective times log2 of the group's size",
-            f"a layout fits when it fills at most {MEMORY_SHARE:.0%} of a GPU's memory; activations "
-            "are those of the PyTorch kernels that a CPU runs",
+            f"a layout fits when it fills at most {MEMORY_SHARE:.0%} of a GPU's memory; "
+            "activations are those of the PyTorch kernels that a CPU runs",
         ]
 
 
@@ -121,13 +122,13 @@ def _compute_flops(job: Job, tokens: float) -> float:
     forward pass; full activation checkpointing adds a forward pass of the blocks."""
     shape, schedule = job.layout, job.parallel.pipeline_schedule
     with torch.device("meta"):
-        model = Decoder(job.config)
-    costs = [block.cost(job.length).flops for block in model.blocks.values()]
+        blocks: Any = Decoder(job.config).blocks
+    costs = [block.cost(job.length).flops for block in blocks.values()]
     cuts = stage_layers(job.config, stage_count(shape.pp, schedule), job.length)
     passes = 4 if job.parallel.activation_checkpointing == "full" else 3
-    blocks = [sum(costs[i] for i in cut) * passes for cut in cuts]
-    blocks[-1] += 3 * 2.0 * job.config.vocab_size * job.config.dim
-    loads = [sum(blocks[i :: shape.pp]) for i in range(shape.pp)]
+    stages = [sum(costs[i] for i in cut) * passes for cut in cuts]
+    stages[-1] += 3 * 2.0 * job.config.vocab_size * job.config.dim
+    loads = [sum(stages[i :: shape.pp]) for i in range(shape.pp)]
     return max(loads) * tokens / (shape.size / shape.pp)
 
 

@@ -68,10 +68,10 @@ def find_hardware(
     for key, value in given.items():
         if value is not None and not 0 < value < 1e9:
             raise UserError(f"{key}: must be above 0, got {value}")
-    changes = {
-        "node_size": node_size,
-        "node_bandwidth": None if nvlink_gbs is None else nvlink_gbs * 1e9,
-        "network_bandwidth": None if network_gbs is None else network_gbs * 1e9,
-    }
-    changes = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(by_upper[name.upper()], **changes)
+    base = by_upper[name.upper()]
+    return dataclasses.replace(
+        base,
+        node_size=node_size or base.node_size,
+        node_bandwidth=nvlink_gbs * 1e9 if nvlink_gbs else base.node_bandwidth,
+        network_bandwidth=network_gbs * 1e9 if network_gbs else base.network_bandwidth,
+    )

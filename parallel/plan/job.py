@@ -15,12 +15,11 @@ from rondo.parallel.build import PRECISIONS, build_part
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.mesh import DATA, SHARDED, Layout, Ranks, layout
 from rondo.parallel.pipeline import rank_stages, stage_count, stage_layers
-from rondo.parallel.plan.recorder import Collective, Traffic, merge
+from rondo.parallel.plan.recorder import Traffic, merge
 from rondo.parallel.plan.schedule import in_flight
 from rondo.parallel.plan.trace import (
     MakeOptimizers,
     Trace,
-    Traffics,
     crossing,
     fake_ranks,
     fake_trace,
@@ -93,8 +92,8 @@ def trace_job(job: Job) -> list[RankPlan]:
 def trace_rank(job: Job, pp_rank: int, *, whole: bool = False) -> RankPlan:
     """What rank `pp_rank` of the pipeline holds and sends.
 
-    Layers of one kind are alike: one of each kind is traced, and a second to see what each more
-    of its kind adds. `whole` traces all layers instead.
+    Layers of one kind are alike: one of each kind is traced, and then all but one, to see what
+    each layer of its kind adds. `whole` traces all layers instead.
     """
     shape, schedule = job.layout, job.parallel.pipeline_schedule
     cuts = stage_layers(job.config, stage_count(shape.pp, schedule), job.length)
@@ -120,12 +119,12 @@ def trace_rank(job: Job, pp_rank: int, *, whole: bool = False) -> RankPlan:
     for key, value in traffic.items():
         if value.bytes > 0:  # groups of one rank send nothing
             place = key.name, names.get(key.group, "other")
-            by_dim[place] = by_dim.get(place, Traffic()) + value
+            by_dim[place] = by_dim.get(place, Traffic()).plus(value)
     if boundary:
         received = sum((i > 0) + (i + 1 < len(cuts)) for i in numbers)
-        key = ("send/receive", "pp")
+        key = ("send/receive", "pp")  # beside a tied embedding's gradients
         own = Traffic(received * count, boundary * count)
-        by_dim[key] = by_dim.get(key, Traffic()) + own
+        by_dim[key] = by_dim.get(key, Traffic()).plus(own)
     return RankPlan(pp_rank, memory, by_dim, spans)
 
 
@@ -140,9 +139,10 @@ def trace_layers(job: Job, ranks: Ranks, layers: range, *, whole: bool = False) 
     total = base
     for kind, count in counts.items():
         if count > 1:
-            more = [*counts, kind]
-            longer = _trace_kinds(job, ranks, layers, kinds, more)
-            total = total.plus(longer, count - 1).plus(base, 1 - count)
+            others = [other for other in counts if other != kind] or [kind, kind]
+            other = _trace_kinds(job, ranks, layers, kinds, others)
+            more = (count - 1) / (len(counts) - len(others))
+            total = total.plus(base, more).plus(other, -more)
     return total
 
 

@@ -24,7 +24,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
        color: #222; background: #fff; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
-th { border-bottom: 1px solid #bbb; font-weight: 600; }
+th { font-weight: 600; white-space: nowrap; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 0; border-radius: 2px; }
 .legend span.item { margin-right: 1.2em; white-space: nowrap; } .note { color: #666; }
@@ -75,12 +75,13 @@ def _memory(plan: Plan) -> str:
             x += size * scale
         total = f"{rank.memory.total / GIB:.1f}"
         shapes.append(f'<text x="{min(x + 6, 740):.1f}" y="{y + 18}">{total} GiB</text>')
-    limit, end = 90 + MEMORY_SHARE * room * scale, 90 + room * scale
-    for x in (limit, end):
-        shapes.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}" stroke="#333" '
-            'stroke-dasharray="4 3"/>'
-        )
+    frame = f'width="{room * scale:.1f}" height="{height - 24}" fill="none" stroke="#999"'
+    shapes.append(f'<rect x="90" y="0" {frame}/>')
+    limit = 90 + MEMORY_SHARE * room * scale
+    shapes.append(
+        f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{height - 20}" stroke="#333" '
+        'stroke-dasharray="4 3"/>'
+    )
     words = f"{MEMORY_SHARE:.0%} of {room:.1f} GiB"
     shapes.append(f'<text x="{limit:.1f}" y="{height - 5}" text-anchor="end">{words}</text>')
     names = [
@@ -103,11 +104,12 @@ def _times(plan: Plan) -> str:
 
 
 def _layout(plan: Plan) -> str:
-    """Nodes as frames, ranks as squares: coloured by pipeline rank, or by sequence-parallel rank
-    without a pipeline; tensor-parallel groups touch."""
+    """Nodes as frames, ranks as squares, coloured by their place along the slowest dimension that
+    divides the model or the sequence; tensor-parallel groups touch."""
     layout, size = plan.job.layout, plan.hardware.node_size
     nodes = -(-plan.job.ranks // size)
-    by, parts = ("pp", layout.pp) if layout.pp > 1 else ("cp", layout.cp)
+    by = next((n for n in ("pp", "cp", "tp") if getattr(layout, n) > 1), "dp_shard")
+    parts = getattr(layout, by)
     cell, across = 16, min(size, 8)
     rows_in_node = -(-size // across)
     width, height = across * (cell + 3) + 10, rows_in_node * (cell + 3) + 26

@@ -1,4 +1,4 @@
-"""What a rank allocates and sends, seen at torch's dispatcher. Works on fake and on real tensors."""
+"""What a rank allocates and sends, seen at torch's dispatcher; for fake and for real tensors."""
 
 from __future__ import annotations
 
@@ -45,11 +45,9 @@ class Traffic(NamedTuple):
     count: float = 0
     bytes: float = 0
 
-    def __add__(self, other: tuple[float, ...]) -> Traffic:
-        return Traffic(self.count + other[0], self.bytes + other[1])
-
-    def __mul__(self, factor: Any) -> Traffic:
-        return Traffic(self.count * factor, self.bytes * factor)
+    def plus(self, other: Traffic, weight: float = 1) -> Traffic:
+        """This and `weight` times `other`."""
+        return Traffic(self.count + weight * other.count, self.bytes + weight * other.bytes)
 
 
 class Recorder(TorchDispatchMode):
@@ -139,13 +137,14 @@ class Recorder(TorchDispatchMode):
         group = _group(args)
         key = Collective(_NAMES[operator], group.group_name)
         received = _received(key.name, args, group)
-        self.traffic[key] = self.traffic.get(key, Traffic()) + (1, received)
+        self.traffic[key] = self.traffic.get(key, Traffic()).plus(Traffic(1, received))
 
 
 def _group(args: tuple[Any, ...]) -> dist.ProcessGroup:
     for arg in args:
         if isinstance(arg, str) and arg not in ("sum", "avg", "min", "max", "product"):
-            return torch._C._distributed_c10d._resolve_process_group(arg)
+            name: Any = arg
+            return torch._C._distributed_c10d._resolve_process_group(name)
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return dist.ProcessGroup.unbox(arg)
     raise NotImplementedError("a collective without a process group")
@@ -173,5 +172,5 @@ def merge(*parts: tuple[dict[Collective, Traffic], float]) -> dict[Collective, T
     sums: dict[Collective, Traffic] = {}
     for traffic, weight in parts:
         for key, value in traffic.items():
-            sums[key] = sums.get(key, Traffic()) + value * weight
+            sums[key] = sums.get(key, Traffic()).plus(value, weight)
     return {key: value for key, value in sums.items() if value.count}

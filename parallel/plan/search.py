@@ -25,7 +25,7 @@ def search(
     efficiency: float,
     possible: Callable[[ParallelConfig], bool],
     wanted: int = 10,
-    seconds: float = 240.0,
+    seconds: float = 200.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Plan]:
     """The best layouts that fit, by predicted step time, best first.
@@ -34,7 +34,8 @@ def search(
     or until `seconds` are over. `possible` says whether training would accept a layout.
     """
     jobs = [dataclasses.replace(job, parallel=p) for p in layouts(job, hardware) if possible(p)]
-    scored = sorted((rough(one, hardware, efficiency), i) for i, one in enumerate(jobs))
+    cost = model_cost(job.config, job.length)
+    scored = sorted((rough(one, hardware, efficiency, cost), i) for i, one in enumerate(jobs))
     best = [i for (over, _), i in scored if over < 2][: 3 * wanted]
     found: list[Plan] = []
     end = time.monotonic() + seconds
@@ -73,11 +74,13 @@ def layouts(job: Job, hardware: Hardware) -> Iterator[ParallelConfig]:
                 )
 
 
-def rough(job: Job, hardware: Hardware, efficiency: float) -> tuple[int, float]:
+def rough(
+    job: Job, hardware: Hardware, efficiency: float, cost: tuple[float, int]
+) -> tuple[int, float]:
     """(0, 1 or 2: memory seems to suffice, to be scarce, or far from it; seconds a step), by rules
-    of thumb: only to decide what is traced first."""
+    of thumb: only to decide what is traced first. `cost`: the model's (`model_cost`)."""
     shape, config = job.layout, job.config
-    flops, parameters = model_cost(config, job.length)
+    flops, parameters = cost
     passes = {"none": 3.0, "selective": 3.3, "full": 4.0}[job.parallel.activation_checkpointing]
     kept = {"none": 40, "selective": 16, "full": 2}[job.parallel.activation_checkpointing]
     tokens = job.micro_batch * job.length / shape.cp
