@@ -199,6 +199,9 @@ def _boundary(job: Job, ranks: Ranks, parts: list[range]) -> float:
 
 
 def _group_names(ranks: Ranks) -> dict[str, str]:
-    """Name of each process group -> the dimension of the mesh it runs along."""
-    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", SHARDED, DATA)
-    return {ranks.group(name).group_name: name for name in names}
+    """Name of each process group -> the dimension of the mesh it runs along. Dimensions that span
+    the same ranks may share a group; the first of their names here is taken."""
+    found: dict[str, str] = {}
+    for name in ("tp", "cp", "pp", SHARDED, DATA, "dp_replicate", "dp_shard"):
+        found.setdefault(ranks.group(name).group_name, name)
+    return found
