@@ -24,6 +24,8 @@ MIN_CHUNK = 512
 """Tokens in a chunk at least: below, accumulating the weight gradient outweighs the products."""
 SOFTMAX_BYTES = 2 * 2**20
 """Size of the float32 buffer in which the softmax of a few rows at a time is taken."""
+WORDS = 2048
+"""Rows of the weight gradient that are added to at a time."""
 LARGEST_SUM = 1e20
 """Sum of exponentials up to which float32 and bfloat16 have room for it and all made from it."""
 
@@ -109,7 +111,11 @@ def _walk(
     """See `_losses`."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     losses, grad_hidden, grad_weight = _results(hidden, weight, upstream)
-    wide_grad = grad_weight if tokens else grad_weight.zero_()
+    wide_grad = grad_weight
+    if weight.dtype != losses.dtype:
+        wide_grad = grad_weight.to(losses.dtype)
+    if not tokens:
+        wide_grad.zero_()
     head = weight.to(hidden.dtype)
     chunk = max(MIN_CHUNK, BUFFER_BYTES // (vocabulary * hidden.element_size()))
     buffer = hidden.new_empty(min(chunk, tokens), vocabulary)
@@ -123,9 +129,20 @@ def _walk(
             row = upstream[part, None] / sums
             torch.mm(logits, head, out=grad_hidden[part])
             grad_hidden[part] = grad_hidden[part] * row
-            update = logits.T @ (hidden[part] * row).to(hidden.dtype)
-            wide_grad = update.to(losses.dtype) if start == 0 else wide_grad.add_(update)
+            _add_product(wide_grad, logits, (hidden[part] * row).to(hidden.dtype), start == 0)
     return losses, grad_hidden, wide_grad.to(weight.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """`total += left.T @ right`, or `=` when first, in the wider dtype of `total`."""
+    rows = WORDS if total.device.type == "cpu" else len(total)
+    for start in range(0, len(total), rows):  # the product in its own dtype stays in cache
+        part = slice(start, start + rows)
+        product = left[:, part].T @ right
+        if first:
+            total[part] = product
+        else:
+            total[part] += product
 
 
 def _results(

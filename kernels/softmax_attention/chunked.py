@@ -193,9 +193,11 @@ class _BlockedAttention(torch.autograd.Function):
         mask = Mask(ctx.window, segment_ids, key_segment_ids)
         accumulate = torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q)
-        grad_k = torch.zeros_like(keys, dtype=accumulate)
-        grad_v = torch.zeros_like(values, dtype=accumulate)
-        for index, block in enumerate(_blocks(q.shape[1], keys.shape[1], ctx.window)):
+        grad_k = torch.empty_like(keys, dtype=accumulate)
+        grad_v = torch.empty_like(values, dtype=accumulate)
+        blocks = _blocks(q.shape[1], keys.shape[1], ctx.window)
+        unseen = keys.shape[1]  # keys from here on have a gradient, those before have none yet
+        for index, block in reversed(list(enumerate(blocks))):
             start, stop, low, high = block
             q_rows, grad_rows = _rows(q[:, start:stop], groups), _rows(grad[:, start:stop], groups)
             block_keys = keys[:, low:high]
@@ -207,11 +209,21 @@ class _BlockedAttention(torch.autograd.Function):
             grad_q[:, start:stop] = _unrows(
                 _product(grad_scores, block_keys, scale), q[:, start:stop]
             )
-            grad_k[:, low:high] += _product(grad_scores.transpose(1, 2), q_rows, scale)
-            grad_v[:, low:high] += weights.transpose(1, 2) @ grad_rows
+            _add_from(grad_k[:, low:high], _product(grad_scores.mT, q_rows, scale), unseen - low)
+            _add_from(grad_v[:, low:high], weights.mT @ grad_rows, unseen - low)
+            unseen = min(unseen, low)
+        grad_k[:, :unseen], grad_v[:, :unseen] = 0, 0
         grad_k = _ungroup(grad_k, q.shape[0]).to(keys.dtype)
         grad_v = _ungroup(grad_v, q.shape[0]).to(values.dtype)
         return grad_q, grad_k, grad_v, None, None, None, None
+
+
+def _add_from(total: Tensor, part: Tensor, known: int) -> None:
+    """Sets `total` to `part` before position `known` and adds it from there on; `(X, S, D)`."""
+    known = max(known, 0)
+    total[:, :known] = part[:, :known]
+    if known < part.shape[1]:
+        total[:, known:] += part[:, known:]
 
 
 def _ungroup(x: Tensor, batch: int) -> Tensor:
