@@ -8,6 +8,8 @@ import time
 
 import torch
 
+HUGE_BYTES = 2**30
+"""How much of the heap `reuse_memory` asks huge pages for."""
 # Dense bfloat16 FLOP/s of the data sheets, by a word in the device's name.
 GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12, "B200": 2250e12}
 
@@ -56,3 +58,17 @@ def reuse_memory() -> None:
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     libc.mallopt(m_top_pad, 64 << 20)
+    _prefer_huge_pages(libc)
+
+
+def _prefer_huge_pages(libc: ctypes.CDLL) -> None:
+    """Asks for pages of 2 MiB where the heap grows first: fewer misses of the address cache."""
+    size, page, madv_hugepage = HUGE_BYTES, 2 << 20, 14
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(size)  # addresses only: nothing is touched
+    if block:
+        start = -(-block // page) * page
+        libc.madvise(start, block + size - start, madv_hugepage)
+        libc.free(block)
