@@ -113,6 +113,7 @@ def trace_rank(job: Job, pp_rank: int, *, whole: bool = False) -> RankPlan:
         (total.first, min(1, count - 1)),
         (total.middle, max(0, count - 2)),
         (total.last, 1),
+        (total.finish, 1),
         (total.update, 1),
     )
     by_dim: dict[tuple[str, str], Traffic] = {}

@@ -63,19 +63,33 @@ class Trace:
     """of the others but the last,"""
     last: Traffics = field(default_factory=dict)
     """of the last one of a step, which reduces gradients,"""
+    finish: Traffics = field(default_factory=dict)
+    """after it, of gradients that FSDP2 does not hold, all in one call,"""
     update: Traffics = field(default_factory=dict)
-    """and after it: gradients of what FSDP2 does not hold, and the optimizer."""
+    """and of the optimizer."""
 
     def plus(self, other: Trace, weight: float) -> Trace:
         """This and `weight` times `other`; peaks are the larger."""
         sums: dict[str, Any] = {}
         for one in fields(self):
             a, b = getattr(self, one.name), getattr(other, one.name)
-            if isinstance(a, dict):
+            if one.name == "finish":
+                sums[one.name] = _one_call(a, b, weight)
+            elif isinstance(a, dict):
                 sums[one.name] = merge((a, 1), (b, weight))
             else:
                 sums[one.name] = max(a, b) if one.name.endswith("_peak") else a + weight * b
         return Trace(**sums)
+
+
+def _one_call(a: Traffics, b: Traffics, weight: float) -> Traffics:
+    """Bytes add up over layers, but all layers share a call."""
+    calls = {key: max(t[key].count for t in (a, b) if key in t) for key in a | b}
+    empty = Traffic()
+    return {
+        key: Traffic(count, a.get(key, empty).bytes + weight * b.get(key, empty).bytes)
+        for key, count in calls.items()
+    }
 
 
 @contextmanager
@@ -122,14 +136,13 @@ def record(
             if ranks.layout.pp > 1 and micro_batches > 2:
                 trace.middle, _ = run.step(trace, last=False)
         trace.last, _ = run.step(trace, last=True)
-        with recorder.window() as trace.update:
+        with recorder.window() as trace.finish:
             finish_gradients([part], ranks)
         trace.gradients = _bytes(p.grad for p in part.parameters() if p.grad is not None)
         optimizers = make([part])
-        with recorder.window() as updates:
+        with recorder.window() as trace.update:
             for optimizer in optimizers:
                 optimizer.step()
-    trace.update = merge((trace.update, 1), (updates, 1))
     trace.optimizer = sum(
         _bytes(value for value in state.values() if isinstance(value, Tensor) and value.ndim)
         for optimizer in optimizers

@@ -56,7 +56,7 @@ def test_collectives_of_sharded_parameters() -> None:
 def test_collectives_of_tensor_parallel_ranks() -> None:
     traffic = trace_rank(job(Layout(tp=2)), 0).traffic
     half = MICRO * LENGTH * 64 * 4 / 2  # bytes of hidden states that come from the other rank
-    token = MICRO * LENGTH * 4 / 2  # a number a token
+    token = MICRO * LENGTH * 4  # a number a token
     branches = 2 * LAYERS
     # Gathered: inputs of both branches of a layer, in the backward pass their outputs' gradients;
     # so are hidden states before the loss, the embedding's gradient, and the logits' sums.
