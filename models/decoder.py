@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         head = 2.0 * self.config.vocab_size * self.config.dim if self.last else 0.0
         total = Cost(head, 0, 0)
         for block in self.blocks.values():
-            assert isinstance(block, Block), "nn.ModuleList forgets its element type"
+            assert isinstance(block, Block), "nn.ModuleDict forgets its element type"
             total = total + block.cost(length)
         return Cost(total.flops, module_cost(self).parameters, total.state_bytes)
 

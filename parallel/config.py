@@ -26,4 +26,5 @@ class ParallelConfig:
     two (interleaved 1F1B; zero_bubble also puts off the weights' gradients)."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """'full' keeps only block inputs and recomputes the rest in the backward pass; 'selective'
-    keeps the results of weight products too and recomputes what is cheap."""
+    keeps the results of weight products too and recomputes what is cheap. Not with the
+    zero_bubble schedule."""

@@ -19,15 +19,13 @@ def layout_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     """Sizes that are no sizes, do not make `world_size` ranks, or do not divide the batch."""
     config = recipe.parallel
     sizes = {name: getattr(config, name) for name in Layout._fields}
-    for name, size in sizes.items():
-        if size < 1 and not (name == "dp_shard" and size == -1):
-            more = ", or -1 for what is left" if name == "dp_shard" else ""
-            yield f"parallel.{name}: must be at least 1{more}, got {size}"
-    if any(size < 1 and size != -1 for size in sizes.values()):
+    wrong = [n for n, size in sizes.items() if size < 1 and (n, size) != ("dp_shard", -1)]
+    for name in wrong:
+        more = ", or -1 for what is left" if name == "dp_shard" else ""
+        yield f"parallel.{name}: must be at least 1{more}, got {sizes[name]}"
+    if wrong:
         return
     others = math.prod(size for name, size in sizes.items() if name != "dp_shard")
-    if min(size for name, size in sizes.items() if name != "dp_shard") < 1:
-        return
     named = " x ".join(f"{n} {s}" for n, s in sizes.items() if s != 1 and n != "dp_shard")
     shard = config.dp_shard
     if shard == -1 and world_size is not None and world_size % others:
@@ -56,6 +54,13 @@ def model_layout_problems(recipe: Recipe) -> Iterator[str]:
         yield (
             f"parallel.pp: {config.pp} ranks make {stages} stages of a "
             f"{config.pipeline_schedule} pipeline, but the model has {model.num_layers} layers"
+        )
+    mode = config.activation_checkpointing
+    if config.pp > 1 and config.pipeline_schedule == "zero_bubble" and mode != "none":
+        yield (
+            f"parallel.activation_checkpointing: {mode} recomputes a block once, but zero_bubble "
+            "goes back through it twice (inputs, then weights); use none, or another "
+            "parallel.pipeline_schedule such as interleaved"
         )
     if config.tp > 1:
         yield from _divided(model, config)

@@ -80,8 +80,8 @@ def train_one(run: Run) -> dict[str, Any]:
         mesh = make_mesh("cpu", run.layout)
     ranks = Ranks(rank, size, torch.device("cpu"), mesh)
     parallel = ParallelConfig(
-        pipeline_schedule=run.schedule,  # type: ignore[arg-type]
-        activation_checkpointing=run.checkpointing,  # type: ignore[arg-type]
+        pipeline_schedule=run.schedule,
+        activation_checkpointing=run.checkpointing,
     )
     model = ParallelModel(
         run.config, ranks, parallel, precision=run.precision, seed=4, length=run.time

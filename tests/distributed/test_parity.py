@@ -46,6 +46,7 @@ LAYOUTS = {
     "pp2-zero_bubble": (Layout(pp=2), "zero_bubble", "none"),
     "tp2-cp2": (Layout(tp=2, cp=2), "1f1b", "selective"),
     "pp2-tp2": (Layout(pp=2, tp=2), "1f1b", "none"),
+    "pp2-tp2-zero_bubble": (Layout(pp=2, tp=2), "zero_bubble", "none"),
     "pp2-cp2-interleaved": (Layout(pp=2, cp=2), "interleaved", "none"),
     "dp_replicate2-dp_shard2-tp2": (Layout(dp_replicate=2, dp_shard=2, tp=2), "1f1b", "none"),
     "pp2-cp2-tp2": (Layout(pp=2, cp=2, tp=2), "1f1b", "full"),

@@ -45,4 +45,4 @@ def test_bytes_do_not_depend_on_the_length(dtype: torch.dtype) -> None:
 
 def test_an_operator_without_a_summary_is_refused() -> None:
     with pytest.raises(ValueError, match="no sequence-parallel form"):
-        over_ranks(torch.cumsum, None)  # type: ignore[arg-type]
+        over_ranks(torch.cumsum, None)

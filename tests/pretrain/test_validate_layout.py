@@ -41,6 +41,15 @@ def problems(ranks: int | None, *options: str) -> str:
         (2, ["--parallel.tp=2", "--compile=true"], ["compile", "parallel.tp"]),
         (
             2,
+            [
+                "--parallel.pp=2",
+                "--parallel.pipeline_schedule=zero_bubble",
+                "--parallel.activation_checkpointing=selective",
+            ],
+            ["parallel.activation_checkpointing", "selective", "zero_bubble"],
+        ),
+        (
+            2,
             ["--parallel.pp=2", "--parallel.pipeline_schedule=zero_buble"],
             ["pipeline_schedule", "did you mean zero_bubble"],
         ),
