@@ -23,6 +23,19 @@ from rondo.tests.distributed.parity_cases import Run, micro_batches
 from rondo.tests.toys import registered
 
 
+def check_twins(model: ParallelModel, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Stages of this rank that hold the same parameter agree on it and on its optimizer state."""
+    first, *others = [dict(part.named_parameters()) for part in model.parts]
+    for other in others:
+        for name in first.keys() & other.keys():
+            assert torch.equal(first[name], other[name]), name
+            states = [each.state for each in optimizers if first[name] in each.state]
+            assert states, f"{name} has no optimizer state"
+            for state in states:
+                for key, value in state[first[name]].items():
+                    assert torch.equal(value, state[other[name]][key]), f"{name}.{key}"
+
+
 def save_or_load(run: Run, folder: str, optimizer: str, seed: int, save: bool) -> str:
     """Digest of model and optimizer: after two steps, which are saved, or after loading them into
     a model of other values and the other part of the same step."""
@@ -55,5 +68,6 @@ def save_or_load(run: Run, folder: str, optimizer: str, seed: int, save: bool) -
             checkpointer.load(path, tensors)
             copy_to_twins(model.parts, optimizers)
             assert state_digest(tensors) != before
+            check_twins(model, optimizers)
         checkpointer.close()
         return state_digest(tensors)
