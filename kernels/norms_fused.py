@@ -105,15 +105,37 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverses = ctx.saved_tensors
-        rows, grads, grad_x = _rows(x), _rows(grad), _new_rows(x)
+        x, weight, inverse = ctx.saved_tensors
+        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+            return *_by_layer_norm(grad, x, weight, inverse, ctx.count), None, None
+        rows, wide_grad = _rows(x), _rows(grad).to(inverse.dtype, copy=True)
         grad_weight = _WeightGradient(weight, x.new_empty(1, x.shape[-1]))
-        for part in row_tiles(rows):
-            inverse = inverses[part]
-            normal = widen(rows[part]) * inverse
-            wide_grad = grads[part].to(normal.dtype, copy=True)
-            grad_x[part] = _norm_backward(wide_grad, normal, inverse, grad_weight, ctx.count)
-        return grad_x.view(x.shape), grad_weight.result(), None, None
+        normal = widen(rows) * inverse
+        grad_x = _norm_backward(wide_grad, normal, inverse, grad_weight, ctx.count)
+        return grad_x.to(x.dtype).view(x.shape), grad_weight.result(), None, None
+
+
+def _by_layer_norm(
+    grad: Tensor, x: Tensor, weight: Tensor | None, inverse: Tensor, count: int
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and weight by torch's one pass for layer norm, told that the means are 0.
+
+    That pass takes the mean over D, so that `s = sqrt(D / count)` goes into the inverse and out
+    of the weight `w`, and it subtracts what a mean would owe, `inverse * s * mean(grad * w / s)`,
+    which is added again. Its own gradient of the weight is summed in bfloat16."""
+    dim = x.shape[-1]
+    scale = (dim / count) ** 0.5
+    gain = (inverse.new_ones(dim) if weight is None else weight.to(inverse.dtype)) / scale
+    rows, grads, scaled = _rows(x), _rows(grad), inverse * scale
+    grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grads, rows, [dim], torch.zeros_like(scaled), scaled, gain, None, [True, False, False]
+    )
+    owed = (grads @ gain.to(grads.dtype)).unsqueeze(1) * scaled / dim
+    grad_x.add_(owed.to(grad_x.dtype))
+    if weight is None:
+        return grad_x.view(x.shape), None
+    grad_weight = widen(grads * rows).T @ inverse
+    return grad_x.view(x.shape), grad_weight.squeeze(1).to(weight.dtype)
 
 
 class _NormThenGate(torch.autograd.Function):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from rondo.kernels.tiles import row_tiles
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -31,25 +30,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        gates, ups, out = _rows(gate), _rows(up), gate.new_empty(gate.shape)
-        for part in row_tiles(gates):
-            torch.ops.aten.silu.out(gates[part], out=_rows(out)[part]).mul_(ups[part])
-        return out
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        gates, ups, grads = _rows(gate), _rows(up), _rows(grad)
-        grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-        for part in row_tiles(gates):
-            own, at_gate, at_up = gates[part], _rows(grad_gate)[part], _rows(grad_up)[part]
-            torch.ops.aten.silu_backward.grad_input(
-                grads[part] * ups[part], own, grad_input=at_gate
-            )
-            torch.ops.aten.silu.out(own, out=at_up).mul_(grads[part])
-        return grad_gate, grad_up
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

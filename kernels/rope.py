@@ -71,9 +71,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     size = ROW_TILE if x.device.type == "cpu" else x.numel()
     for rows, times in tiles((batch, time, heads * width), size, 1):
         own = slice(None) if len(cos) == 1 else rows
-        wide = x[rows, times, :, :dims].to(cos.dtype)
-        turned = wide * cos[own, times]
-        turned.addcmul_(wide.roll(dims // 2, dims=-1), sin[own, times])
+        part = x[rows, times, :, :dims]
+        turned = part.to(cos.dtype, copy=True).mul_(cos[own, times])
+        turned.addcmul_(part.roll(dims // 2, dims=-1).to(cos.dtype), sin[own, times])
         out[rows, times, :, :dims] = turned
     if dims < width:
         out[..., dims:] = x[..., dims:]

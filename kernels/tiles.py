@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROW_TILE = 2**17
+ROW_TILE = 2**19
 """Elements that a chain of pointwise operations works on at a time on a CPU."""
 
 

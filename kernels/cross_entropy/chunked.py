@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BUFFER_BYTES = 8 * 2**20
-"""Size of the logits buffer: larger ones leave the last-level cache, smaller ones accumulate the
-weight gradient more often."""
+BUFFER_BYTES = 16 * 2**20
+"""Size of the logits buffer: smaller ones accumulate the weight gradient more often."""
 MIN_CHUNK = 512
 """Tokens in a chunk at least: below, accumulating the weight gradient outweighs the products."""
-SOFTMAX_BYTES = 2 * 2**20
-"""Size of the float32 buffer in which the softmax of a few rows at a time is taken."""
+SCRATCH_BYTES = 4 * 2**20
+"""Size of the float32 buffer in which exponentials of a few rows at a time are taken."""
 
 
 def chunked_loss(
@@ -31,15 +30,17 @@ def chunked_loss(
 ) -> Tensor:
     """See `linear_cross_entropy`; hidden is `(N, D)`, targets and valid `(N,)`, and targets that
     are not valid hold any index in range."""
+    if hidden.dtype == torch.float16:  # has no room for sums of exponentials
+        hidden = hidden.float()
     if reduction == "none":
         return _TokenLosses.apply(hidden, weight, targets, valid)
     needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total = _TotalLoss.apply(hidden, weight, targets, valid, needs_gradients)
-    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+    count = valid.sum().clamp(min=1) if reduction == "mean" else 1
+    return _TotalLoss.apply(hidden, weight, targets, valid, count, needs_gradients)
 
 
 class _TotalLoss(torch.autograd.Function):
-    """Sum of the losses; the gradients are made in the forward pass and saved."""
+    """Sum of the losses over `count`; the gradients are made in the forward pass and saved."""
 
     @staticmethod
     def forward(
@@ -48,19 +49,24 @@ class _TotalLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         valid: Tensor,
+        count: Tensor | int,
         needs_gradients: bool,
     ) -> Tensor:
-        upstream = valid.to(hidden.dtype) if needs_gradients else None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        upstream = valid.to(wide) / count if needs_gradients else None
         losses, *gradients = _losses(hidden, weight, targets, upstream)
         ctx.save_for_backward(*gradients)
-        return (losses * valid).sum()
+        return (losses * valid).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # The upstream gradient has no dims, so the products keep their dtypes.
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+        # Looking at a value is free on a CPU, a pass over a matrix of the vocabulary is not.
+        if not (_can_look_at(grad) and float(grad) == 1.0):
+            # The upstream gradient has no dims, so the products keep their dtypes.
+            grad_hidden, grad_weight = grad_hidden * grad, grad_weight * grad
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -76,9 +82,14 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, valid = ctx.saved_tensors
-        upstream = (grad * valid).to(hidden.dtype)
+        upstream = grad * valid
         _, grad_hidden, grad_weight = _losses(hidden, weight, targets, upstream)
         return grad_hidden, grad_weight, None, None
+
+
+def _can_look_at(x: Tensor) -> bool:
+    """Whether branching on values costs nothing: a subclass (fake or distributed) may have none."""
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def _losses(
@@ -104,12 +115,13 @@ def _walk(
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
         logits = buffer[: part.stop - part.start]
-        _losses_into(losses[part], logits, hidden[part], head, targets[part], upstream is not None)
+        sums = _losses_into(losses[part], logits, hidden[part], head, targets[part])
         if upstream is not None:
-            row = upstream[part, None]
+            # The sums divide the narrower sides of the products.
+            row = upstream[part, None] / sums
             torch.mm(logits, head, out=grad_hidden[part])
-            grad_hidden[part].mul_(row)
-            update = logits.T @ (hidden[part] * row)
+            grad_hidden[part] = grad_hidden[part] * row
+            update = logits.T @ (hidden[part] * row).to(hidden.dtype)
             wide_grad = update.to(losses.dtype) if start == 0 else wide_grad.add_(update)
     return losses, grad_hidden, wide_grad.to(weight.dtype)
 
@@ -141,26 +153,36 @@ def _(
 
 
 def _losses_into(
-    losses: Tensor, logits: Tensor, hidden: Tensor, head: Tensor, targets: Tensor, gradient: bool
-) -> None:
-    """Fills `losses`, and `logits` with their gradients `softmax - onehot` when `gradient`."""
+    losses: Tensor, logits: Tensor, hidden: Tensor, head: Tensor, targets: Tensor
+) -> Tensor:
+    """Fills `losses`, and `logits` with their gradients times sums `(N, 1)`, which it returns."""
     exact = (hidden.to(losses.dtype) * head[targets]).sum(dim=1, keepdim=True)
     shift = exact.to(hidden.dtype)
     torch.addmm(shift, hidden, head.T, beta=-1, out=logits)
-    relative = (exact - shift).squeeze(1)
-    rows = max(1, SOFTMAX_BYTES // (head.shape[0] * losses.element_size()))
+    rows = max(1, SCRATCH_BYTES // (head.shape[0] * losses.element_size()))
     if losses.device.type != "cpu":  # nothing stays in a cache there, launches cost
         rows = len(losses)
+    sums = torch.empty_like(exact)
     scratch = losses.new_empty(min(rows, len(losses)), head.shape[0])
-    minus_one = losses.new_full((len(scratch), 1), -1)
     for start in range(0, len(losses), rows):
         part = slice(start, min(start + rows, len(losses)))
-        probabilities = scratch[: part.stop - part.start]
-        probabilities.copy_(logits[part])
-        top = probabilities.amax(dim=1)
-        torch.softmax(probabilities, dim=1, out=probabilities)
-        # The largest probability is exp(top - logsumexp) and at least 1 / V.
-        losses[part] = top - probabilities.amax(dim=1).log() - relative[part]
-        if gradient:
-            probabilities.scatter_add_(1, targets[part, None], minus_one[: part.stop - part.start])
-            logits[part] = probabilities
+        powers = scratch[: part.stop - part.start]
+        top = _exponentials(powers, sums[part], logits[part])
+        losses[part] = (sums[part].log() + top - exact[part] + shift[part]).squeeze(1)
+        logits[part] = powers.scatter_add_(1, targets[part, None], -sums[part])
+    return sums
+
+
+def _exponentials(powers: Tensor, sums: Tensor, logits: Tensor) -> Tensor | float:
+    """Fills `powers` with `exp(logits - top)` and `sums` with those of its rows; returns top,
+    `(N, 1)` or 0.
+
+    The target's own logit is about 0, so that no sum is below about 1 and only large logits make
+    a maximum necessary. On a CPU a look at the sums is cheaper than a pass for the maximum."""
+    if _can_look_at(sums):
+        torch.sum(powers.copy_(logits).exp_(), dim=1, keepdim=True, out=sums)
+        if float(sums.amax()) < torch.finfo(sums.dtype).max ** 0.5:
+            return 0.0
+    top = logits.amax(dim=1, keepdim=True).to(powers.dtype)
+    torch.sum(powers.copy_(logits).sub_(top).exp_(), dim=1, keepdim=True, out=sums)
+    return top

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from rondo.kernels.softmax_attention.visibility import hidden_keys
 
-BLOCK = 128
+BLOCK = 256
+"""Queries in a block; half as many under a window, of which every block meets all keys."""
 KEPT_KEYS = 512
 """Attention weights are kept for the backward pass while no block sees more keys than this (then
 they are no larger than the other activations), and computed again beyond."""
@@ -95,17 +96,21 @@ def masked_sdpa(
     return out.transpose(1, 2)
 
 
+def _block_size(window: int | None) -> int:
+    return BLOCK if window is None else max(1, BLOCK // 2)
+
+
 def _blocks(time: int, keys: int, window: int | None) -> list[Block]:
     """The blocks of queries in order."""
-    offset = keys - time
+    offset, size = keys - time, _block_size(window)
     return [
         Block(
             start,
-            min(start + BLOCK, time),
+            min(start + size, time),
             0 if window is None else max(0, offset + start - window + 1),
-            offset + min(start + BLOCK, time),
+            offset + min(start + size, time),
         )
-        for start in range(0, time, BLOCK)
+        for start in range(0, time, size)
     ]
 
 
@@ -148,7 +153,9 @@ def _weights(q: Tensor, k: Tensor, block: Block, offset: int, scale: float, mask
     time = block.stop - block.start
     batch = hidden.shape[0]
     view = scores.view(batch, -1, time, scores.shape[-1])[..., low - block.low :]
-    view.masked_fill_(hidden[:, None], float("-inf"))
+    # Adding is many times faster on a CPU than filling by a mask that is broadcast.
+    bias = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, float("-inf"))
+    view.add_(bias[:, None])
     return torch.softmax(scores, dim=-1)
 
 
@@ -170,7 +177,7 @@ class _BlockedAttention(torch.autograd.Function):
         mask = Mask(window, segment_ids, key_segment_ids)
         keys, values = _rows(k, groups), _rows(v, groups)
         blocks = _blocks(q.shape[1], k.shape[1], window)
-        keep = (k.shape[1] if window is None else BLOCK + window - 1) <= KEPT_KEYS
+        keep = (k.shape[1] if window is None else _block_size(window) + window - 1) <= KEPT_KEYS
         out = v.new_empty(*q.shape[:3], v.shape[-1])
         kept = []
         for block in blocks:

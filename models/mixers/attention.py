@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rondo.kernels import attention, rope
+from rondo.kernels import attention
+from rondo.kernels.rope import rope_table, rotate
 from rondo.models.config import ModelConfig
 from rondo.models.layers import Linear, RMSNorm
 from rondo.models.mixer import Mixer, SequenceContext, State, get, split_heads
@@ -94,8 +95,13 @@ class Attention(Mixer):
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.options.rope:
-            theta = self.options.rope_theta
-            q, k = rope(q, ctx.positions, theta=theta), rope(k, ctx.positions, theta=theta)
+            table = rope_table(
+                ctx.positions,
+                self.head_dim,
+                theta=self.options.rope_theta,
+                dtype=torch.promote_types(q.dtype, torch.float32),
+            )
+            q, k = rotate(q, *table), rotate(k, *table)
         segments, key_segments, state = self._extend(k, v, ctx.segment_ids, state)
         o = self.attend(
             q,

@@ -19,11 +19,11 @@ REDUCTIONS = ("none", "sum", "mean")
 
 @pytest.fixture(params=["usual", "small"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The usual chunks, and chunks of 5 tokens with the softmax of 2 at a time."""
+    """The usual chunks, and chunks of 5 tokens with the exponentials of 2 at a time."""
     if request.param == "small":
         monkeypatch.setattr(chunked, "MIN_CHUNK", 5)
         monkeypatch.setattr(chunked, "BUFFER_BYTES", 1)
-        monkeypatch.setattr(chunked, "SOFTMAX_BYTES", 2 * 17 * 8)
+        monkeypatch.setattr(chunked, "SCRATCH_BYTES", 2 * 17 * 8)
 
 
 def make(*shape: int, dim: int = 6, vocabulary: int = 17, seed: int = 1) -> list[Tensor]:
@@ -140,6 +140,25 @@ def test_without_gradients(reduction: str) -> None:
         assert torch.equal(run(targets, reduction)(hidden, weight)[0], expected)
     only_hidden = torch.autograd.grad(run(targets, reduction)(hidden, weight)[0], hidden)[0]
     assert only_hidden.abs().sum() > 0
+
+
+@pytest.mark.parametrize("looks", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+def test_logits_far_above_the_target(
+    chunk: None, dtype: torch.dtype, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Differences up to 300: sums of their exponentials fit no float32. Whether values may be
+    looked at (not on a GPU) changes nothing."""
+    if not looks:
+        monkeypatch.setattr(chunked, "_can_look_at", lambda x: False)
+    hidden, weight, targets = make(40)
+    inputs = [hidden.mul(30).to(dtype), weight.to(dtype)]
+    expected, expected_grads = gradients(dense(targets, "mean"), [x.double() for x in inputs])
+    actual, actual_grads = gradients(run(targets, "mean"), inputs)
+    assert (inputs[0].double() @ inputs[1].double().T).amax() > 150
+    limit = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 2e-2)
+    for a, e in zip(actual + actual_grads, expected + expected_grads, strict=True):
+        assert_ratio("loss or gradient", a, e, limit)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

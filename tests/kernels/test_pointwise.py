@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rondo.kernels import tiles
 from rondo.kernels.pointwise import swiglu
 from rondo.tests.numerics import assert_ratio, gradients
 
@@ -32,11 +31,6 @@ def test_matches_plain(dtype: torch.dtype, forward: float, backward: float) -> N
     assert_ratio("y", actual[0], expected[0], forward)
     for name, a, e in zip(("dgate", "dup"), actual_grads, expected_grads, strict=True):
         assert_ratio(name, a, e, backward)
-
-
-def test_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "ROW_TILE", 15)
-    test_matches_plain(torch.float64, 1e-14, 1e-14)
 
 
 def test_gradcheck() -> None:
