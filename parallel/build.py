@@ -81,7 +81,7 @@ class ParallelModel:
         names = [name for name, _ in part.named_parameters()]
         mesh, layout = self.ranks.mesh, self.ranks.layout
         if layout.cp > 1:
-            shard_sequence(part, self.ranks.group("cp"))
+            shard_sequence(part, self.ranks.group("cp"), self.parallel.cp_exchange)
         if mesh is not None and layout.tp > 1:
             shard_tensors(part, submesh(mesh, "tp"))
         for block in part.blocks.values():

@@ -60,6 +60,24 @@ def from_previous(x: Tensor, group: dist.ProcessGroup, *, cyclic: bool = False) 
     return _FromPrevious.apply(x, group, cyclic)
 
 
+def receive_previous(like: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the rank before gives to `send_next`, of the shape and dtype of `like`; waits for it.
+    Backward: its gradient goes to that rank. `like` itself gets none, but must require one."""
+    return _ReceivePrevious.apply(like, group)
+
+
+def send_next(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gives `x` to the next rank's `receive_previous`; returns a token for `after`. Backward:
+    waits for the gradient of `x` from that rank."""
+    return _SendNext.apply(x, group)
+
+
+def after(x: Tensor, token: Tensor) -> Tensor:
+    """`x`, whose backward pass includes that of the `send_next` that gave the token, at the end:
+    the engine takes what was made last first."""
+    return _After.apply(x, token)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -153,3 +171,54 @@ def _shift(x: Tensor, group: dist.ProcessGroup, by: int, cyclic: bool) -> Tensor
     flat = x.contiguous().view(-1)[: sum(send)]
     dist.all_to_all_single(moved, flat, receive, send, group=group)
     return moved.view(x.shape) if len(moved) else torch.zeros_like(x)
+
+
+class _ReceivePrevious(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _receive(like, group, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        _send(grad, ctx.group, -1)
+        return None, None
+
+
+class _SendNext(torch.autograd.Function):
+    """Returns a token, whose gradient says when to wait for that of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        ctx.save_for_backward(x)
+        _send(x, group, 1)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return _receive(x, ctx.group, 1), None
+
+
+class _After(torch.autograd.Function):
+    """`x`, whose gradient reaches a token too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(*ctx.saved_tensors)
+
+
+def _send(x: Tensor, group: dist.ProcessGroup, by: int) -> None:
+    dist.send(x.contiguous(), group=group, group_dst=dist.get_rank(group) + by)
+
+
+def _receive(like: Tensor, group: dist.ProcessGroup, by: int) -> Tensor:
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    dist.recv(out, group=group, group_src=dist.get_rank(group) + by)
+    return out

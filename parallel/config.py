@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Exchange = Literal["all_gather", "ring"]
+
 
 @dataclass
 class ParallelConfig:
@@ -19,6 +21,9 @@ class ParallelConfig:
     cp: int = 1
     """Sequence-parallel ranks: each holds a contiguous part of every sequence. They share
     parameters and optimizer state like those of dp_shard."""
+    cp_exchange: Exchange = "all_gather"
+    """How the ranks of `cp` pass on a recurrence's state: all summaries at once (all_gather), or
+    from rank to rank (ring), which sends less and waits longer."""
     tp: int = 1
     """Tensor-parallel ranks: heads, inner channels and vocabulary are divided among them."""
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"

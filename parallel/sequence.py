@@ -25,31 +25,42 @@ from torch import Tensor, nn
 from rondo.kernels import attention, short_conv
 from rondo.kernels.recurrences import SUMMARIES
 from rondo.parallel.attention import attention_over_ranks
-from rondo.parallel.collectives import from_previous, gather
+from rondo.parallel.collectives import after, from_previous, gather, receive_previous, send_next
+from rondo.parallel.config import Exchange
 
 OPERATORS = ("scan", "conv", "attend")
 """Attributes under which modules keep the operators that mix positions."""
 
 
-def shard_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
+def shard_sequence(
+    model: nn.Module, group: dist.ProcessGroup, exchange: Exchange = "all_gather"
+) -> None:
     """Replaces the operators of all modules of `model` by their forms over `group`."""
     for module in model.modules():
         for name in OPERATORS:
             if name in module.__dict__:
-                setattr(module, name, over_ranks(module.__dict__[name], group))
+                setattr(module, name, over_ranks(module.__dict__[name], group, exchange))
 
 
-def over_ranks(operator: Callable[..., Any], group: dist.ProcessGroup) -> Callable[..., Any]:
+def over_ranks(
+    operator: Callable[..., Any], group: dist.ProcessGroup, exchange: Exchange = "all_gather"
+) -> Callable[..., Any]:
     """The form of `operator`, of the same signature, in which each rank of `group` gives and gets
     its stretch `(B, T / P, ...)` of every row.
 
     States: of what is returned the last rank's is the state after the row, and as `initial_state`
     only the last rank's counts, so that states can be handed from call to call.
 
+    `exchange`: how a linear recurrence's ranks learn of the state before their stretch. With
+    "all_gather" all exchange summaries at once and each folds those before its own, with "ring"
+    each receives the state itself and hands on the one after its stretch: one after another, but
+    a rank never holds more than one summary and no transition travels.
+
     Raises ValueError for an operator that has no such form.
     """
     if operator in SUMMARIES:
-        return _RecurrenceOverRanks(operator, group)
+        form = _RecurrenceOverRing if exchange == "ring" else _RecurrenceOverRanks
+        return form(operator, group)
     if operator is short_conv:
         return _ConvOverRanks(group)
     if operator is attention:
@@ -58,7 +69,7 @@ def over_ranks(operator: Callable[..., Any], group: dist.ProcessGroup) -> Callab
 
 
 class _RecurrenceOverRanks:
-    """A linear recurrence; see `over_ranks`."""
+    """A linear recurrence, by an all-gather of summaries; see `over_ranks`."""
 
     def __init__(self, operator: Callable[..., Any], group: dist.ProcessGroup) -> None:
         self.operator, self.summarize, self.group = operator, SUMMARIES[operator], group
@@ -83,9 +94,54 @@ class _RecurrenceOverRanks:
         for before, here in itertools.pairwise(ranks[: rank + 1]):
             state = type(summary)(*before.parts[:2]).apply(state)
             if before.ids is not None and here.ids is not None:
-                goes_on = before.ids[:, 1] == here.ids[:, 0]
-                state = torch.where(goes_on.view(-1, *(1,) * (state.ndim - 1)), state, 0.0)
+                state = _if_same(before.ids[:, 1], here.ids[:, 0], state)
         return self.operator(*tensors, initial_state=state, segment_ids=segment_ids, **options)
+
+
+class _RecurrenceOverRing(_RecurrenceOverRanks):
+    """A linear recurrence, by handing its state from rank to rank; see `over_ranks`."""
+
+    def __call__(
+        self,
+        *tensors: Tensor,
+        initial_state: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        summary = self.summarize(*tensors, segment_ids=segment_ids)
+        state = torch.zeros_like(summary.state)
+        if initial_state is not None:
+            last = from_previous(initial_state.to(state.dtype), self.group, cyclic=True)
+            state = torch.where(torch.tensor(rank == 0, device=state.device), last, 0.0)
+        if rank > 0:
+            # The first rank's start is zero here, and only it has one.
+            state = state + self._receive(summary.state, segment_ids)
+        token = None if rank == size - 1 else self._send(summary.apply(state), segment_ids)
+        o, last = self.operator(*tensors, initial_state=state, segment_ids=segment_ids, **options)
+        return o if token is None else after(o, token), last
+
+    def _send(self, state: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Gives the state after this rank's stretch to the next; returns the token of it."""
+        flat = state.flatten(1)
+        if segment_ids is not None:
+            flat = torch.cat((flat, _as_bits(segment_ids[:, -1:], flat.dtype)), 1)
+        return send_next(flat, self.group)
+
+    def _receive(self, like: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """The state before this rank's stretch; zero where its document begins here."""
+        flat = like.flatten(1)
+        if segment_ids is None:
+            return receive_previous(flat, self.group).view(like.shape)
+        bits = _as_bits(segment_ids[:, :1], flat.dtype)
+        received = receive_previous(torch.cat((flat, bits), 1), self.group)
+        state = received[:, : flat.shape[1]].view(like.shape)
+        return _if_same(_as_ids(received[:, flat.shape[1] :])[:, 0], segment_ids[:, 0], state)
+
+
+def _if_same(before: Tensor, here: Tensor, state: Tensor) -> Tensor:
+    """`state` `(B, ...)` where the document `(B,)` before a border goes on after it, else zero."""
+    return torch.where((before == here).view(-1, *(1,) * (state.ndim - 1)), state, 0.0)
 
 
 class _Row:

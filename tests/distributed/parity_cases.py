@@ -33,6 +33,7 @@ class Run:
     schedule: str = "1f1b"
     precision: str = "float64"
     checkpointing: str = "none"
+    exchange: str = "all_gather"
     rows: int = ROWS
     time: int = TIME
 
@@ -82,6 +83,7 @@ def train_one(run: Run) -> dict[str, Any]:
     parallel = ParallelConfig(
         pipeline_schedule=run.schedule,
         activation_checkpointing=run.checkpointing,
+        cp_exchange=run.exchange,
     )
     model = ParallelModel(
         run.config, ranks, parallel, precision=run.precision, seed=4, length=run.time

@@ -23,6 +23,7 @@ from rondo.models.config import make_options
 from rondo.models.init import initial_values
 from rondo.models.mixer import SequenceContext
 from rondo.parallel import collectives
+from rondo.parallel.config import Exchange
 from rondo.parallel.sequence import over_ranks, shard_sequence
 
 BATCH, HEADS, KEYS, VALUES = 3, 2, 3, 4
@@ -66,7 +67,7 @@ def documents(time: int, size: int) -> Tensor:
     return starts.cumsum(1) + 70_000
 
 
-def operators_over_ranks(lengths: list[int]) -> dict[str, float]:
+def operators_over_ranks(lengths: list[int], exchange: Exchange) -> dict[str, float]:
     """Largest difference to the whole sequence in one process, by case."""
     rank, size = dist.get_rank(), dist.get_world_size()
     worst = {}
@@ -80,7 +81,8 @@ def operators_over_ranks(lengths: list[int]) -> dict[str, float]:
                     given = [text for text, x in inputs.items() if x is not None]
                     label = f"{name}, {length} tokens a rank, {given}"
                     expected = whole(operator, tensors, first, segments, rank, size)
-                    found = split(operator, tensors, first, segments, rank, size)
+                    run = over_ranks(operator, dist.group.WORLD, exchange)
+                    found = split(run, tensors, first, segments, rank, size)
                     worst[label] = max(
                         float((a - b).abs().max()) / (1 + float(b.abs().max()))
                         for a, b in zip(found, expected, strict=True)
@@ -114,7 +116,7 @@ def whole(
 
 
 def split(
-    operator: Callable[..., Any],
+    run: Callable[..., Any],
     tensors: list[Tensor],
     state: Tensor | None,
     ids: Tensor | None,
@@ -122,7 +124,6 @@ def split(
     size: int,
 ) -> list[Tensor]:
     """The same from this rank's part of the inputs."""
-    run = over_ranks(operator, dist.group.WORLD)
     time = tensors[0].shape[1]
     sequence = [x.shape[:2] == (BATCH, time) for x in tensors]
     leaves = [
@@ -157,13 +158,13 @@ def part(x: Tensor, rank: int, size: int) -> Tensor:
 @contextlib.contextmanager
 def counted() -> Iterator[dict[str, int]]:
     """Bytes this rank receives from others, forward and backward, by kind of collective."""
-    found = {"all_gather": 0, "reduce_scatter": 0, "all_to_all": 0}
+    found = {"all_gather": 0, "reduce_scatter": 0, "all_to_all": 0, "receive": 0}
     gather, scatter, to_all = (
         collectives._all_gather,
         collectives._reduce_scatter,
         dist.all_to_all_single,
     )
-    rank, size = dist.get_rank(), dist.get_world_size()
+    recv, rank, size = dist.recv, dist.get_rank(), dist.get_world_size()
 
     def all_gather(out: Tensor, x: Tensor, **options: Any) -> Any:
         found["all_gather"] += (size - 1) * x.nbytes
@@ -180,17 +181,26 @@ def counted() -> Iterator[dict[str, int]]:
         found["all_to_all"] += others * out.element_size()
         return to_all(out, x, receive, send, **options)
 
+    def receive(out: Tensor, **options: Any) -> Any:
+        found["receive"] += out.nbytes
+        return recv(out, **options)
+
     collectives._all_gather, collectives._reduce_scatter = all_gather, reduce_scatter
-    dist.all_to_all_single = all_to_all
+    dist.all_to_all_single, dist.recv = all_to_all, receive
     try:
         yield found
     finally:
         collectives._all_gather, collectives._reduce_scatter = gather, scatter
-        dist.all_to_all_single = to_all
+        dist.all_to_all_single, dist.recv = to_all, recv
 
 
 def bytes_of_a_layer(
-    mixer: str, options: dict[str, Any], dim: int, length: int, dtype: torch.dtype
+    mixer: str,
+    options: dict[str, Any],
+    dim: int,
+    length: int,
+    dtype: torch.dtype,
+    exchange: Exchange,
 ) -> dict[str, int]:
     """What one layer receives in a forward and a backward pass over `length` tokens a rank."""
     config = ModelConfig(dim=dim, num_layers=2, pattern=[mixer], mixers={mixer: options})
@@ -200,7 +210,7 @@ def bytes_of_a_layer(
         params = dict(layer.named_parameters())
         for name, value in initial_values(layer, 0):
             params[name].copy_(value)
-    shard_sequence(layer, dist.group.WORLD)
+    shard_sequence(layer, dist.group.WORLD, exchange)
     ids = torch.zeros(1, length, dtype=torch.long)
     ctx = SequenceContext(document_positions(ids), ids, {})
     x = torch.randn(1, length, dim).to(dtype).requires_grad_()
@@ -211,6 +221,13 @@ def bytes_of_a_layer(
 
 
 def bytes_of_layers(
-    cases: list[tuple[str, dict[str, Any]]], dim: int, lengths: list[int], dtype: torch.dtype
+    cases: list[tuple[str, dict[str, Any]]],
+    dim: int,
+    lengths: list[int],
+    dtype: torch.dtype,
+    exchange: Exchange,
 ) -> list[list[dict[str, int]]]:
-    return [[bytes_of_a_layer(*case, dim, length, dtype) for length in lengths] for case in cases]
+    return [
+        [bytes_of_a_layer(*case, dim, length, dtype, exchange) for length in lengths]
+        for case in cases
+    ]

@@ -33,11 +33,12 @@ OPTIONS = {
 }
 MIXED = [*MIXERS, "grouped", "toy+toy_router", "groups+toy_router", "toy"]
 PATTERNS = {"mixed": MIXED, **{name: [name] for name in MIXERS}}
-# Layout, schedule, activation checkpointing.
+# Layout, schedule, activation checkpointing. With "ring" in the name states go from rank to rank.
 LAYOUTS = {
     "tp2": (Layout(tp=2), "1f1b", "none"),
     "cp2": (Layout(cp=2), "1f1b", "none"),
     "cp4": (Layout(cp=4), "1f1b", "none"),
+    "cp4-ring": (Layout(cp=4), "1f1b", "full"),
     "dp_shard2": (Layout(dp_shard=2), "1f1b", "selective"),
     "dp_replicate2": (Layout(dp_replicate=2), "1f1b", "full"),
     "pp2-gpipe": (Layout(pp=2), "gpipe", "none"),
@@ -48,6 +49,7 @@ LAYOUTS = {
     "pp2-tp2": (Layout(pp=2, tp=2), "1f1b", "none"),
     "pp2-tp2-zero_bubble": (Layout(pp=2, tp=2), "zero_bubble", "none"),
     "pp2-cp2-interleaved": (Layout(pp=2, cp=2), "interleaved", "none"),
+    "pp2-cp2-ring-zero_bubble": (Layout(pp=2, cp=2), "zero_bubble", "none"),
     "dp_replicate2-dp_shard2-tp2": (Layout(dp_replicate=2, dp_shard=2, tp=2), "1f1b", "none"),
     "pp2-cp2-tp2": (Layout(pp=2, cp=2, tp=2), "1f1b", "full"),
     "pp2-dp_shard2-cp2": (Layout(pp=2, dp_shard=2, cp=2), "zero_bubble", "none"),
@@ -122,8 +124,10 @@ def cases(layout: str) -> list[tuple[str, str, bool]]:
 def test_training_equals_one_process(name: str) -> None:
     layout, schedule, checkpointing = LAYOUTS[name]
     chosen = cases(name)
+    exchange = "ring" if "ring" in name else "all_gather"
+    kinds = {"schedule": schedule, "checkpointing": checkpointing, "exchange": exchange}
     runs = [
-        Run(config(pattern, tie_embeddings=tied), layout, schedule, precision, checkpointing)
+        Run(config(pattern, tie_embeddings=tied), layout, precision=precision, **kinds)
         for pattern, precision, tied in chosen
     ]
     results = run_ranks(train_all, layout.size, runs, timeout=900)

@@ -20,11 +20,12 @@ SUMMARIES = [
 ]
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_operators_over_ranks_equal_the_whole(ranks: int) -> None:
+def test_operators_over_ranks_equal_the_whole(ranks: int, exchange: str) -> None:
     """Outputs, states and every gradient, with documents and carried state; stretches longer and
     shorter than a convolution's history."""
-    for worst in run_ranks(operators_over_ranks, ranks, [1, 2, 9, 70]):
+    for worst in run_ranks(operators_over_ranks, ranks, [1, 2, 9, 70], exchange):
         wrong = {case: error for case, error in worst.items() if not error < 1e-11}
         assert not wrong
         assert len(worst) == 4 * 9 * 4
@@ -35,12 +36,25 @@ def test_bytes_do_not_depend_on_the_length(dtype: torch.dtype) -> None:
     """And are those of the summaries: (P - 1) float32 summaries forward and as many backward."""
     lengths, ranks = [1024, 8192, 65536] if dtype == torch.bfloat16 else [1024, 8192], 2
     cases = [(mixer, options) for mixer, options, _ in SUMMARIES]
-    for of_rank in run_ranks(bytes_of_layers, ranks, cases, DIM, lengths, dtype, timeout=300):
+    arguments = (cases, DIM, lengths, dtype, "all_gather")
+    for of_rank in run_ranks(bytes_of_layers, ranks, *arguments, timeout=300):
         for (mixer, _, numbers), found in zip(SUMMARIES, of_rank, strict=True):
             assert found[0] == found[1] == found[-1], mixer
             formula = 4 * (ranks - 1) * numbers
             assert formula <= found[0]["all_gather"] <= 1.1 * formula, mixer
             assert sum(found[0].values()) <= 1.1 * 2 * formula, mixer
+
+
+def test_a_ring_sends_the_state_alone() -> None:
+    """Of four ranks the inner ones receive one state forward and its gradient backward, the outer
+    ones one of both; beside it only the two bounds of a document."""
+    cases = [(mixer, options) for mixer, options, _ in SUMMARIES]
+    arguments = (cases, DIM, [64], torch.float32, "ring")
+    for rank, of_rank in enumerate(run_ranks(bytes_of_layers, 4, *arguments)):
+        states = 2 if rank in (1, 2) else 1
+        for (mixer, _, _), (found,) in zip(SUMMARIES, of_rank, strict=True):
+            assert found["all_gather"] == found["reduce_scatter"] == 0, mixer
+            assert found["receive"] == states * 4 * (STATE + 1), mixer
 
 
 def test_an_operator_without_a_summary_is_refused() -> None:
