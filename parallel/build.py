@@ -17,9 +17,10 @@ from rondo.parallel.mesh import Ranks, submesh
 from rondo.parallel.pipeline import (
     MicroBatch,
     Pipeline,
+    layer_flops,
     rank_stages,
+    split_evenly,
     stage_count,
-    stage_layers,
 )
 from rondo.parallel.sequence import shard_sequence
 from rondo.parallel.tensor import shard_tensors
@@ -43,6 +44,8 @@ class ParallelModel:
             "float64" makes everything float64 (for tests).
         seed: of the initial values.
         length: tokens in a sequence, for the cost of layers.
+        costs: what each layer costs, to cut a pipeline into stages of about one cost; None for
+            their FLOPs.
         compile: run each block through torch.compile.
     """
 
@@ -55,12 +58,13 @@ class ParallelModel:
         precision: str,
         seed: int,
         length: int,
+        costs: Sequence[float] | None = None,
         compile: bool = False,
     ) -> None:
         self.config, self.ranks, self.parallel = config, ranks, parallel
         layout = ranks.layout
         self.stages = stage_count(layout.pp, parallel.pipeline_schedule)
-        cuts = stage_layers(config, self.stages, length)
+        cuts = split_evenly(costs or layer_flops(config, length), self.stages)
         numbers = rank_stages(ranks.index("pp"), layout.pp, parallel.pipeline_schedule)
         self.parts = [
             self._build(cuts[number], PRECISIONS[precision], compile) for number in numbers

@@ -29,6 +29,9 @@ class ParallelConfig:
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     """Order of forward and backward passes over pipeline ranks: one stage a rank (gpipe, 1f1b) or
     two (interleaved 1F1B; zero_bubble also puts off the weights' gradients)."""
+    stage_costs: Literal["measured", "flops"] = "measured"
+    """What makes stages equal: times measured on this machine when the run first starts, kept in
+    its folder, or the FLOPs that layers count."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """'full' keeps only block inputs and recomputes the rest in the backward pass; 'selective'
     keeps the results of weight products too and recomputes what is cheap. Not with the

@@ -57,15 +57,14 @@ def rank_stages(rank: int, pp: int, schedule: str) -> list[int]:
     return [rank + pp * i for i in range(SCHEDULES[schedule].stages_per_rank)]
 
 
-def stage_layers(config: ModelConfig, stages: int, length: int) -> list[range]:
-    """Consecutive layers for each stage, so that the most expensive stage costs as little as
-    possible. What a layer costs is what its modules say (FLOPs at `length` tokens); the output
-    matrix counts for the last stage."""
+def layer_flops(config: ModelConfig, length: int) -> list[float]:
+    """What each layer costs by what its modules say (FLOPs at `length` tokens); the output matrix
+    counts for the last."""
     with torch.device("meta"):
         blocks = [Block(config, spec, i) for i, spec in enumerate(config.layers())]
     costs = [block.cost(length).flops for block in blocks]
     costs[-1] += 2.0 * config.vocab_size * config.dim
-    return split_evenly(costs, stages)
+    return costs
 
 
 def split_evenly(costs: Sequence[float], parts: int) -> list[range]:

@@ -48,6 +48,7 @@ from rondo.pretrain.parse import dump_recipe
 from rondo.pretrain.probe import layer_norms
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.schedules import factor
+from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.validate import validate
 
 DONE, STOPPED = 0, 75
@@ -115,6 +116,7 @@ class Trainer:
             precision=recipe.precision,
             seed=recipe.seed,
             length=length,
+            costs=stage_costs(recipe, self.config, folder, ranks),
             compile=recipe.compile,
         )
         self.optimizers = build_optimizers(self.model.parts, recipe.optimizer)

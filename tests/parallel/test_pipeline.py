@@ -10,10 +10,10 @@ import pytest
 from rondo.models import ModelConfig
 from rondo.parallel.pipeline import (
     SCHEDULES,
+    layer_flops,
     rank_stages,
     split_evenly,
     stage_count,
-    stage_layers,
 )
 
 pytestmark = pytest.mark.quick
@@ -41,7 +41,7 @@ def test_fewer_layers_than_stages_are_refused() -> None:
 
 def test_the_output_matrix_counts_for_the_last_stage() -> None:
     config = ModelConfig(vocab_size=50_000, dim=64, num_layers=12, pattern=["gated_deltanet"])
-    first, last = stage_layers(config, 2, 128)
+    first, last = split_evenly(layer_flops(config, 128), 2)
     assert len(last) == 1 and len(first) == 11
 
 

@@ -93,8 +93,13 @@ def test_losses_agree_over_thirty_steps(
 def test_a_run_goes_on_under_other_layouts(
     straight: list[dict[str, float]], data: Path, tmp_path: Path
 ) -> None:
+    """And a pipeline is cut as when it first started: what layers took then is kept."""
+    times, kept = tmp_path / "runs/tiny/layer_times.json", ""
     for steps, layout in ((6, "pp2-dp2"), (12, "tp2-cp2"), (18, "one"), (24, "pp2-dp2")):
         rows = run(tmp_path, data, layout, steps)
         assert len(rows) == steps
+        kept = kept or times.read_text()
+        assert times.read_text() == kept
+    assert min(json.loads(kept)["seconds"]) > 0
     for row, expected in zip(rows, straight, strict=False):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4), row["step"]

@@ -1,0 +1,51 @@
+"""What a pipeline's stages are cut by: the same in every start of a run, so that it goes on
+exactly as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from rondo.models import ModelConfig
+from rondo.parallel.build import PRECISIONS
+from rondo.parallel.layer_times import measure_layers
+from rondo.parallel.mesh import Ranks
+from rondo.pretrain.recipe import Recipe
+
+FILE = "layer_times.json"
+
+
+def stage_costs(
+    recipe: Recipe, config: ModelConfig, folder: Path, ranks: Ranks
+) -> list[float] | None:
+    """Seconds of each layer, measured on rank 0 when the run first starts and kept in its folder;
+    None where there is no pipeline or FLOPs are to decide. Collective."""
+    if ranks.layout.pp == 1 or recipe.parallel.stage_costs == "flops":
+        return None
+    given: list[Any] = [None]
+    if ranks.rank == 0:
+        given = [_kept_or_measured(recipe, config, folder, ranks)]
+    dist.broadcast_object_list(given, device=ranks.device)
+    return given[0]
+
+
+def _kept_or_measured(
+    recipe: Recipe, config: ModelConfig, folder: Path, ranks: Ranks
+) -> list[float]:
+    file, length = folder / FILE, recipe.data.sequence_length
+    of = {"model": asdict(config), "length": length, "precision": recipe.precision}
+    of = json.loads(json.dumps(of))
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["of"] == of:
+            return kept["seconds"]
+    seconds = measure_layers(config, length, PRECISIONS[recipe.precision], ranks.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps({"seconds": seconds, "of": of}, indent=1))
+    new.rename(file)
+    return seconds
