@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.tiles import stays_in_cache
+
 BUFFER_BYTES = 8 * 2**20
 """Size of the logits buffer: larger ones leave the last-level cache, smaller ones accumulate the
 weight gradient more often."""
@@ -149,7 +151,7 @@ def _losses_into(
     torch.addmm(shift, hidden, head.T, beta=-1, out=logits)
     relative = (exact - shift).squeeze(1)
     rows = max(1, SOFTMAX_BYTES // (head.shape[0] * losses.element_size()))
-    if losses.device.type != "cpu":  # nothing stays in a cache there, launches cost
+    if not stays_in_cache(losses):
         rows = len(losses)
     scratch = losses.new_empty(min(rows, len(losses)), head.shape[0])
     minus_one = losses.new_full((len(scratch), 1), -1)
