@@ -135,9 +135,15 @@ def _search(recipe: Recipe, job: Job, config: PlanConfig, hardware: Hardware) ->
     def possible(parallel: ParallelConfig) -> bool:
         return not problems(dataclasses.replace(recipe, parallel=parallel), config.ranks)
 
-    columns = (TextColumn("tracing layouts"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("looking at layouts"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
         task = progress.add_task("layouts", total=None)
         return search(
             job,
@@ -153,6 +159,8 @@ def _check(config: PlanConfig) -> None:
         raise UserError(f"ranks: must be at least 1, got {config.ranks}")
     if not 0 < config.efficiency <= 1:
         raise UserError(f"efficiency: must be above 0 and at most 1, got {config.efficiency}")
+    if config.html is not None and not Path(config.html).absolute().parent.is_dir():
+        raise UserError(f"html: no folder for {config.html}")
 
 
 def _with_values(words: Sequence[str]) -> list[str]:

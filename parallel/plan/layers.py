@@ -35,14 +35,14 @@ class Layers:
         for kind, count in counts.items():
             total = total.plus(self._inner(kind), count) if count else total
         if len(layers) > 1 and self.job.layout.pp == 1:
-            return self._prefetching(total, list(counts))
+            return self._prefetching(total, [kind for kind, count in counts.items() if count])
         return total
 
     def _prefetching(self, total: Trace, kinds: list[str]) -> Trace:
         """FSDP2 gathers a block's parameters while the one before it runs, which a single block
         does not show. (Stages of a pipeline keep theirs.)"""
-        kind = PRECISIONS[self.job.precision]
-        share = kind.itemsize / torch.promote_types(kind, torch.float32).itemsize
+        dtype = PRECISIONS[self.job.precision]
+        share = dtype.itemsize / torch.promote_types(dtype, torch.float32).itemsize
         more = share * max(self._inner(kind).accumulated for kind in kinds)
         return dataclasses.replace(
             total, block_peak=total.block_peak + more, buffer_peak=total.buffer_peak + more

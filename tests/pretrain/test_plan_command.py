@@ -60,8 +60,10 @@ def test_search(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--ranks", "0"], "ranks: must be at least 1, got 0"),
         (["--ranks", "many"], "ranks: expected"),
         ([], "ranks: required key"),
+        (["--ranks", "2", "--search", "--model.dim", "65536"], "no layout that was tried fits 2 x"),
         (["--ranks", "8", "--hardware", "H10"], "hardware: unknown 'H10'; did you mean H100?"),
         (["--ranks", "8", "--hardwear", "H100"], "did you mean --hardware"),
+        (["--ranks", "8", "--html", "/no/plan.html"], "html: no folder for /no/plan.html"),
         (["--ranks", "8", "--efficiency", "2"], "efficiency: must be above 0"),
         (["--ranks", "8", "--data.global_batch_size", "3"], "do not divide over 8"),
         (
