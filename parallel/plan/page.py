@@ -100,10 +100,10 @@ def _times(plan: Plan) -> str:
     parts = time_parts(plan)
     scale, x, shapes = 720 / plan.times.step, 0.0, []
     for i, (name, seconds) in enumerate(parts):
-        shapes.append(_box(x, 0, seconds * scale, 26, COLOURS[i], f"{name}: {seconds:.3f} s"))
+        shapes.append(_box(x, 0, seconds * scale, 26, COLOURS[i], f"{name}: {seconds:.3g} s"))
         x += seconds * scale
     return _svg(720, 28, shapes) + _legend(
-        [(COLOURS[i], f"{name} {seconds:.3f} s") for i, (name, seconds) in enumerate(parts)]
+        [(COLOURS[i], f"{name} {seconds:.3g} s") for i, (name, seconds) in enumerate(parts)]
     )
 
 
@@ -180,7 +180,7 @@ def _search(best: Sequence[Plan]) -> str:
         (
             layout_text(plan),
             f"{plan.worst.memory.total / GIB:.1f}",
-            f"{plan.times.step:.3f}",
+            f"{plan.times.step:.4g}",
             f"{plan.bubble_share:.1%}",
             f"{plan.mfu:.1%}",
             f"{plan.tokens_per_second:,.0f}",

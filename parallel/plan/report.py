@@ -103,10 +103,10 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
         ("FLOPs", f"{plan.model_flops:.3e} a step (model, without recomputation)"),
         (
             "predicted",
-            f"{times.step:.3f} s a step, MFU {plan.mfu:.1%}, "
+            f"{times.step:.4g} s a step, MFU {plan.mfu:.1%}, "
             f"{plan.tokens_per_second:,.0f} tokens/s",
         ),
-        ("time", ", ".join(f"{name} {value:.3f} s" for name, value in time_parts(plan))),
+        ("time", ", ".join(f"{name} {value:.3g} s" for name, value in time_parts(plan))),
         ("bubble", f"{plan.bubble_share:.1%} of the step"),
     ]
 
@@ -138,7 +138,7 @@ def show_search(plans: list[Plan], console: Console) -> None:
             str(i),
             layout_text(plan),
             f"{plan.worst.memory.total / GIB:.1f}",
-            f"{plan.times.step:.3f}",
+            f"{plan.times.step:.4g}",
             f"{plan.bubble_share:.1%}",
             f"{plan.mfu:.1%}",
             f"{plan.tokens_per_second:,.0f}",
