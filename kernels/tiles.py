@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor
 
 ROW_TILE = 2**19
 """Elements that a chain of pointwise operations works on at a time on a CPU."""
+
+_whole = False
+
+
+@contextmanager
+def whole_tensors() -> Iterator[None]:
+    """No pieces inside, as on a GPU: for tensors without numbers, where a piece only costs time."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
 
 
 class Tile(NamedTuple):
@@ -22,7 +36,7 @@ class Tile(NamedTuple):
 def tiles(shape: Sequence[int], size: int, least_time: int) -> list[Tile]:
     """Tiles of `(B, T, C)` in order of time for the same rows, of about `size` elements."""
     batch, time, channels = shape
-    if torch.compiler.is_compiling():  # the compiler makes its own loops, and unrolls these
+    if _whole or torch.compiler.is_compiling():  # the compiler makes its own loops
         return [Tile(slice(0, batch), slice(0, time))]
     rows = max(1, size // max(time * channels, 1))
     times = max(least_time, size // max(channels, 1))
@@ -33,9 +47,14 @@ def tiles(shape: Sequence[int], size: int, least_time: int) -> list[Tile]:
     ]
 
 
+def stays_in_cache(x: Tensor) -> bool:
+    """Whether pieces of `x` are worth their launches."""
+    return x.device.type == "cpu" and not (_whole or torch.compiler.is_compiling())
+
+
 def row_tiles(x: Tensor) -> list[slice]:
     """Slices over the rows of `(N, D)`; one where nothing is gained by more."""
     rows = len(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if stays_in_cache(x):
         rows = max(1, ROW_TILE // max(x.shape[1], 1))
     return [slice(start, start + rows) for start in range(0, len(x), max(rows, 1))]

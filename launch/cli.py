@@ -68,6 +68,13 @@ def _train(words: list[str]) -> int:
     return train(words, "rondo train")
 
 
+def _plan(words: list[str]) -> int:
+    """Lay a recipe out on any number of GPUs without having them: memory, traffic, time."""
+    from rondo.pretrain.plan import main as plan
+
+    return plan(words)
+
+
 def _generate(words: list[str]) -> int:
     """Continue a text with a trained checkpoint."""
     from rondo.pretrain.options import parse_command
@@ -83,6 +90,7 @@ def _generate(words: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "train": _train,
+    "plan": _plan,
     "generate": _generate,
 }
 

@@ -67,7 +67,8 @@ class ParallelModel:
         cuts = split_evenly(costs or layer_flops(config, length), self.stages)
         numbers = rank_stages(ranks.index("pp"), layout.pp, parallel.pipeline_schedule)
         self.parts = [
-            self._build(cuts[number], PRECISIONS[precision], compile) for number in numbers
+            build_part(config, cuts[number], ranks, parallel, PRECISIONS[precision], compile)
+            for number in numbers
         ]
         self._pipeline: Pipeline | None = None
         for part in self.parts:
@@ -75,28 +76,6 @@ class ParallelModel:
             with torch.device("meta"):
                 template = Decoder(config, layers=part.layers)
             data_parallel.fill(part, initial_values(template, seed))
-
-    def _build(self, layers: range, dtype: torch.dtype, compile: bool) -> Decoder:
-        with torch.device("meta"):
-            part = Decoder(self.config, layers=layers)
-        if dtype == torch.float64:
-            part.double()
-        part.activation_dtype = dtype
-        names = [name for name, _ in part.named_parameters()]
-        mesh, layout = self.ranks.mesh, self.ranks.layout
-        if layout.cp > 1:
-            shard_sequence(part, self.ranks.group("cp"), self.parallel.cp_exchange)
-        if mesh is not None and layout.tp > 1:
-            shard_tensors(part, submesh(mesh, "tp"))
-        for block in part.blocks.values():
-            checkpoint_block(block, self.parallel.activation_checkpointing)
-            if compile:
-                block.compile()
-        if mesh is not None:
-            data_parallel.shard_parameters(part, mesh, dtype)
-        if [name for name, _ in part.named_parameters()] != names:
-            raise RuntimeError("sharding changed the parameters' names")
-        return part
 
     def train(self) -> None:
         """Puts all parts in training mode."""
@@ -159,3 +138,34 @@ class ParallelModel:
             if isinstance(part, FSDPModule):
                 part.set_requires_gradient_sync(last)
                 part.set_is_last_backward(last)
+
+
+def build_part(
+    config: ModelConfig,
+    layers: range,
+    ranks: Ranks,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    compile: bool = False,
+) -> Decoder:
+    """A run of layers, laid out over ranks; its parameters are on the meta device."""
+    with torch.device("meta"):
+        part = Decoder(config, layers=layers)
+    if dtype == torch.float64:
+        part.double()
+    part.activation_dtype = dtype
+    names = [name for name, _ in part.named_parameters()]
+    mesh, layout = ranks.mesh, ranks.layout
+    if layout.cp > 1:
+        shard_sequence(part, ranks.group("cp"), parallel.cp_exchange)
+    if mesh is not None and layout.tp > 1:
+        shard_tensors(part, submesh(mesh, "tp"))
+    for block in part.blocks.values():
+        checkpoint_block(block, parallel.activation_checkpointing)
+        if compile:
+            block.compile()
+    if mesh is not None:
+        data_parallel.shard_parameters(part, mesh, dtype)
+    if [name for name, _ in part.named_parameters()] != names:
+        raise RuntimeError("sharding changed the parameters' names")
+    return part

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement
@@ -62,7 +63,8 @@ def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
 
 def local_part(whole: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
     """What this rank holds of `whole` when it is laid out so; a view, without communication."""
-    sizes, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+    with unset_fake_temporarily():  # a plan has fake tensors, but torch reads offsets from one
+        sizes, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
     return whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.tiles import stays_in_cache
+
 BUFFER_BYTES = 16 * 2**20
 """Size of the logits buffer: smaller ones accumulate the weight gradient more often."""
 MIN_CHUNK = 512
@@ -160,7 +162,7 @@ def _losses_into(
     shift = exact.to(hidden.dtype)
     torch.addmm(shift, hidden, head.T, beta=-1, out=logits)
     rows = max(1, SCRATCH_BYTES // (head.shape[0] * losses.element_size()))
-    if losses.device.type != "cpu":  # nothing stays in a cache there, launches cost
+    if not stays_in_cache(losses):
         rows = len(losses)
     sums = torch.empty_like(exact)
     scratch = losses.new_empty(min(rows, len(losses)), head.shape[0])

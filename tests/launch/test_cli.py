@@ -79,7 +79,7 @@ def test_help_of_train_lists_every_key_with_type_default_and_meaning(capsys):
 def test_help(words, capsys):
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert all(f"  {command} " in text for command in ("prepare", "train", "generate"))
+    assert all(f"  {command} " in text for command in ("prepare", "train", "plan", "generate"))
 
 
 def test_help_of_other_commands(capsys):
@@ -100,7 +100,7 @@ def test_a_mistyped_command_gives_the_nearest(capsys):
     out, err = capsys.readouterr()
     assert err == (
         "rondo: error: unknown command 'trian'; did you mean train? "
-        "(commands: prepare, train, generate)\n"
+        "(commands: prepare, train, plan, generate)\n"
     )
     assert out == ""
 
