@@ -17,13 +17,17 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rondo.models import Decoder
-from rondo.parallel.mesh import DATA, SHARDED, Ranks, submesh
+from rondo.parallel.expert import expert_placement
+from rondo.parallel.mesh import DATA, EXPERT_SHARD, SHARDED, Ranks, submesh
 from rondo.parallel.tensor import replicated
 
 
-def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard_parameters(
+    model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, experts: DeviceMesh | None = None
+) -> None:
     """Shards each block and the rest over the mesh, in place; blocks compute in `dtype`. Stages of
-    a pipeline stay whole from a step's first micro-batch to its last."""
+    a pipeline stay whole from a step's first micro-batch to its last. With an expert mesh, what
+    `shard_experts` left to each rank is sharded over the ranks that hold the same experts."""
     names = model.float32_names()
     whole = {param for name, param in model.named_parameters() if name in names}
     policy = MixedPrecisionPolicy(
@@ -32,12 +36,14 @@ def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> No
         cast_forward_inputs=False,
     )
     ranks = submesh(mesh, "dp_replicate", SHARDED)
+    placement = None if experts is None else expert_placement(experts)
     # Blocks hand on what they do not use; nothing is changed in place there.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in [*model.blocks.values(), model]:
         sharded = fully_shard(
             module,
             mesh=ranks,
+            shard_placement_fn=placement,
             mp_policy=policy,
             ignored_params=whole,
             reshard_after_forward=False if mesh.shape[0] > 1 else None,
@@ -72,7 +78,7 @@ def finish_gradients(parts: list[Decoder], ranks: Ranks) -> None:
     a pipeline hold alike over stages."""
     if ranks.mesh is None:
         return
-    params = [param for part in parts for param in part.parameters()]
+    params = [param for part in parts for param in part.parameters() if param.requires_grad]
     _sum([p for p in params if not _by_fsdp(p)], ranks.group(DATA))
     if ranks.layout.tp > 1:
         _sum([p for p in params if replicated(p)], ranks.group("tp"))
@@ -89,7 +95,9 @@ def local_gradient(param: nn.Parameter) -> Tensor:
 
 
 def _by_fsdp(param: Tensor) -> bool:
-    return isinstance(param, DTensor) and SHARDED in (param.device_mesh.mesh_dim_names or ())
+    if not isinstance(param, DTensor):
+        return False
+    return bool({SHARDED, EXPERT_SHARD} & {*(param.device_mesh.mesh_dim_names or ())})
 
 
 def _sum(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -108,7 +116,9 @@ def _spread(flat: Tensor, grads: list[Tensor]) -> None:
 
 def _sum_shared_modules(parts: list[Decoder], group: dist.ProcessGroup) -> None:
     """Every part has all modules that mixers share across layers."""
-    grads = [[local_gradient(p) for p in part.shared.parameters()] for part in parts]
+    grads = [
+        [local_gradient(p) for p in part.shared.parameters() if p.requires_grad] for part in parts
+    ]
     if not grads[0]:
         return
     flat = torch.stack([torch.cat([g.flatten() for g in own]) for own in grads]).sum(0)

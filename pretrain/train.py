@@ -28,6 +28,7 @@ from rondo.parallel.checkpoint import (
 )
 from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
+from rondo.parallel.load import load_summary, move_biases, take_loads
 from rondo.parallel.mesh import Ranks, process_group, world_size
 from rondo.parallel.pipeline import MicroBatch
 from rondo.parallel.signals import StopFlag
@@ -186,10 +187,13 @@ class Trainer:
         scale = factor(step, recipe.steps, recipe.schedule)
         set_learning_rate(self.optimizers, scale)
         nats = model.forward_backward(batches)
-        totals = ranks.sum(
-            *self._count(nats, batches), float(self.stop.raised), float(self.checkpointer.failed)
+        loss_sum, valid, text, stopping, failed, *added = ranks.sum(
+            *self._count(nats, batches),
+            float(self.stop.raised),
+            float(self.checkpointer.failed),
+            *(float(value) for value in model.auxiliary.values()),
         )
-        loss_sum, valid, text, stopping, failed = totals
+        self.loads = take_loads(model.parts, ranks)
         if failed:
             self.checkpointer.check()
         norm = model.gradient_norm() / max(1, valid)
@@ -208,6 +212,11 @@ class Trainer:
             "memory_bytes": peak_memory(ranks.device),
             "skipped_steps": self.state["skipped_steps"],
             "seconds": seconds,
+            **{
+                f"moe/{name}": value / self.tokens_per_step
+                for name, value in zip(model.auxiliary, added, strict=True)
+            },
+            **load_summary(self.loads),
         }
         return row, stopping > 0
 
@@ -230,6 +239,7 @@ class Trainer:
             scale_gradients(self.model.parts, shrink / max(1, valid))
             for optimizer in self.optimizers:
                 optimizer.step()
+            move_biases(self.model.parts, self.loads)
             self.state["skipped_in_a_row"] = 0
         else:
             self.state["skipped_steps"] += 1

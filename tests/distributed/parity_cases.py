@@ -33,6 +33,7 @@ class Run:
     schedule: str = "1f1b"
     precision: str = "float64"
     checkpointing: str = "none"
+    ep: int = 1
     rows: int = ROWS
     time: int = TIME
 
@@ -82,6 +83,7 @@ def train_one(run: Run) -> dict[str, Any]:
     parallel = ParallelConfig(
         pipeline_schedule=run.schedule,
         activation_checkpointing=run.checkpointing,
+        ep=run.ep,
     )
     model = ParallelModel(
         run.config, ranks, parallel, precision=run.precision, seed=4, length=run.time
@@ -111,6 +113,8 @@ def named(model: ParallelModel, value: Any) -> dict[str, np.ndarray]:
     for part in model.parts:
         for name, param in part.named_parameters():
             tensor = value(param)
+            if tensor is None:  # frozen
+                continue
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             found[name] = whole.numpy().copy()  # tensors in a pipe need the sender to stay alive
     return found
