@@ -75,6 +75,7 @@ class Decoder(nn.Module):
         specs = config.layers()
         ffns = [FFNS[name] for name in dict.fromkeys(spec.ffn for spec in specs) if name != "none"]
         self.carried = {n: width for ffn in ffns for n, width in ffn.carried(config).items()}
+        self.token_weight = 1.0
         self.loss_weights = {n: weight for ffn in ffns for n, weight in ffn.losses(config).items()}
         self.embedding: Embedding | None = None
         if self.first or (self.last and config.tie_embeddings):
@@ -186,6 +187,10 @@ class Decoder(nn.Module):
     def auxiliary_loss(self, aux: dict[str, Tensor]) -> Tensor | float:
         """The weighted sum of an output's `aux`, to be added to the summed cross-entropy."""
         return sum((weight * aux[name] for name, weight in self.loss_weights.items()), 0.0)
+
+    def total_loss(self, nats: Tensor, aux: dict[str, Tensor]) -> Tensor:
+        """What training minimises: the summed cross-entropy and the auxiliary losses."""
+        return self.token_weight * nats + self.auxiliary_loss(aux)
 
     def cost(self, length: int) -> Cost:
         """Cost in sequences of `length` tokens. The embedding look-up is free, the output

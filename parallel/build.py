@@ -128,7 +128,7 @@ class ParallelModel:
             for i, batch in enumerate(batches):
                 self._accumulate(last=i + 1 == len(batches))
                 loss = self._loss(batch)
-                (loss + self.parts[0].auxiliary_loss(self._aux)).backward()
+                self.parts[0].total_loss(loss, self._aux).backward()
                 nats += loss.detach()
                 aux.append({name: value.detach() for name, value in self._aux.items()})
         data_parallel.finish_gradients(self.parts, self.ranks)

@@ -6,7 +6,7 @@ Sequence-parallel ranks count as data-parallel ones here: each sees other tokens
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -145,8 +145,14 @@ def _sum_tied_embedding(parts: list[Decoder], ranks: Ranks) -> None:
     grads[0].add_(theirs)
 
 
-def gradient_norm(parts: list[Decoder], ranks: Ranks, stages: int = 1) -> float:
-    """The 2-norm of all gradients, the same on every rank; not finite if any gradient is not.
+def gradient_norm(
+    parts: list[Decoder],
+    ranks: Ranks,
+    stages: int = 1,
+    chosen: Callable[[str], bool] = lambda name: True,
+) -> float:
+    """The 2-norm of the gradients of all parameters, or of those whose names are `chosen`; the same
+    on every rank, not finite if any gradient is not.
 
     Each rank adds its parts' squares, divided by the number of ranks and of the `stages` of the
     pipeline that hold the same.
@@ -155,7 +161,7 @@ def gradient_norm(parts: list[Decoder], ranks: Ranks, stages: int = 1) -> float:
     for part in parts:
         by_copies: dict[int, list[Tensor]] = {}
         for name, param in part.named_parameters():
-            if param.grad is not None:
+            if param.grad is not None and chosen(name):
                 copies = _copies(param, ranks) * _stages_with(name, part, stages)
                 by_copies.setdefault(copies, []).append(local_gradient(param))
         total += sum(_square_sum(grads) / copies for copies, grads in by_copies.items())

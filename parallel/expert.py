@@ -47,7 +47,9 @@ def shard_experts(model: Decoder, mesh: DeviceMesh) -> None:
         if not isinstance(module, Experts):
             continue
         for name, word in module.sharding.items():
-            distribute(module, name, pair, Shard(0), placement(word, 3))
+            distribute(
+                module, name, pair, Shard(0), placement(word, module.get_parameter(name).ndim)
+            )
         module.operator = _ExpertsOverRanks(module.operator, group)
         if pair.shape[1] == 1:  # else tensor parallel says so
             compute_locally(module)
@@ -74,7 +76,8 @@ def expert_placement(mesh: DeviceMesh) -> Callable[[Tensor], Any]:
             return None
         inner = param.placements[1]
         assert isinstance(inner, Shard), "inner channels are divided"
-        return fsdp.ShardPlacementResult(Shard(3 - inner.dim), info)
+        width = param.ndim - 1 if inner.dim == param.ndim - 2 else param.ndim - 2
+        return fsdp.ShardPlacementResult(Shard(width), info)
 
     return place
 
@@ -85,14 +88,16 @@ class _ExpertsOverRanks:
     def __init__(self, operator: Callable[..., Tensor], group: dist.ProcessGroup) -> None:
         self.operator, self.group = operator, group
 
-    def __call__(self, x: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, shares: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         own = counts.view(dist.get_world_size(self.group), -1)
         theirs = torch.empty_like(own)  # [rank it comes from, expert of this rank]
         dist.all_to_all_single(theirs, own.contiguous(), group=self.group)
         send, receive = own.sum(1).tolist(), theirs.sum(1).tolist()
         rows = all_to_all_rows(x, send, receive, self.group)
+        shares = all_to_all_rows(shares, send, receive, self.group)
         experts = torch.arange(theirs.shape[1], device=x.device).repeat(len(receive))
         experts = experts.repeat_interleave(theirs.flatten())
         where = route(experts[:, None], theirs.shape[1])
-        y = collect(self.operator(spread(rows, where), where.counts, *weights), where)
-        return all_to_all_rows(y, receive, send, self.group)
+        shares = shares.index_select(0, where.order)
+        y = self.operator(spread(rows, where), shares, where.counts, *weights)
+        return all_to_all_rows(collect(y, where), receive, send, self.group)

@@ -68,3 +68,9 @@ def load_summary(loads: dict[int, Tensor]) -> dict[str, float]:
         "moe/drop_ratio": float(dropped.sum() / chosen.sum().clamp_min(1)),
         "moe/max_load": float((chosen.max(1).values / even).max()),
     }
+
+
+def load_shares(loads: dict[int, Tensor]) -> list[list[float]]:
+    """For each mixture, from the lowest, the share of choices that went to each expert."""
+    chosen = [counts[:-1] for counts in loads.values()]
+    return [(counts / counts.sum().clamp_min(1)).tolist() for counts in chosen]

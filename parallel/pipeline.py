@@ -157,7 +157,7 @@ class Pipeline:
         }
         self._nats.append(loss.detach().double())
         self.aux.append({name: value.detach() for name, value in aux.items()})
-        return loss + last.auxiliary_loss(aux)
+        return last.total_loss(loss, aux)
 
 
 class _Stage(PipelineStage):

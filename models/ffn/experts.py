@@ -1,4 +1,4 @@
-"""Experts: many SwiGLUs in three stacked matrices, computed by grouped matrix products.
+"""Experts: many SwiGLUs in two stacked matrices, computed by grouped matrix products.
 
 Two letters: m rows (tokens, once for each expert that they go to, sorted by expert), N experts.
 """
@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from rondo.kernels import swiglu
 from rondo.models.init import normal, parameter
 
 _ALIGNMENT = 16
@@ -20,9 +20,10 @@ _ALIGNMENT = 16
 
 
 class Experts(nn.Module):
-    """N SwiGLUs of width `inner`. Expert e is row e of each parameter, under any layout."""
+    """N SwiGLUs of width `inner`. Expert e is row e of each parameter, under any layout:
+    `gate_up_proj` `(N, 2, inner, dim)` and `down_proj` `(N, dim, inner)`."""
 
-    sharding: ClassVar = {"gate_proj": "column", "up_proj": "column", "down_proj": "row"}
+    sharding: ClassVar = {"gate_up_proj": "column", "down_proj": "row"}
     """As `Mixer.sharding`, of each expert's matrices; ranks may divide the experts too."""
 
     def __init__(
@@ -30,52 +31,59 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.operator: Callable[..., Tensor] = grouped_swiglu
-        self.gate_proj = parameter((count, inner, dim), normal(std))
-        self.up_proj = parameter((count, inner, dim), normal(std))
+        self.gate_up_proj = parameter((count, 2, inner, dim), normal(std))
         self.down_proj = parameter((count, dim, inner), normal(residual_std))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """`x` `(m, dim)`: first the `counts[0]` rows of expert 0, and so on; `counts` `(N,)`."""
-        return self.operator(x, counts, self.gate_proj, self.up_proj, self.down_proj)
+    def forward(self, x: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
+        """`x` `(m, dim)`: first the `counts[0]` rows of expert 0, and so on; `counts` `(N,)`;
+        `shares` `(m,)`, by which outputs are multiplied."""
+        return self.operator(x, shares, counts, self.gate_up_proj, self.down_proj)
 
 
-def grouped_swiglu(x: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`down_e (silu(gate_e x) · up_e x)` for each row x of expert e. `x` `(m, dim)`, sorted by
-    expert; `counts` `(N,)` integers that sum to m; `gate`, `up` `(N, inner, dim)`, `down`
-    `(N, dim, inner)`. Computed in the dtype of `x`."""
+def grouped_swiglu(
+    x: Tensor, shares: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`share · down_e (silu(gate_e x) · up_e x)` for each row x of expert e. `x` `(m, dim)`,
+    sorted by expert; `shares` `(m,)`; `counts` `(N,)` integers that sum to m; `gate_up`
+    `(N, 2, inner, dim)`, `down` `(N, dim, inner)`. Computed in the dtype of `x`."""
     ends = counts.cumsum(0, dtype=torch.int32)
-    gate, up, down = (weight.to(x.dtype) for weight in (gate, up, down))
-    hidden = swiglu(grouped_linear(x, gate, ends), grouped_linear(x, up, ends))
-    return grouped_linear(hidden, down, ends)
+    shares, gate_up, down = (each.to(x.dtype) for each in (shares, gate_up, down))
+    return _GroupedSwiGLU.apply(x, shares, ends, gate_up.flatten(1, 2), down)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`x W_eᵀ` with another matrix for each group of rows.
-
-    Args:
-        x: `(m, inputs)`.
-        weight: `(N, outputs, inputs)`.
-        ends: `(N,)` int32; group e is rows `[ends[e - 1], ends[e])`, and the last ends at m.
-    """
-    return _GroupedLinear.apply(x, weight, ends)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    # torch's own backward pass of grouped_mm is forty times slower on a CPU: it multiplies
-    # transposed layouts there that no fast product takes.
+class _GroupedSwiGLU(torch.autograd.Function):
+    """Keeps its input and the products before the activation. Shares multiply the inner channels,
+    which are fewer than a row's. (Torch's own backward pass of grouped_mm is many times slower on
+    a CPU: it asks for layouts that no fast product takes.)"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        return _rows_times(x, weight.mT, ends)
+    def forward(
+        ctx: Any, x: Tensor, shares: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        both = _rows_times(x, gate_up.mT, ends)
+        ctx.save_for_backward(x, shares, ends, gate_up, down, both)
+        gate, up = both.chunk(2, -1)
+        return _rows_times(F.silu(gate) * up * shares[:, None], down.mT, ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, ends = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, shares, ends, gate_up, down, both = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = _rows_times(grad, weight, ends) if ctx.needs_input_grad[0] else None
-        grad_weight = _outer_sums(grad, x, ends) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        (gate, up), share = both.chunk(2, -1), shares[:, None]
+        gated = F.silu(gate)
+        hidden = gated * up
+        at_hidden = _rows_times(grad, down, ends)
+        at_shares = (at_hidden * hidden).sum(-1)
+        at_down = _outer_sums(grad, hidden * share, ends) if ctx.needs_input_grad[4] else None
+        at_hidden = at_hidden * share
+        at_both = torch.empty_like(both)
+        at_gate, at_up = at_both.chunk(2, -1)
+        at_gate.copy_(torch.ops.aten.silu_backward(at_hidden * up, gate))
+        torch.mul(at_hidden, gated, out=at_up)
+        at_x = _rows_times(at_both, gate_up, ends) if ctx.needs_input_grad[0] else None
+        at_gate_up = _outer_sums(at_both, x, ends) if ctx.needs_input_grad[3] else None
+        return at_x, at_shares, None, at_gate_up, at_down
 
 
 def served(x: Tensor, weight: Tensor) -> bool:

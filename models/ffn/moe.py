@@ -24,7 +24,7 @@ from rondo.models.ffn.dispatch import (
 )
 from rondo.models.ffn.experts import Experts
 from rondo.models.ffn.router import Carry
-from rondo.models.layers import Linear, at_least_float32
+from rondo.models.layers import Linear
 from rondo.models.mixer import ChannelMixer, Cost, module_cost
 from rondo.models.registry import FFNS, ROUTERS
 
@@ -169,7 +169,7 @@ class MoE(ChannelMixer):
     def forward(
         self, x: Tensor, carry: Carry | None = None, shared: dict[str, Any] | None = None
     ) -> Any:
-        logits, after = self.router(at_least_float32(x), carry or {}, shared or {})
+        logits, after = self.router(x, carry or {}, shared or {})
         probabilities = logits.softmax(-1)
         choice = choose(
             probabilities,
@@ -195,8 +195,8 @@ class MoE(ChannelMixer):
         if self.training:
             lost = counts.new_tensor([len(rows) - kept])
             self.load += torch.cat((counts.sum(0), lost))
-        weights = choice.weights.flatten().index_select(0, where.order).to(x.dtype)
-        y = self.experts(rows[:kept], where.counts) * weights[:kept, None]
+        shares = choice.weights.flatten().index_select(0, where.order[:kept])
+        y = self.experts(rows[:kept], shares, where.counts)
         if kept < len(rows):
             y = torch.cat((y, y.new_zeros(len(rows) - kept, y.shape[1])))
         return collect(y, where).view_as(x)

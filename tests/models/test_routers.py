@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rondo.models import ROUTERS, Decoder, ModelConfig, SequenceContext
 from rondo.models.ffn.cells import GATES, CellWeights, SharedCell, step
 from rondo.models.ffn.moe import BALANCE
-from rondo.models.ffn.router import Router
+from rondo.models.ffn.router import Projection, Router, project
 from rondo.models.ffn.routers.rmoe import SCORES, STATE
-from rondo.models.layers import Linear
+from rondo.models.layers import at_least_float32
 from rondo.parallel.checkpointing import checkpoint_block
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
@@ -92,14 +92,26 @@ def test_every_router(router: str) -> None:
     kinds = []
     for block in model.blocks.values():
         if block.carried:
-            block.ffn.router.register_forward_hook(
-                lambda m, args, out: kinds.append((args[0].dtype, out[0].dtype))
-            )
+            block.ffn.router.register_forward_hook(lambda m, args, out: kinds.append(out[0].dtype))
     out = model(tokens())
     assert out.hidden.dtype == torch.bfloat16
-    assert set(kinds) == {(torch.float32, torch.float32)}
+    assert set(kinds) == {torch.float32}
     assert all(value.dtype == torch.float32 for value in out.carry.values())
     assert {n: v.shape[-1] for n, v in out.carry.items()} == model.carried
+
+
+def test_projections_of_bfloat16_are_float32() -> None:
+    x = inputs(3, 50, DIM).bfloat16().requires_grad_()
+    weight = inputs(WIDTH, DIM, seed=1).float().requires_grad_()
+    wide, exact = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    y, expected = project(x, weight), wide @ exact.T
+    assert y.dtype == torch.float32
+    assert_ratio("product", y, expected, 1e-6)
+    slope = inputs(3, 50, WIDTH, seed=2)
+    y.backward(slope.float())
+    expected.backward(slope)
+    assert_ratio("gradient of x", x.grad, wide.grad, 1e-2)
+    assert_ratio("gradient of the matrix", weight.grad, exact.grad, 1e-2)
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -280,10 +292,11 @@ def test_a_new_router_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __init__(self, config: ModelConfig, options: Any, experts: int) -> None:
             super().__init__(config, options, experts)
-            self.scores = Linear(config.dim, experts, std=config.init_std)
+            self.scores = Projection(config.dim, experts, std=config.init_std)
 
         def forward(self, x: Tensor, carry: Any, shared: Any) -> tuple[Tensor, Any]:
-            return self.scores(x) * x.norm(dim=-1, keepdim=True) ** self.options.power, carry
+            norm = at_least_float32(x).norm(dim=-1, keepdim=True)
+            return self.scores(x) * norm**self.options.power, carry
 
     monkeypatch.setitem(ROUTERS, "norm", NormRouter)
     test_every_router("norm")

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rondo.models.config import ModelConfig
-from rondo.models.ffn.router import Carry, CosineScores, Router
-from rondo.models.layers import Linear
+from rondo.models.ffn.router import Carry, CosineScores, Projection, Router
 from rondo.models.registry import ROUTERS
 
 
@@ -56,7 +55,7 @@ class XMoERouter(CosineRouter):
 
     def __init__(self, config: ModelConfig, options: Any, experts: int) -> None:
         Router.__init__(self, config, options, experts)
-        self.proj = Linear(config.dim, options.dim, std=config.init_std)
+        self.proj = Projection(config.dim, options.dim, std=config.init_std)
         self.scores = CosineScores(
             options.dim, experts, std=config.init_std, temperature=options.temperature
         )

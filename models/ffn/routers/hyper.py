@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.models.config import ModelConfig
-from rondo.models.ffn.router import Carry, Router
+from rondo.models.ffn.router import Carry, Router, project
 from rondo.models.init import normal, parameter
 from rondo.models.registry import ROUTERS
 
@@ -40,7 +40,7 @@ class HyperRouter(Router):
 
     def forward(self, x: Tensor, carry: Carry, shared: dict[str, Any]) -> tuple[Tensor, Carry]:
         weight = self.outer @ F.relu(self.inner @ self.embedding)
-        return F.linear(x, weight.view(self.experts, -1)), carry
+        return project(x, weight.view(self.experts, -1)), carry
 
     def flops(self) -> float:
         return 2 * self.outer.shape[0]

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rondo.models.config import ModelConfig
-from rondo.models.ffn.router import Carry, Router
-from rondo.models.layers import Linear
+from rondo.models.ffn.router import Carry, Projection, Router
 from rondo.models.registry import ROUTERS
 
 
@@ -26,7 +25,7 @@ class LinearRouter(Router):
 
     def __init__(self, config: ModelConfig, options: Any, experts: int) -> None:
         super().__init__(config, options, experts)
-        self.scores = Linear(config.dim, experts, std=config.init_std)
+        self.scores = Projection(config.dim, experts, std=config.init_std)
 
     def forward(self, x: Tensor, carry: Carry, shared: dict[str, Any]) -> tuple[Tensor, Carry]:
         return self.scores(x), carry

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.models.config import ModelConfig
-from rondo.models.ffn.router import Carry, Router
+from rondo.models.ffn.router import Carry, Projection, Router
 from rondo.models.layers import Linear
 from rondo.models.registry import ROUTERS
 
@@ -30,7 +30,7 @@ class MLPRouter(Router):
 
     def __init__(self, config: ModelConfig, options: Any, experts: int) -> None:
         super().__init__(config, options, experts)
-        self.proj = Linear(config.dim, options.dim, std=config.init_std)
+        self.proj = Projection(config.dim, options.dim, std=config.init_std)
         self.scores = Linear(options.dim, experts, std=config.init_std)
 
     def forward(self, x: Tensor, carry: Carry, shared: dict[str, Any]) -> tuple[Tensor, Carry]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rondo.models.config import ModelConfig
 from rondo.models.ffn.cells import GATES, STATES, SharedCell, step
-from rondo.models.ffn.router import Carry, CosineScores, Router
+from rondo.models.ffn.router import Carry, CosineScores, Projection, Router, project
 from rondo.models.layers import Linear
 from rondo.models.registry import ROUTERS
 
@@ -51,9 +50,9 @@ class RMoERouter(Router):
 
     def __init__(self, config: ModelConfig, options: Any, experts: int) -> None:
         super().__init__(config, options, experts)
-        self.proj: Linear | None = None
+        self.proj: Projection | None = None
         if not options.shared_projection:
-            self.proj = Linear(config.dim, options.dim, std=config.init_std)
+            self.proj = Projection(config.dim, options.dim, std=config.init_std)
         self.projection_flops = 2.0 * config.dim * options.dim
         self.scores = self.make_scores(config, options, experts)
 
@@ -91,10 +90,10 @@ class RMoERouter(Router):
 
     def forward(self, x: Tensor, carry: Carry, shared: dict[str, Any]) -> tuple[Tensor, Carry]:
         options, weights = self.options, shared["router"]
-        inputs = F.linear(x, weights.projection) if self.proj is None else self.proj(x)
+        inputs = project(x, weights.projection) if self.proj is None else self.proj(x)
         before = carry.get(STATE)
         if before is None:
-            before = x.new_zeros(*x.shape[:2], STATES[options.cell] * options.dim)
+            before = inputs.new_zeros(*x.shape[:2], STATES[options.cell] * options.dim)
         if options.passing == "detach":
             before = before.detach()
         flat = step(options.cell, inputs.flatten(0, 1), before.flatten(0, 1), weights)
