@@ -85,6 +85,8 @@ class MoE(ChannelMixer):
         "shared_up": "column",
         "shared_down": "row",
     }
+    float32_parameters: ClassVar = ("balance_bias",)
+    """Never cast to a lower precision, whose steps could be larger than `bias_rate`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
