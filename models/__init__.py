@@ -6,11 +6,12 @@ from rondo.models.decoder import Decoder, DecoderState, Output
 from rondo.models.generate import generate
 from rondo.models.loading import load
 from rondo.models.mixer import Cost, Mixer, SequenceContext
-from rondo.models.registry import FFNS, MIXERS
+from rondo.models.registry import FFNS, MIXERS, ROUTERS
 
 __all__ = [
     "FFNS",
     "MIXERS",
+    "ROUTERS",
     "Cost",
     "Decoder",
     "DecoderState",

@@ -23,7 +23,9 @@ class Block(nn.Module):
             self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
             self.ffn = FFNS[spec.ffn](config)
 
-        self.carried = tuple(FFNS[spec.ffn].carried(config)) if spec.ffn != "none" else ()
+        kind = None if spec.ffn == "none" else FFNS[spec.ffn]
+        self.carried = () if kind is None else tuple(kind.carried(config))
+        self.shares = kind is not None and bool(kind.shared_modules(config))
 
     def forward(
         self,
@@ -37,8 +39,9 @@ class Block(nn.Module):
         y, state = self.mixer(self.mixer_norm(x), ctx, state)
         x = x + y
         if self.ffn is not None and self.ffn_norm is not None:
-            if self.carried:
-                y, carry = self.ffn(self.ffn_norm(x), carry)
+            if self.carried or self.shares:
+                shared = (ctx.shared,) if self.shares else ()
+                y, carry = self.ffn(self.ffn_norm(x), carry, *shared)
             else:
                 y = self.ffn(self.ffn_norm(x))
             x = x + y

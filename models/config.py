@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rondo.errors import UserError
-from rondo.models.registry import FFNS, MIXERS
+from rondo.models.registry import FFNS, MIXERS, ROUTERS, Registry
 
 _PRESETS = Path(__file__).parent / "presets"
 _ENTRY = re.compile(r"(?P<mixer>[\w.-]+)(\+(?P<ffn>[\w.-]+))?(\*(?P<count>[1-9]\d*))?")
@@ -55,6 +55,10 @@ class ModelConfig:
     """Channel mixer of entries that do not name one ("none" for no channel mixer)."""
     ffn_dim: int = 0
     """Inner width of the channel mixer; 0 means 8/3 of dim, rounded up to 64."""
+    ffns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by channel mixer name, for example {moe: {num_experts: 64, top_k: 4}}."""
+    routers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by router name, for example {rmoe: {cell: lstm}}."""
     norm_eps: float = 1e-6
     """Offset inside RMSNorm's root."""
     tie_embeddings: bool = False
@@ -125,25 +129,35 @@ def from_preset(name: str, **overrides: Any) -> ModelConfig:
 def make_options(mixer: str, values: Mapping[str, Any], name: str = "") -> Any:
     """A mixer's options from a mapping. Raises UserError on an unknown name, a wrong type or a
     number that is not above 0 (options are sizes and factors)."""
-    cls = MIXERS[mixer].Options
+    return read_options(MIXERS[mixer].Options, values, f"model.mixers.{name or mixer}")
+
+
+def read_options(cls: type, values: Mapping[str, Any], place: str) -> Any:
+    """The options `cls` from a mapping that stands at `place`. Raises UserError as `make_options`;
+    a field whose metadata says `zero` may be 0."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in values.items():
-        where = f"model.mixers.{name or mixer}.{key}"
+        where = f"{place}.{key}"
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where}: unknown option{hint} (known: {', '.join(fields)})")
-        _check_option(where, value, str(fields[key].type))
+        _check_option(where, value, fields[key])
     return cls(**values)
 
 
-def _check_option(where: str, value: Any, annotation: str) -> None:
+def _check_option(where: str, value: Any, option: dataclasses.Field[Any]) -> None:
+    annotation = str(option.type)
     kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
     allowed = [kinds[part.strip()] for part in annotation.split("|")]
     number_as_bool = isinstance(value, bool) and "bool" not in annotation
     if number_as_bool or not any(isinstance(value, kind) for kind in allowed):
         raise UserError(f"{where}: expected {annotation}, got {value!r}")
-    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if option.metadata.get("zero") and not 0 <= value < math.inf:
+        raise UserError(f"{where}: must be a finite number, 0 or more, got {value!r}")
+    if not option.metadata.get("zero") and not 0 < value < math.inf:
         raise UserError(f"{where}: must be a finite number above 0, got {value!r}")
 
 
@@ -167,6 +181,7 @@ def problems(config: ModelConfig) -> list[str]:
     for name in config.mixers.keys() - used - MIXERS.keys():
         if "kind" not in config.mixers[name]:
             found.append(f"model.mixers.{name}: {MIXERS.unknown(name)}")
+    found += _unknown("ffns", config.ffns, FFNS) + _unknown("routers", config.routers, ROUTERS)
     if found:
         return found
     for spec in {repr(spec): spec for spec in layers}.values():
@@ -176,4 +191,10 @@ def problems(config: ModelConfig) -> list[str]:
             found += [f"model.mixers.{spec.name}.{reason}" for reason in reasons]
         except UserError as error:
             found.append(str(error))
+    for name in sorted({spec.ffn for spec in layers} - {"none"}):
+        found += FFNS[name].problems(config)
     return found
+
+
+def _unknown(key: str, given: Mapping[str, Any], registry: Registry) -> list[str]:
+    return [f"model.{key}.{name}: {registry.unknown(name)}" for name in given.keys() - registry]

@@ -13,6 +13,7 @@ from rondo.kernels import linear_cross_entropy
 from rondo.kernels.segments import document_positions, first_document
 from rondo.models.block import Block
 from rondo.models.config import ModelConfig, make_options, problems
+from rondo.models.ffn.moe import MoE
 from rondo.models.init import initial_values
 from rondo.models.layers import Embedding, Linear, RMSNorm
 from rondo.models.mixer import Cost, SequenceContext, State, module_cost
@@ -37,7 +38,8 @@ class Output(NamedTuple):
     state: DecoderState | None
     """State after the last token; None when it was not asked for."""
     aux: dict[str, Tensor]
-    """Auxiliary losses by name."""
+    """Auxiliary losses by name, each a sum over tokens, not yet weighted
+    (`ChannelMixer.losses`); of a part that does not end the model, none."""
     carry: dict[str, Tensor]
     """What crosses layers beside the activations (`ChannelMixer.carried`)."""
 
@@ -71,12 +73,10 @@ class Decoder(nn.Module):
         self.first, self.last = self.layers.start == 0, self.layers.stop == config.num_layers
         self.cross_entropy: Callable[..., Tensor] = linear_cross_entropy
         specs = config.layers()
-        self.carried = {
-            name: width
-            for spec in specs
-            if spec.ffn != "none"
-            for name, width in FFNS[spec.ffn].carried(config).items()
-        }
+        ffns = [FFNS[name] for name in dict.fromkeys(spec.ffn for spec in specs) if name != "none"]
+        self.carried = {n: width for ffn in ffns for n, width in ffn.carried(config).items()}
+        self.token_weight = 1.0
+        self.loss_weights = {n: weight for ffn in ffns for n, weight in ffn.losses(config).items()}
         self.embedding: Embedding | None = None
         if self.first or (self.last and config.tie_embeddings):
             self.embedding = Embedding(config.vocab_size, config.dim, std=config.init_std)
@@ -85,9 +85,9 @@ class Decoder(nn.Module):
         self.shared = nn.ModuleDict()
         for spec in specs:  # of all layers, in every part: they are small
             cls, options = MIXERS[spec.mixer], make_options(spec.mixer, spec.options)
-            for name, module in cls.shared_modules(config, options).items():
-                if name not in self.shared:
-                    self.shared[name] = module
+            self._share(cls.shared_modules(config, options))
+        for ffn in ffns:
+            self._share(ffn.shared_modules(config))
         self.norm: RMSNorm | None = None
         self.head: Linear | None = None
         if self.last:
@@ -96,6 +96,11 @@ class Decoder(nn.Module):
             self.head = Linear(config.dim, config.vocab_size, std=config.init_std)
         if next(self.parameters()).device.type != "meta":
             self.init_weights(int(torch.randint(2**31, ())) if seed is None else seed)
+
+    def _share(self, modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            if name not in self.shared:
+                self.shared[name] = module
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -145,7 +150,8 @@ class Decoder(nn.Module):
             states.append(after)
         x = x if self.norm is None else self.norm(x)
         after = DecoderState(states, positions[:, -1] + 1) if return_state else None
-        return Output(x, after, {}, carry)
+        aux = {name: carry[name].sum() for name in self.loss_weights} if self.last else {}
+        return Output(x, after, aux, carry)
 
     @property
     def output_weight(self) -> Tensor:
@@ -169,13 +175,22 @@ class Decoder(nn.Module):
         reduction: str = "sum",
     ) -> Tensor:
         """Cross-entropy in nats of `targets` `(B, T)`, -100 where there is none; logits are
-        never held for all tokens. `reduction`: "sum", "mean" (over valid tokens) or "none"."""
+        never held for all tokens. `reduction`: "sum", "mean" (over valid tokens) or "none".
+        Auxiliary losses are not in it (`auxiliary_loss`)."""
         output = self(tokens, segment_ids=segment_ids, positions=positions, return_state=False)
         return self.hidden_loss(output.hidden, targets, reduction=reduction)
 
     def hidden_loss(self, hidden: Tensor, targets: Tensor, *, reduction: str = "sum") -> Tensor:
         """The loss of `loss`, from the model's `hidden` `(B, T, dim)`."""
         return self.cross_entropy(hidden, self.output_weight, targets, reduction=reduction)
+
+    def auxiliary_loss(self, aux: dict[str, Tensor]) -> Tensor | float:
+        """The weighted sum of an output's `aux`, to be added to the summed cross-entropy."""
+        return sum((weight * aux[name] for name, weight in self.loss_weights.items()), 0.0)
+
+    def total_loss(self, nats: Tensor, aux: dict[str, Tensor]) -> Tensor:
+        """What training minimises: the summed cross-entropy and the auxiliary losses."""
+        return self.token_weight * nats + self.auxiliary_loss(aux)
 
     def cost(self, length: int) -> Cost:
         """Cost in sequences of `length` tokens. The embedding look-up is free, the output
@@ -186,6 +201,11 @@ class Decoder(nn.Module):
             assert isinstance(block, Block), "nn.ModuleDict forgets its element type"
             total = total + block.cost(length)
         return Cost(total.flops, module_cost(self).parameters, total.state_bytes)
+
+    def active_parameters(self) -> int:
+        """Parameters that take part in one token's forward pass: of experts, those it goes to."""
+        idle = sum(m.idle_parameters() for m in self.modules() if isinstance(m, MoE))
+        return sum(p.numel() for p in self.parameters()) - idle
 
     def matrix_names(self) -> set[str]:
         """Names of the weights inside blocks that are plain matrices (what Muon updates)."""

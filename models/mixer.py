@@ -23,8 +23,8 @@ class SequenceContext:
     """`(B, T)` int64: index of each token within its document."""
     segment_ids: Tensor | None = None
     """`(B, T)` integer: other id, other document. None: each row is one document."""
-    shared: dict[str, Tensor] = field(default_factory=dict)
-    """Values of the modules that mixers share across layers (`Mixer.shared_modules`)."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Values of the modules that layers share (`Mixer.shared_modules`)."""
     keep_state: bool = True
     """Whether blocks hand on their mixer's state; without, it can be freed at once."""
 
@@ -125,7 +125,8 @@ class ChannelMixer(nn.Module):
     """Base of the channel mixers: `forward(x)` works on each token `(B, T, dim)` by itself.
 
     One that passes something on to the channel mixers above it names it in `carried`, and its
-    forward pass is then `forward(x, carry) -> (y, carry)`.
+    forward pass is then `forward(x, carry) -> (y, carry)`; one that names `shared_modules` too
+    gets their values, by name: `forward(x, carry, shared) -> (y, carry)`.
     """
 
     sharding: ClassVar[dict[str, str]]
@@ -135,6 +136,27 @@ class ChannelMixer(nn.Module):
     def carried(cls, config: ModelConfig) -> dict[str, int]:
         """Name and width of what crosses layers beside the activations: tensors `(B, T, width)`,
         float32, zero before the first layer; layers that do not know them hand them on."""
+        return {}
+
+    @classmethod
+    def losses(cls, config: ModelConfig) -> dict[str, float]:
+        """Name and coefficient of auxiliary losses. Each is carried: a tensor `(B, T, 1)` to which
+        a layer adds what each token contributes, so that losses are sums over tokens."""
+        return {}
+
+    @classmethod
+    def shared_modules(cls, config: ModelConfig) -> dict[str, nn.Module]:
+        """As `Mixer.shared_modules`."""
+        return {}
+
+    @classmethod
+    def problems(cls, config: ModelConfig) -> list[str]:
+        """What makes `config` impossible for it; each starts with its key."""
+        return []
+
+    @classmethod
+    def expert_counts(cls, config: ModelConfig) -> dict[str, int]:
+        """What expert-parallel ranks can divide, by name of the key that sets it."""
         return {}
 
     @classmethod

@@ -36,3 +36,4 @@ class Registry(dict[str, type]):
 
 MIXERS = Registry("mixer")
 FFNS = Registry("channel mixer")
+ROUTERS = Registry("router")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from rondo.models import Decoder, ModelConfig
@@ -13,6 +14,7 @@ from rondo.models.init import initial_values
 from rondo.parallel import data_parallel
 from rondo.parallel.checkpointing import checkpoint_block
 from rondo.parallel.config import ParallelConfig
+from rondo.parallel.expert import expert_mesh, shard_experts
 from rondo.parallel.mesh import Ranks, submesh
 from rondo.parallel.pipeline import (
     MicroBatch,
@@ -31,10 +33,10 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": t
 class ParallelModel:
     """This rank's parts of a model, and how to run them.
 
-    Parts are built on the meta device, then, in this order: sequence-parallel operators, tensor
-    parallel, activation checkpointing, torch.compile, FSDP2; then each rank materialises and
-    fills its part, so that no rank ever holds more than that and one tensor. The initial values
-    depend on `seed` alone, not on the layout.
+    Parts are built on the meta device, then, in this order: sequence-parallel operators, expert
+    parallel, tensor parallel, activation checkpointing, torch.compile, FSDP2; then each rank
+    materialises and fills its part, so that no rank ever holds more than that and one tensor. The
+    initial values depend on `seed` alone, not on the layout.
 
     Args:
         config: the model.
@@ -66,13 +68,24 @@ class ParallelModel:
         self.stages = stage_count(layout.pp, parallel.pipeline_schedule)
         cuts = split_evenly(costs or layer_flops(config, length), self.stages)
         numbers = rank_stages(ranks.index("pp"), layout.pp, parallel.pipeline_schedule)
+        self._pipeline: Pipeline | None = None
+        self._experts: DeviceMesh | None = None
+        if parallel.ep > 1:
+            self._experts = expert_mesh(ranks.device.type, layout, parallel.ep)
+        self._aux: dict[str, Tensor] = {}
+        self.auxiliary: dict[str, Tensor] = {}
+        """This rank's share of the summed auxiliary losses of the last `forward_backward`,
+        unweighted. Unlike nats, tensor-parallel ranks each have a share of them."""
         self.parts = [
-            build_part(config, cuts[number], ranks, parallel, PRECISIONS[precision], compile)
+            build_part(
+                config, cuts[number], ranks, parallel, PRECISIONS[precision], compile, self._experts
+            )
             for number in numbers
         ]
-        self._pipeline: Pipeline | None = None
         for part in self.parts:
             part.to_empty(device=ranks.device)
+            for buffer in part.buffers():
+                buffer.zero_()
             with torch.device("meta"):
                 template = Decoder(config, layers=part.layers)
             data_parallel.fill(part, initial_values(template, seed))
@@ -88,18 +101,24 @@ class ParallelModel:
             part.eval()
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Adds the gradients of the summed losses of `batches` and completes them; returns this
-        rank's share of the sum of the losses (float64)."""
+        """Adds the gradients of the summed losses of `batches`, auxiliary ones included, and
+        completes them; returns this rank's share of the sum of cross-entropies (float64)."""
         if self.ranks.layout.pp > 1:
-            nats = self._piped(batches).run(batches)
+            pipeline = self._piped(batches)
+            nats, aux = pipeline.run(batches), pipeline.aux
         else:
-            nats = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+            nats, aux = torch.zeros((), dtype=torch.float64, device=self.ranks.device), []
             for i, batch in enumerate(batches):
                 self._accumulate(last=i + 1 == len(batches))
                 loss = self._loss(batch)
-                loss.backward()
+                self.parts[0].total_loss(loss, self._aux).backward()
                 nats += loss.detach()
+                aux.append({name: value.detach() for name, value in self._aux.items()})
         data_parallel.finish_gradients(self.parts, self.ranks)
+        zero = nats.new_zeros(())
+        self.auxiliary = {
+            name: sum((each[name] for each in aux), zero) for name in self.parts[0].loss_weights
+        }
         return nats
 
     @torch.no_grad()
@@ -114,12 +133,16 @@ class ParallelModel:
         return data_parallel.gradient_norm(self.parts, self.ranks, self.stages)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        return self.parts[0].loss(
+        """Cross-entropy of the whole model, summed over tokens; auxiliary losses in `_aux`."""
+        model = self.parts[0]
+        output = model(
             batch.tokens,
-            batch.targets,
             segment_ids=batch.segment_ids,
             positions=batch.positions,
+            return_state=False,
         )
+        self._aux = output.aux
+        return model.hidden_loss(output.hidden, batch.targets)
 
     def _piped(self, batches: Sequence[MicroBatch]) -> Pipeline:
         if self._pipeline is None:
@@ -147,8 +170,10 @@ def build_part(
     parallel: ParallelConfig,
     dtype: torch.dtype,
     compile: bool = False,
+    experts: DeviceMesh | None = None,
 ) -> Decoder:
-    """A run of layers, laid out over ranks; its parameters are on the meta device."""
+    """A run of layers, laid out over ranks (its experts over an `expert_mesh`); its parameters
+    are on the meta device."""
     with torch.device("meta"):
         part = Decoder(config, layers=layers)
     if dtype == torch.float64:
@@ -158,6 +183,8 @@ def build_part(
     mesh, layout = ranks.mesh, ranks.layout
     if layout.cp > 1:
         shard_sequence(part, ranks.group("cp"), parallel.cp_exchange)
+    if experts is not None:
+        shard_experts(part, experts)
     if mesh is not None and layout.tp > 1:
         shard_tensors(part, submesh(mesh, "tp"))
     for block in part.blocks.values():
@@ -165,7 +192,7 @@ def build_part(
         if compile:
             block.compile()
     if mesh is not None:
-        data_parallel.shard_parameters(part, mesh, dtype)
+        data_parallel.shard_parameters(part, mesh, dtype, experts)
     if [name for name, _ in part.named_parameters()] != names:
         raise RuntimeError("sharding changed the parameters' names")
     return part

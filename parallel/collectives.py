@@ -49,6 +49,14 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _AllToAll.apply(x, group)
 
 
+def all_to_all_rows(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """The first `send[0]` rows of `x` go to rank 0, the next `send[1]` to rank 1, and so on; the
+    result is what came, `receive[p]` rows from rank p, in order of ranks."""
+    return _AllToAllRows.apply(x, send, receive, group)
+
+
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, on every rank. Backward: all-reduce, since every rank reads every `x`."""
     return _AllReduce.apply(x, group)
@@ -127,6 +135,27 @@ def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=group)
+    return out
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange_rows(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange_rows(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange_rows(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
     return out
 
 

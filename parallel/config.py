@@ -26,6 +26,9 @@ class ParallelConfig:
     from rank to rank (ring), which sends less and waits longer."""
     tp: int = 1
     """Tensor-parallel ranks: heads, inner channels and vocabulary are divided among them."""
+    ep: int = 1
+    """Expert-parallel ranks: so many of the dp_shard x cp ranks divide the experts of each mixture
+    among themselves, instead of sharing all of them."""
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     """Order of forward and backward passes over pipeline ranks: one stage a rank (gpipe, 1f1b) or
     two (interleaved 1F1B; zero_bubble also puts off the weights' gradients)."""

@@ -6,7 +6,7 @@ Sequence-parallel ranks count as data-parallel ones here: each sees other tokens
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,17 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rondo.models import Decoder
-from rondo.parallel.mesh import DATA, SHARDED, Ranks, submesh
+from rondo.parallel.expert import expert_placement
+from rondo.parallel.mesh import DATA, EXPERT_SHARD, SHARDED, Ranks, submesh
 from rondo.parallel.tensor import replicated
 
 
-def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard_parameters(
+    model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, experts: DeviceMesh | None = None
+) -> None:
     """Shards each block and the rest over the mesh, in place; blocks compute in `dtype`. Stages of
-    a pipeline stay whole from a step's first micro-batch to its last."""
+    a pipeline stay whole from a step's first micro-batch to its last. With an expert mesh, what
+    `shard_experts` left to each rank is sharded over the ranks that hold the same experts."""
     names = model.float32_names()
     whole = {param for name, param in model.named_parameters() if name in names}
     policy = MixedPrecisionPolicy(
@@ -33,12 +37,14 @@ def shard_parameters(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> No
         cast_forward_inputs=False,
     )
     ranks = submesh(mesh, "dp_replicate", SHARDED)
+    placement = None if experts is None else expert_placement(experts)
     # Blocks hand on what they do not use; nothing is changed in place there.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in [*model.blocks.values(), model]:
         sharded = fully_shard(
             module,
             mesh=ranks,
+            shard_placement_fn=placement,
             mp_policy=policy,
             ignored_params=whole,
             reshard_after_forward=False if mesh.shape[0] > 1 else None,
@@ -74,7 +80,7 @@ def finish_gradients(parts: list[Decoder], ranks: Ranks) -> None:
     a pipeline hold alike over stages."""
     if ranks.mesh is None:
         return
-    params = [param for part in parts for param in part.parameters()]
+    params = [param for part in parts for param in part.parameters() if param.requires_grad]
     _sum([p for p in params if not _by_fsdp(p)], ranks.group(DATA))
     if ranks.layout.tp > 1:
         _sum([p for p in params if replicated(p)], ranks.group("tp"))
@@ -91,7 +97,9 @@ def local_gradient(param: nn.Parameter) -> Tensor:
 
 
 def _by_fsdp(param: Tensor) -> bool:
-    return isinstance(param, DTensor) and SHARDED in (param.device_mesh.mesh_dim_names or ())
+    if not isinstance(param, DTensor):
+        return False
+    return bool({SHARDED, EXPERT_SHARD} & {*(param.device_mesh.mesh_dim_names or ())})
 
 
 def _sum(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -110,7 +118,9 @@ def _spread(flat: Tensor, grads: list[Tensor]) -> None:
 
 def _sum_shared_modules(parts: list[Decoder], group: dist.ProcessGroup) -> None:
     """Every part has all modules that mixers share across layers."""
-    grads = [[local_gradient(p) for p in part.shared.parameters()] for part in parts]
+    grads = [
+        [local_gradient(p) for p in part.shared.parameters() if p.requires_grad] for part in parts
+    ]
     if not grads[0]:
         return
     flat = torch.stack([torch.cat([g.flatten() for g in own]) for own in grads]).sum(0)
@@ -137,8 +147,14 @@ def _sum_tied_embedding(parts: list[Decoder], ranks: Ranks) -> None:
     grads[0].add_(theirs)
 
 
-def gradient_norm(parts: list[Decoder], ranks: Ranks, stages: int = 1) -> float:
-    """The 2-norm of all gradients, the same on every rank; not finite if any gradient is not.
+def gradient_norm(
+    parts: list[Decoder],
+    ranks: Ranks,
+    stages: int = 1,
+    chosen: Callable[[str], bool] = lambda name: True,
+) -> float:
+    """The 2-norm of the gradients of all parameters, or of those whose names are `chosen`; the same
+    on every rank, not finite if any gradient is not.
 
     Each rank adds its parts' squares, divided by the number of ranks and of the `stages` of the
     pipeline that hold the same.
@@ -147,7 +163,7 @@ def gradient_norm(parts: list[Decoder], ranks: Ranks, stages: int = 1) -> float:
     for part in parts:
         by_copies: dict[int, list[Tensor]] = {}
         for name, param in part.named_parameters():
-            if param.grad is not None:
+            if param.grad is not None and chosen(name):
                 copies = _copies(param, ranks) * _stages_with(name, part, stages)
                 by_copies.setdefault(copies, []).append(local_gradient(param))
         total += sum(_square_sum(grads) / copies for copies, grads in by_copies.items())

@@ -41,6 +41,8 @@ def _pass(
     part.activation_dtype = dtype
     parameters = dict(part.named_parameters())
     with torch.no_grad():
+        for buffer in part.buffers():
+            buffer.zero_()
         for name, value in initial_values(template, 0):
             parameters[name].copy_(value)
     tokens = torch.randint(config.vocab_size, (1, length), device=device)

@@ -19,9 +19,9 @@ from rondo.parallel.config import ParallelConfig
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for a missing rank before it fails."""
-SHARDED, DATA = "sharded", "data"
+SHARDED, DATA, EXPERT_SHARD = "sharded", "data", "expert_shard"
 """Joint dimensions: `dp_shard` and `cp`, over which parameters are sharded; these and
-`dp_replicate`, over which gradients add up."""
+`dp_replicate`, over which gradients add up. The last: ranks that shard the same experts."""
 
 
 class Layout(NamedTuple):

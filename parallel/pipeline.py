@@ -114,11 +114,14 @@ class Pipeline:
             _Stage(part, number, total, ranks, example)
             for part, number in zip(parts, numbers, strict=True)
         ]
+        self._parts, self._nats = parts, list[Tensor]()
         self._starts, self._ends = 0 in numbers, total - 1 in numbers
+        self.aux: list[dict[str, Tensor]] = []
+        """Auxiliary losses of the micro-batches of the last run, on ranks that hold its end."""
         self._schedule = kind.kind(
             stages[0] if kind.stages_per_rank == 1 else stages,
             micro_batches,
-            loss_fn=_loss_of(parts),
+            loss_fn=self._loss,
             scale_grads=False,
         )
 
@@ -127,30 +130,33 @@ class Pipeline:
         losses, float64, on ranks that hold the last stage, and zero on others."""
         whole = MicroBatch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
         inputs = (whole.tokens,) if self._starts else ()
-        losses: list[Tensor] | None = [] if self._ends else None
+        self._nats.clear()
+        self.aux.clear()
         run = self._schedule.step if backward else self._schedule.eval
         options: dict[str, Any] = {"return_outputs": False} if backward else {}
         run(
             *inputs,
             target=whole.targets if self._ends else None,
-            losses=losses,
             segment_ids=whole.segment_ids,
             positions=whole.positions,
             **options,
         )
-        if not losses:
-            return torch.zeros((), dtype=torch.float64, device=whole.tokens.device)
-        return torch.stack([loss.detach().double() for loss in losses]).sum()
+        nats = [torch.zeros((), dtype=torch.float64, device=whole.tokens.device), *self._nats]
+        return torch.stack(nats).sum()
 
-
-def _loss_of(parts: list[Decoder]) -> Any:
-    last = next((part for part in parts if part.last), None)
-
-    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        assert last is not None, "only the last stage has a loss"
-        return last.hidden_loss(hidden, targets)
-
-    return loss
+    def _loss(self, output: Any, targets: Tensor) -> Tensor:
+        """The loss of a micro-batch from what the last stage gives; keeps its parts."""
+        last = next(part for part in self._parts if part.last)
+        hidden, *added = (output,) if isinstance(output, Tensor) else output
+        loss = last.hidden_loss(hidden, targets)
+        # Not `sum()`, whose gradient is one number seen many times, and cannot be sent.
+        aux: dict[str, Tensor] = {
+            name: each.flatten() @ torch.ones_like(each.detach()).flatten()
+            for name, each in zip(last.loss_weights, added, strict=True)
+        }
+        self._nats.append(loss.detach().double())
+        self.aux.append({name: value.detach() for name, value in aux.items()})
+        return last.total_loss(loss, aux)
 
 
 class _Stage(PipelineStage):
@@ -169,13 +175,15 @@ class _Stage(PipelineStage):
             tokens.new_empty(batch, time // ranks.layout.tp, width, dtype=dtype).requires_grad_()
             for width, dtype in between
         )
+        names = list(part.carried)
+        ends = crossing[:1] + tuple(crossing[1 + names.index(name)] for name in part.loss_weights)
         super().__init__(
             part,
             number,
             total,
             ranks.device,
             input_args=(tokens,) if part.first else crossing,
-            output_args=crossing[:1] if part.last else crossing,
+            output_args=ends if part.last else crossing,
             group=ranks.group("pp"),
         )
 
@@ -195,9 +203,10 @@ class _Stage(PipelineStage):
         part: Any = self.submod
         carry = dict(zip(part.carried, args[1:], strict=False))
         output = part(args[0], carry=carry, return_state=False, **kwargs)
-        if part.last:
+        if part.last and not part.loss_weights:
             return output.hidden
         # A schedule detaches what a stage gives, in place, which views (inputs that are only
         # handed on) do not allow.
-        outputs = (output.hidden, *output.carry.values())
+        names = part.loss_weights if part.last else part.carried
+        outputs = (output.hidden, *(output.carry[name] for name in names))
         return tuple(x.clone() if x._is_view() else x for x in outputs)

@@ -14,6 +14,7 @@ sides of each border, which travel with the summaries.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 from rondo.kernels import attention, short_conv
 from rondo.kernels.recurrences import SUMMARIES
+from rondo.models.ffn.dispatch import whole_sequence
 from rondo.parallel.attention import attention_over_ranks
 from rondo.parallel.collectives import after, from_previous, gather, receive_previous, send_next
 from rondo.parallel.config import Exchange
 
-OPERATORS = ("scan", "conv", "attend")
+OPERATORS = ("scan", "conv", "attend", "total")
 """Attributes under which modules keep the operators that mix positions."""
 
 
@@ -65,7 +67,15 @@ def over_ranks(
         return _ConvOverRanks(group)
     if operator is attention:
         return attention_over_ranks(group)
+    if operator is whole_sequence:
+        return functools.partial(_sum_over_ranks, group)
     raise ValueError(f"{operator} has no sequence-parallel form; add its summary to SUMMARIES")
+
+
+def _sum_over_ranks(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
+    total = counts.clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 class _RecurrenceOverRanks:

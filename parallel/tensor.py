@@ -27,12 +27,20 @@ from rondo.models.mixer import ChannelMixer, Mixer
 from rondo.parallel.collectives import all_reduce, gather_time, scatter_time, slice_time
 from rondo.parallel.vocabulary import Vocabulary
 
-PLACEMENTS: dict[str, Placement] = {
-    "column": Shard(0),
-    "row": Shard(1),
-    "head": Shard(0),
-    "replicate": Replicate(),
-}
+_DIVIDED = {"column": -2, "row": -1, "head": 0}
+"""Dimension that each word divides; matrices `(outputs, inputs)` may be stacked."""
+
+
+def placement(word: str, ndim: int) -> Placement:
+    """How a parameter of `ndim` dimensions is laid out over ranks, by its `sharding` word."""
+    if word == "replicate":
+        return Replicate()
+    return Shard(_DIVIDED[word] % ndim if ndim > 1 else 0)
+
+
+def sharding_word(module: Mixer | ChannelMixer, name: str) -> str:
+    """What `module` says of its parameter `name`, by itself or by the part it belongs to."""
+    return module.sharding.get(name) or module.sharding[name.split(".")[0]]
 
 
 def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
@@ -52,16 +60,21 @@ def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
     model.cross_entropy = vocabulary.cross_entropy
     if model.embedding is not None:
         model.embedding.operator = vocabulary.look_up
-        _distribute(model.embedding, "weight", mesh, Shard(0))
+        distribute(model.embedding, "weight", mesh, Shard(0))
     if model.head is not None:
-        _distribute(model.head, "weight", mesh, Shard(0))
+        distribute(model.head, "weight", mesh, Shard(0))
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             if not isinstance(param, DTensor):
-                _distribute(module, name, mesh, Replicate())
+                distribute(module, name, mesh, Replicate())
         if next(module.parameters(recurse=False), None) is not None:
-            module.register_forward_pre_hook(_use_local_parameters)
-            module.register_forward_hook(_restore_parameters, always_call=True)
+            compute_locally(module)
+
+
+def compute_locally(module: nn.Module) -> None:
+    """Lets `module` compute with this rank's parts of its own parameters."""
+    module.register_forward_pre_hook(_use_local_parameters)
+    module.register_forward_hook(_restore_parameters, always_call=True)
 
 
 def replicated(param: Tensor) -> bool:
@@ -74,7 +87,7 @@ def replicated(param: Tensor) -> bool:
 
 def _shard_module(module: Mixer | ChannelMixer, mesh: DeviceMesh) -> None:
     for name, param in list(module.named_parameters()):
-        word = module.sharding[name.split(".")[0]]
+        word = sharding_word(module, name)
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)
         if word == "row" and param.ndim == 1:
@@ -84,19 +97,21 @@ def _shard_module(module: Mixer | ChannelMixer, mesh: DeviceMesh) -> None:
         if norm and word == "head":
             operator = _rms_norm if isinstance(holder, RMSNorm) else _gated_rms_norm
             object.__setattr__(holder, "operator", functools.partial(operator, mesh.get_group()))
-        _distribute(holder, leaf, mesh, PLACEMENTS[word])
+        if not isinstance(param, DTensor):
+            distribute(holder, leaf, mesh, placement(word, param.ndim))
 
 
-def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+def distribute(module: nn.Module, name: str, mesh: DeviceMesh, *placements: Placement) -> None:
     param = module.get_parameter(name)
-    sharded = distribute_tensor(param.detach(), mesh, [placement], src_data_rank=None)
-    setattr(module, name, nn.Parameter(sharded))
+    sharded = distribute_tensor(param.detach(), mesh, placements, src_data_rank=None)
+    setattr(module, name, nn.Parameter(sharded, requires_grad=param.requires_grad))
 
 
 def _gather_inputs(group: dist.ProcessGroup, module: nn.Module, args: tuple[Any, ...]) -> Any:
     x, *others = args
     if isinstance(module, ChannelMixer) and others:  # what crosses layers
-        others = [{name: gather_time(value, group) for name, value in others[0].items()}]
+        carry = {name: gather_time(value, group) for name, value in others[0].items()}
+        others = [carry, *others[1:]]
     return (gather_time(x, group), *others)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -78,20 +80,29 @@ class Metrics:
         if self._events is not None:
             self._events.close()
 
-    def log(self, row: Mapping[str, float], extra: Mapping[str, float] | None = None) -> None:
-        """Reports step `row["step"]`; `extra` (validation, norms) goes into the same row."""
+    def log(
+        self,
+        row: Mapping[str, float],
+        extra: Mapping[str, float] | None = None,
+        tables: Mapping[str, list[list[float]]] | None = None,
+    ) -> None:
+        """Reports step `row["step"]`; `extra` (validation, norms) goes into the same row, and so do
+        `tables`, which TensorBoard shows as heat maps."""
         if not self.active:
             return
         values = {**row, **(extra or {})}
         step = int(values["step"])
         # JSON has no NaN or infinity.
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps({**finite, **(tables or {})}) + "\n")
         if self._events is not None:
             for name, value in values.items():
                 if name != "step":
                     tag = name if "/" in name else f"train/{name}"
                     self._events.add_scalar(tag, value, step)
+            for name, table in (tables or {}).items():
+                writer: Any = self._events._get_file_writer()
+                writer.add_summary(heat_map(name, table), step)
         text = "  ".join(f"{name} {_short(name, values[name])}" for name in _CONSOLE)
         self._progress.update(self._task, completed=step + 1, description=text)
         if not self.console.is_terminal and (step + 1) % self.every == 0:
@@ -101,6 +112,33 @@ class Metrics:
         """A line on the console."""
         if self.active:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def heat_map(tag: str, table: list[list[float]], cell: int = 16) -> Any:
+    """TensorBoard's image of a table: from white for 0 to black for the largest value, `cell`
+    pixels a value. A PNG needs no more than zlib, so no image library is asked for."""
+    from tensorboard.compat.proto import summary_pb2
+
+    proto: Any = summary_pb2
+    largest = max(max(row) for row in table) or 1.0
+    lines = [
+        b"\0" + b"".join(bytes([255 - round(255 * value / largest)]) * cell for value in row)
+        for row in table
+        for _ in range(cell)
+    ]
+    height, width = len(lines), len(lines[0]) - 1
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    png = b"\x89PNG\r\n\x1a\n" + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    )
+    png += chunk(b"IDAT", zlib.compress(b"".join(lines))) + chunk(b"IEND", b"")
+    size = {"height": height, "width": width, "colorspace": 1}
+    image = proto.Summary.Image(**size, encoded_image_string=png)
+    return proto.Summary(value=[proto.Summary.Value(tag=tag, image=image)])
 
 
 def rows(path: Path, *, before: int) -> list[dict[str, Any]]:

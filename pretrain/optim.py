@@ -22,14 +22,16 @@ def build_optimizers(parts: Sequence[Decoder], config: OptimizerConfig) -> list[
     groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
     for part in parts:
         whole = part.float32_names()  # decays and steps in logarithms: 0 is nothing special
-        muon_names = part.matrix_names() if config.name == "muon" else set()
+        matrix_names = part.matrix_names()
         for name, param in part.named_parameters():
-            if name in muon_names:
+            if not param.requires_grad:
+                continue
+            if config.name == "muon" and name in matrix_names:
                 matrices.append(param)
             else:
                 # A fused update takes tensors of one device mesh at a time.
                 mesh = param.device_mesh if isinstance(param, DTensor) else None
-                decays = param.ndim >= 2 and name not in whole
+                decays = name in matrix_names or (param.ndim >= 2 and name not in whole)
                 groups.setdefault((decays, mesh), []).append(param)
     optimizers: list[Optimizer] = [
         AdamW(

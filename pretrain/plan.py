@@ -117,6 +117,11 @@ def make_job(recipe: Recipe, ranks: int) -> Job:
             "model.vocab_size: a plan needs the size of the vocabulary; give it here, as in "
             "--model.vocab_size 32000"
         )
+    if recipe.parallel.ep > 1:
+        raise UserError(
+            f"parallel.ep: {recipe.parallel.ep} expert-parallel ranks exchange what routers choose, "
+            "which a plan does not know; plan with --parallel.ep 1"
+        )
     return Job(
         model=Model(
             dataclasses.replace(recipe.model, vocab_size=vocab_size or ByteTokenizer.vocab_size),

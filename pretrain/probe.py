@@ -50,10 +50,11 @@ def layer_norms(model: ParallelModel, batches: Sequence[MicroBatch]) -> dict[str
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (total / count) ** 0.5 for name, (total, count) in _over_ranks(sums).items()}
+    return {name: (total / count) ** 0.5 for name, (total, count) in gather_sums(sums).items()}
 
 
-def _over_ranks(sums: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+def gather_sums(sums: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """Sums and counts by name, added up over all ranks. Collective."""
     if not dist.is_initialized():
         return sums
     of_ranks: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]

@@ -117,7 +117,10 @@ class LoggingConfig:
     every: int = 1
     """Steps between lines on the console (metrics.jsonl has every step)."""
     norms_every: int = 100
-    """Steps between per-layer activation and state norms; 0 switches them off."""
+    """Steps between per-layer activation and state norms and, in mixtures of experts, what routers
+    do (loads, entropy, balance, gradients by source); 0 switches them off."""
+    router_information: bool = False
+    """With the norms, also the mutual information of the routers of neighbouring mixtures."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
 

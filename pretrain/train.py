@@ -28,6 +28,7 @@ from rondo.parallel.checkpoint import (
 )
 from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
+from rondo.parallel.load import load_shares, load_summary, move_biases, take_loads
 from rondo.parallel.mesh import Ranks, process_group, world_size
 from rondo.parallel.pipeline import MicroBatch
 from rondo.parallel.signals import StopFlag
@@ -47,6 +48,7 @@ from rondo.pretrain.optim import build_optimizers, set_learning_rate
 from rondo.pretrain.parse import dump_recipe
 from rondo.pretrain.probe import layer_norms
 from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.routing import router_gradients, routing
 from rondo.pretrain.schedules import factor
 from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.validate import validate
@@ -166,7 +168,9 @@ class Trainer:
                 row, stopping = self.step(step, batches)
                 last = step + 1 == recipe.steps
                 extra = self._observe(step, batches, last)
-                self.metrics.log(row, extra)
+                due = bool(self.loads) and _due(step, recipe.logging.norms_every)
+                shares = {"expert_load": load_shares(self.loads)} if due else None
+                self.metrics.log(row, extra, shares)
                 self.state["step"] = step + 1
                 if stopping or last or _due(step, recipe.checkpoint.every):
                     self.save()
@@ -188,10 +192,13 @@ class Trainer:
         scale = factor(step, recipe.steps, recipe.schedule)
         set_learning_rate(self.optimizers, scale)
         nats = model.forward_backward(batches)
-        totals = ranks.sum(
-            *self._count(nats, batches), float(self.stop.raised), float(self.checkpointer.failed)
+        loss_sum, valid, text, stopping, failed, *added = ranks.sum(
+            *self._count(nats, batches),
+            float(self.stop.raised),
+            float(self.checkpointer.failed),
+            *(float(value) for value in model.auxiliary.values()),
         )
-        loss_sum, valid, text, stopping, failed = totals
+        self.loads = take_loads(model.parts, ranks)
         if failed:
             self.checkpointer.check()
         norm = model.gradient_norm() / max(1, valid)
@@ -210,6 +217,11 @@ class Trainer:
             "memory_bytes": peak_memory(ranks.device),
             "skipped_steps": self.state["skipped_steps"],
             "seconds": seconds,
+            **{
+                f"moe/{name}": value / self.tokens_per_step
+                for name, value in zip(model.auxiliary, added, strict=True)
+            },
+            **load_summary(self.loads),
         }
         return row, stopping > 0
 
@@ -232,6 +244,7 @@ class Trainer:
             scale_gradients(self.model.parts, shrink / max(1, valid))
             for optimizer in self.optimizers:
                 optimizer.step()
+            move_biases(self.model.parts, self.loads)
             self.state["skipped_in_a_row"] = 0
         else:
             self.state["skipped_steps"] += 1
@@ -321,15 +334,29 @@ class Trainer:
             extra |= self.validate(self.held_out)
         if batches and _due(step, self.recipe.logging.norms_every):
             extra |= layer_norms(self.model, batches)
+            if self.loads:
+                extra |= self._routing(batches)
         return extra
+
+    def _routing(self, batches: list[MicroBatch]) -> dict[str, float]:
+        """What routers do, in a model with mixtures of experts."""
+        information = self.recipe.logging.router_information
+        found = routing(self.model, batches, information=information)
+        if self.model.auxiliary:
+            valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
+            found |= router_gradients(self.model, batches, self.ranks.sum(valid)[0])
+        return found
 
     def _greet(self, origin: Path | None) -> None:
         show_choices(self.metrics.say)
         cost, layout = self.cost, self.ranks.layout
+        used = active_parameters(self.config)
+        active = f" ({used:,} active)" if used < cost.parameters else ""
         shape = " x ".join(f"{name} {n}" for name, n in layout._asdict().items() if n > 1)
         self.metrics.say(
-            f"{self.recipe.name}: {cost.parameters:,} parameters, {cost.flops / 1e6:,.1f} MFLOP a "
-            f"token forward, {self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s)"
+            f"{self.recipe.name}: {cost.parameters:,} parameters{active}, "
+            f"{cost.flops / 1e6:,.1f} MFLOP a token forward, "
+            f"{self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s)"
             f"{f' ({shape})' if shape else ''}, {self.peak_flops / 1e9:,.0f} GFLOP/s of matrix "
             "products"
         )
@@ -367,6 +394,12 @@ def model_cost(config: ModelConfig, length: int) -> Cost:
     """What the whole model costs, in sequences of `length` tokens."""
     with torch.device("meta"):
         return Decoder(config).cost(length)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model that take part in one token's forward pass."""
+    with torch.device("meta"):
+        return Decoder(config).active_parameters()
 
 
 def _due(step: int, every: int) -> bool:

@@ -40,6 +40,7 @@ def layout_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
             "-1 takes what is left"
         )
         return
+    yield from _expert_ranks(recipe, shard * config.cp)
     yield from _batch(recipe, Layout(config.pp, config.dp_replicate, shard, config.cp, config.tp))
     yield from _sequence(recipe)
 
@@ -62,10 +63,47 @@ def model_layout_problems(recipe: Recipe) -> Iterator[str]:
             "goes back through it twice (inputs, then weights); use none, or another "
             "parallel.pipeline_schedule such as interleaved"
         )
+    if config.ep > 1:
+        yield from _divided_experts(recipe)
+    if config.cp > 1 and model.ffns.get("moe", {}).get("capacity_factor") is not None:
+        yield "model.ffns.moe.capacity_factor: counts whole sequences, which parallel.cp divides"
     if config.tp > 1:
         yield from _divided(model, config)
         if recipe.compile:
             yield "compile: torch.compile does not see through the shards of parallel.tp"
+
+
+def _expert_ranks(recipe: Recipe, sharded: int) -> Iterator[str]:
+    """`sharded` ranks hold each parameter in parts: dp_shard x cp of them."""
+    ep, dim = recipe.parallel.ep, recipe.model.dim
+    if ep < 1:
+        yield f"parallel.ep: must be at least 1, got {ep}"
+    elif sharded % ep:
+        yield (
+            f"parallel.ep: {ep} ranks do not divide dp_shard x cp = {sharded}; "
+            f"for example {math.gcd(sharded, ep)} would"
+        )
+    elif ep > 1 and dim % (sharded // ep):
+        yield (
+            f"parallel.ep: {ep} of {sharded} dp_shard x cp ranks leave {sharded // ep} that share "
+            f"the same experts, which does not divide model.dim {dim}"
+        )
+
+
+def _divided_experts(recipe: Recipe) -> Iterator[str]:
+    model, ep = recipe.model, recipe.parallel.ep
+    ffns = {spec.ffn for spec in model.layers()} - {"none"}
+    counts = {key: n for ffn in ffns for key, n in FFNS[ffn].expert_counts(model).items()}
+    if not counts:
+        yield f"parallel.ep: {ep} ranks have no experts to divide; model.pattern has none"
+    for key, count in counts.items():
+        if count % ep:
+            yield (
+                f"parallel.ep: {ep} ranks do not divide the {count} experts of model.{key}; "
+                f"for example {math.gcd(count, ep)} would"
+            )
+    if recipe.compile:
+        yield "compile: torch.compile does not see through the shards of parallel.ep"
 
 
 def _does_not_divide(

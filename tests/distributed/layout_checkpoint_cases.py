@@ -43,7 +43,7 @@ def save_or_load(run: Run, folder: str, optimizer: str, seed: int, save: bool) -
         mesh = make_mesh("cpu", run.layout) if dist.is_initialized() else None
         rank, size = (dist.get_rank(), dist.get_world_size()) if mesh is not None else (0, 1)
         ranks = Ranks(rank, size, torch.device("cpu"), mesh)
-        parallel = ParallelConfig(pipeline_schedule=run.schedule)
+        parallel = ParallelConfig(pipeline_schedule=run.schedule, ep=run.ep)
         model = ParallelModel(
             run.config, ranks, parallel, precision=run.precision, seed=seed, length=run.time
         )

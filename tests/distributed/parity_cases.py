@@ -34,6 +34,7 @@ class Run:
     precision: str = "float64"
     checkpointing: str = "none"
     exchange: str = "all_gather"
+    ep: int = 1
     rows: int = ROWS
     time: int = TIME
 
@@ -84,6 +85,7 @@ def train_one(run: Run) -> dict[str, Any]:
         pipeline_schedule=run.schedule,
         activation_checkpointing=run.checkpointing,
         cp_exchange=run.exchange,
+        ep=run.ep,
     )
     model = ParallelModel(
         run.config, ranks, parallel, precision=run.precision, seed=4, length=run.time
@@ -113,6 +115,8 @@ def named(model: ParallelModel, value: Any) -> dict[str, np.ndarray]:
     for part in model.parts:
         for name, param in part.named_parameters():
             tensor = value(param)
+            if tensor is None:  # frozen
+                continue
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             found[name] = whole.numpy().copy()  # tensors in a pipe need the sender to stay alive
     return found

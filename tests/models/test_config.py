@@ -87,11 +87,15 @@ def test_presets_have_the_parameters_they_claim(name: str) -> None:
 
     from rondo.models import config as module
 
-    claimed = yaml.safe_load((module._PRESETS / f"{name}.yaml").read_text())["parameters"]
+    preset = yaml.safe_load((module._PRESETS / f"{name}.yaml").read_text())
+    claimed = preset["parameters"]
     with torch.device("meta"):
         model = Decoder(from_preset(name))
     assert sum(p.numel() for p in model.parameters()) == claimed == model.cost(4096).parameters
-    size = {"340m": 0.34e9, "1.3b": 1.3e9, "3b": 3e9, "7b": 7e9}[name.rsplit("-", 1)[1]]
+    assert model.active_parameters() == preset.get("active", claimed)
+    size = {"340m": 0.34e9, "0.9b": 0.9e9, "1.3b": 1.3e9, "3b": 3e9, "7b": 7e9}[
+        name.rsplit("-", 1)[1]
+    ]
     assert 0.9 < claimed / size < 1.2
 
 

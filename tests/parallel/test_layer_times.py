@@ -48,7 +48,7 @@ def test_stages_follow_what_layers_take() -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_every_mixer_and_what_crosses_layers(dtype: torch.dtype, tied: bool) -> None:
     with registered():
-        pattern = [*MIXERS, "toy+toy_router"]
+        pattern = [*MIXERS, "toy+toy_router", "toy+moe"]
         options = {"head_dim": 8}
         config = ModelConfig(
             vocab_size=30,

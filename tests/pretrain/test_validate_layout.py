@@ -8,12 +8,15 @@ from rondo.pretrain import load_recipe
 from rondo.pretrain.typed import RecipeError
 
 pytestmark = pytest.mark.quick
+MOE = "--model.ffns={moe: {num_experts: 6}}"
+EXPERT_DIM = "--model.ffns.moe.expert_dim=9"
 FEW_HEADS = "--model.mixers={attention: {num_heads: 4, num_kv_heads: 2}}"
 
 
 def problems(ranks: int | None, *options: str) -> str:
+    pattern = "attention+moe" if MOE in options else "attention"
     with pytest.raises(RecipeError) as caught:
-        load_recipe("tiny", ["--model.pattern=[attention]", *options], world_size=ranks)
+        load_recipe("tiny", [f"--model.pattern=[{pattern}]", *options], world_size=ranks)
     return str(caught.value)
 
 
@@ -47,6 +50,18 @@ def problems(ranks: int | None, *options: str) -> str:
                 "--parallel.activation_checkpointing=selective",
             ],
             ["parallel.activation_checkpointing", "selective", "zero_bubble"],
+        ),
+        (4, [MOE, "--parallel.ep=3"], ["parallel.ep", "3", "dp_shard x cp = 4"]),
+        (8, [MOE, "--parallel.ep=8"], ["parallel.ep", "8", "6 experts", "num_experts"]),
+        (4, [MOE, "--parallel.ep=0"], ["parallel.ep", "at least 1", "got 0"]),
+        (4, [MOE, "--parallel.ep=2", "--model.dim=63"], ["parallel.ep", "model.dim 63"]),
+        (2, ["--parallel.ep=2"], ["parallel.ep", "no experts", "model.pattern"]),
+        (2, [MOE, "--parallel.ep=2", "--compile=true"], ["compile", "parallel.ep"]),
+        (2, [MOE, "--parallel.tp=2", EXPERT_DIM], ["parallel.tp", "ffns.moe.expert_dim", "9"]),
+        (
+            2,
+            [MOE, "--parallel.cp=2", "--model.ffns.moe.capacity_factor=1.0"],
+            ["capacity_factor", "parallel.cp"],
         ),
         (
             2,

@@ -1,0 +1,123 @@
+"""What routers do: how sure they are, what layers know of each other, what moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rondo.models import Decoder
+from rondo.parallel import data_parallel
+from rondo.parallel.build import ParallelModel
+from rondo.parallel.load import mixtures, take_loads
+from rondo.parallel.pipeline import MicroBatch
+from rondo.pretrain.probe import gather_sums
+
+BINS = 100
+
+
+@torch.no_grad()
+def routing(
+    model: ParallelModel, batches: Sequence[MicroBatch], *, information: bool = False
+) -> dict[str, float]:
+    """How routers decide, by layer, from one extra forward pass of a step's micro-batches, over
+    the full softmax g of each token:
+
+    - `router_entropy`: mean of `-Σ g ln g`, in nats;
+    - `router_inner`: the highest g over the next, median of a rank's micro-batch, then mean;
+    - `router_outer`: mean of the summed g of the chosen experts;
+    - with `information`, `router_information`: `mutual_information` with the router below, mean
+      over ranks (where both are on one rank).
+
+    All ranks call it and get the same.
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    below: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor | float, count: int = 1) -> None:
+        total, number = sums.get(name, (0.0, 0))
+        sums[name] = (total + float(value), number + count)
+
+    def after_router(layer: int, k: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            g = output[0].flatten(0, -2).double().softmax(-1)
+            top = g.topk(min(max(2, k), g.shape[1]), dim=-1).values
+            label = f"{layer:02d}"
+            add(f"router_entropy/{label}", -torch.xlogy(g, g).sum(), len(g))
+            add(f"router_outer/{label}", top[:, :k].sum(), len(g))
+            if g.shape[1] > 1:
+                add(f"router_inner/{label}", (top[:, 0] / top[:, 1]).median())
+            if information and "g" in below and below["g"].shape == g.shape:
+                add(f"router_information/{label}", mutual_information(below["g"], g))
+            below["g"] = g
+
+        return hook
+
+    handles = [
+        mixture.router.register_forward_hook(after_router(layer, mixture.options.top_k))
+        for layer, mixture in mixtures(model.parts).items()
+    ]
+    first = min(mixtures(model.parts), default=None)
+    if first is not None:  # another micro-batch begins
+        entry = mixtures(model.parts)[first]
+        handles.append(entry.register_forward_pre_hook(lambda *_: below.clear()))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model.evaluate(batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / count for name, (total, count) in gather_sums(sums).items()}
+
+
+def mutual_information(a: Tensor, b: Tensor, bins: int = BINS) -> float:
+    """Mutual information in nats of two equally shaped tensors of probabilities, whose entries
+    come in pairs, from a histogram of `bins` x `bins` cells on [0, 1]."""
+    cells = [(x.flatten() * bins).long().clamp_(0, bins - 1) for x in (a, b)]
+    joint = torch.bincount(cells[0] * bins + cells[1], minlength=bins * bins).double()
+    joint = (joint / joint.sum()).view(bins, bins)
+    alone = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    known = joint > 0
+    return float((joint[known] * (joint[known] / alone[known]).log()).sum())
+
+
+def router_gradients(
+    model: ParallelModel, batches: Sequence[MicroBatch], valid: float
+) -> dict[str, float]:
+    """Norm of the gradient of all routers' parameters, from the cross-entropy alone
+    (`router_grad_norm/tokens`) and from the auxiliary losses alone (`.../auxiliary`), over `valid`
+    tokens. Costs two steps' forward and backward passes; clears gradients and loads. Collective."""
+    weights = {"tokens": (1.0, 0.0), "auxiliary": (0.0, 1.0)}
+    found = {}
+    for source, (tokens, auxiliary) in weights.items():
+        with _weighing(model.parts, tokens, auxiliary):
+            model.forward_backward(batches)
+        norm = data_parallel.gradient_norm(model.parts, model.ranks, model.stages, _of_router)
+        found[f"router_grad_norm/{source}"] = norm / max(1, valid)
+        for part in model.parts:
+            part.zero_grad()
+    take_loads(model.parts, model.ranks)
+    return found
+
+
+def _of_router(name: str) -> bool:
+    return ".router." in f".{name}"
+
+
+class _weighing:
+    """Inside, the cross-entropy and the auxiliary losses have other weights."""
+
+    def __init__(self, parts: Sequence[Decoder], tokens: float, auxiliary: float) -> None:
+        self.parts, self.tokens, self.auxiliary = parts, tokens, auxiliary
+
+    def __enter__(self) -> None:
+        self._before = [(part.token_weight, part.loss_weights) for part in self.parts]
+        for part in self.parts:
+            part.token_weight = self.tokens
+            part.loss_weights = {n: self.auxiliary * w for n, w in part.loss_weights.items()}
+
+    def __exit__(self, *_: object) -> None:
+        for part, before in zip(self.parts, self._before, strict=True):
+            part.token_weight, part.loss_weights = before

@@ -1,0 +1,102 @@
+"""Expert parallel: any division of the experts trains what one process trains."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rondo.models import ModelConfig
+from rondo.parallel.mesh import Layout
+from rondo.tests.distributed.layout_checkpoint_cases import save_or_load
+from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
+from rondo.tests.distributed.spawn import run_ranks
+from rondo.tests.distributed.test_parity import compare
+
+MODELS: dict[str, dict[str, Any]] = {
+    "rmoe": {"moe": {"router": "rmoe", "shared_experts": 1, "z_loss": 1e-2}},
+    "linear": {"moe": {"router": "linear", "bias_rate": 0.1}},
+    "scores": {"moe": {"router": "xmoe_gru", "balance_loss": 0.0}},
+    "frozen": {"moe": {"router": "rmoe", "freeze_router": True}},
+}
+# Ranks, expert-parallel ranks, schedule, activation checkpointing.
+LAYOUTS = {
+    "ep2": (Layout(dp_shard=2), 2, "1f1b", "selective"),
+    "ep4": (Layout(dp_shard=4), 4, "1f1b", "none"),
+    "ep2-of-4": (Layout(dp_shard=4), 2, "1f1b", "full"),
+    "ep2-tp2": (Layout(dp_shard=2, tp=2), 2, "1f1b", "none"),
+    "ep2-pp2": (Layout(pp=2, dp_shard=2), 2, "1f1b", "none"),
+    "ep2-pp2-zero_bubble": (Layout(pp=2, dp_shard=2), 2, "zero_bubble", "none"),
+    "ep2-cp2": (Layout(dp_shard=2, cp=2), 2, "1f1b", "none"),
+    "ep2-on-cp2": (Layout(cp=2), 2, "1f1b", "none"),
+    "ep4-cp2": (Layout(dp_shard=2, cp=2), 4, "1f1b", "selective"),
+    "ep2-dp_replicate2": (Layout(dp_replicate=2, dp_shard=2), 2, "1f1b", "none"),
+    "pp2": (Layout(pp=2), 1, "interleaved", "none"),
+    "tp2-cp2": (Layout(tp=2, cp=2), 1, "1f1b", "none"),
+    "dp_shard3": (Layout(dp_shard=3), 1, "1f1b", "none"),
+}
+
+
+def config(model: str) -> ModelConfig:
+    """Dense layers first and between mixtures."""
+    options = {"num_experts": 4, "top_k": 2, "expert_dim": 24, "balance_loss": 0.5}
+    return ModelConfig(
+        vocab_size=VOCAB,
+        dim=32,
+        num_layers=6,
+        pattern=["attention", "gated_deltanet+moe", "attention+moe"],
+        mixers={
+            "attention": {"num_heads": 4},
+            "gated_deltanet": {"head_dim": 8, "num_heads": 4},
+        },
+        ffn_dim=48,
+        ffns={"moe": {**options, **MODELS[model]["moe"]}},
+        routers={"rmoe": {"dim": 12}},
+        init_std=0.1,
+    )
+
+
+@functools.cache
+def alone(model: str, rows: int) -> dict[str, Any]:
+    """What one process gets."""
+    return train(Run(config(model), Layout(), rows=rows))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_equals_one_process(name: str) -> None:
+    layout, ep, schedule, checkpointing = LAYOUTS[name]
+    chosen = list(MODELS) if name in ("ep4", "ep2-pp2") else ["rmoe"]
+    rows = 9 if layout.data_size == 3 else 8
+    runs = [
+        Run(config(model), layout, schedule, checkpointing=checkpointing, ep=ep, rows=rows)
+        for model in chosen
+    ]
+    results = run_ranks(train_all, layout.size, runs, timeout=600)
+    wrong = []
+    for number, model in enumerate(chosen):
+        ranks = [of_rank[number] for of_rank in results]
+        wrong += [f"{model}: {p}" for p in compare(ranks, alone(model, rows), 1e-10)]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+SAVED = Run(config("rmoe"), Layout(dp_shard=4), precision="float32", ep=4)
+LOADED = {
+    "ep1": Run(config("rmoe"), Layout(), precision="float32"),
+    "ep2": Run(config("rmoe"), Layout(dp_shard=2), precision="float32", ep=2),
+    "ep2-tp2": Run(config("rmoe"), Layout(dp_shard=2, tp=2), precision="float32", ep=2),
+    "dp_shard3": Run(config("rmoe"), Layout(dp_shard=3), precision="float32", rows=9),
+    "ep2-of-4": Run(config("rmoe"), Layout(dp_shard=4), precision="float32", ep=2),
+}
+
+
+def test_any_division_of_experts_loads_any_other(tmp_path: Path) -> None:
+    """Equal digests: every tensor of model and optimizer, to the bit, with all of its experts."""
+    [digest, *others] = run_ranks(
+        save_or_load, SAVED.layout.size, SAVED, str(tmp_path), "adamw", 4, True
+    )
+    assert set(others) == {digest}
+    for name, other in LOADED.items():
+        found = run_ranks(save_or_load, other.layout.size, other, str(tmp_path), "adamw", 5, False)
+        assert set(found) == {digest}, name
