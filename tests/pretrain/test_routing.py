@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rondo.models import Decoder, ModelConfig
+from rondo.models import Decoder, ModelConfig, load
 from rondo.parallel.build import ParallelModel
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.load import load_summary, mixtures, move_biases, take_loads
@@ -145,6 +145,7 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
         "--model.ffns.moe.expert_dim=16",
         "--model.ffns.moe.capacity_factor=1.0",
         "--model.ffns.moe.z_loss=0.001",
+        "--model.ffns.moe.bias_rate=0.01",
         "--data.sequence_length=64",
         "--data.global_batch_size=4",
         "--data.micro_batch_size=2",
@@ -167,3 +168,8 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
             assert row[name] > 0
         assert row["router_information/01"] >= 0 and row["router_inner/00"] >= 1
         assert row["router_grad_norm/tokens"] > 0 and row["router_grad_norm/auxiliary"] > 0
+    saved = load(tmp_path / "runs/rmoe-tiny/checkpoints/step-000000004", dtype=torch.bfloat16)
+    for mixture in mixtures([saved]).values():
+        bias = mixture.balance_bias
+        assert bias is not None and bias.dtype == torch.float32  # four steps of 0.01 each
+        assert bias.any() and bias.abs().max() <= 0.0401
