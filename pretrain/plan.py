@@ -119,8 +119,8 @@ def make_job(recipe: Recipe, ranks: int) -> Job:
         )
     if recipe.parallel.ep > 1:
         raise UserError(
-            f"parallel.ep: {recipe.parallel.ep} expert-parallel ranks exchange what routers choose, "
-            "which a plan does not know; plan with --parallel.ep 1"
+            f"parallel.ep: {recipe.parallel.ep} expert-parallel ranks exchange what routers "
+            "choose, which a plan does not know; plan with --parallel.ep 1"
         )
     return Job(
         model=Model(

@@ -68,7 +68,7 @@ def test_search(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--ranks", "8", "--data.global_batch_size", "3"], "do not divide over 8"),
         (
             ["--ranks", "8", "--model.pattern", "[attention+moe]", "--parallel.ep", "2"],
-            "parallel.ep: 2 expert-parallel ranks exchange what routers choose",
+            "parallel.ep: 2 expert-parallel ranks exchange what routers choose, which",
         ),
         (
             ["--ranks", "8", "--model.vocab_size", "0", "--data.tokenizer", "auto"],
