@@ -164,6 +164,8 @@ def _check(config: PlanConfig) -> None:
         raise UserError(f"ranks: must be at least 1, got {config.ranks}")
     if not 0 < config.efficiency <= 1:
         raise UserError(f"efficiency: must be above 0 and at most 1, got {config.efficiency}")
+    if config.html is not None and Path(config.html).is_dir():
+        raise UserError(f"html: {config.html} is a folder, not a file to write")
     if config.html is not None and not Path(config.html).absolute().parent.is_dir():
         raise UserError(f"html: no folder for {config.html}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from rondo.errors import UserError
 from rondo.models import ModelConfig
 from rondo.parallel.build import PRECISIONS
 from rondo.parallel.layer_times import measure_layers
@@ -40,9 +41,15 @@ def _kept_or_measured(
     of = {"model": asdict(config), "length": length, "precision": recipe.precision}
     of = json.loads(json.dumps(of))
     if file.exists():
-        kept = json.loads(file.read_text())
-        if kept["of"] == of:
-            return kept["seconds"]
+        try:
+            kept = json.loads(file.read_text())
+            if kept["of"] == of:
+                return kept["seconds"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: damaged ({error!r}); delete it to have layers measured anew, after which "
+                "the stages of this run may be cut elsewhere"
+            ) from error
     seconds = measure_layers(config, length, PRECISIONS[recipe.precision], ranks.device)
     folder.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")

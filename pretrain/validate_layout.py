@@ -25,6 +25,7 @@ def layout_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
         yield f"parallel.{name}: must be at least 1{more}, got {sizes[name]}"
     if wrong:
         return
+    yield from _sequence(recipe)
     others = math.prod(size for name, size in sizes.items() if name != "dp_shard")
     named = " x ".join(f"{n} {s}" for n, s in sizes.items() if s != 1 and n != "dp_shard")
     shard = config.dp_shard
@@ -42,7 +43,6 @@ def layout_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
         return
     yield from _expert_ranks(recipe, shard * config.cp)
     yield from _batch(recipe, Layout(config.pp, config.dp_replicate, shard, config.cp, config.tp))
-    yield from _sequence(recipe)
 
 
 def model_layout_problems(recipe: Recipe) -> Iterator[str]:

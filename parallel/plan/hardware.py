@@ -72,7 +72,7 @@ def find_hardware(
     given = {"node_size": node_size, "nvlink_gbs": nvlink_gbs, "network_gbs": network_gbs}
     for key, value in given.items():
         if value is not None and not 0 < value < 1e9:
-            raise UserError(f"{key}: must be above 0, got {value}")
+            raise UserError(f"{key}: must be above 0 and below 1e9, got {value}")
     base = by_upper[name.upper()]
     return dataclasses.replace(
         base,

@@ -56,7 +56,12 @@ LAYOUTS = {
 }
 
 
-def config(pattern: str, **changes: Any) -> ModelConfig:
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
+
+
+def config(pattern: str, precision: str, **changes: Any) -> ModelConfig:
+    """Wide initial values bring out differences; in float32 they bring out one process's own
+    rounding, up to 7e-5 of a gradient, where usual ones leave 2e-6."""
     entries = PATTERNS[pattern]
     return ModelConfig(
         vocab_size=VOCAB,
@@ -65,7 +70,7 @@ def config(pattern: str, **changes: Any) -> ModelConfig:
         pattern=entries,
         mixers=OPTIONS,
         ffn_dim=48,
-        init_std=0.1,
+        init_std={"float64": 0.1, "float32": 0.02}[precision],
         **changes,
     )
 
@@ -73,17 +78,8 @@ def config(pattern: str, **changes: Any) -> ModelConfig:
 @functools.cache
 def alone(pattern: str, precision: str, tied: bool) -> dict[str, Any]:
     """What one process gets."""
-    return train(Run(config(pattern, tie_embeddings=tied), Layout(), precision=precision))
-
-
-def tolerance(pattern: str, precision: str, tied: bool) -> float:
-    """1e-10 in float64; in float32 1e-5, or what one process itself is off by (a deep model of
-    many kinds of layers multiplies rounding errors)."""
-    if precision == "float64":
-        return 1e-10
-    truth, rounded = (alone(pattern, kind, tied) for kind in ("float64", "float32"))
-    pairs = [(rounded["gradients"][name], exact) for name, exact in truth["gradients"].items()]
-    return max(1e-5, 3 * max(ratio(value, exact) for value, exact in pairs))
+    sizes = config(pattern, precision, tie_embeddings=tied)
+    return train(Run(sizes, Layout(), precision=precision))
 
 
 def ratio(value: np.ndarray, expected: np.ndarray) -> float:
@@ -116,7 +112,7 @@ def cases(layout: str) -> list[tuple[str, str, bool]]:
     if FULL or layout == "dp_shard2":
         found += [("mixed", "float32", False)]
     if FULL or layout in ("tp2", "cp2"):
-        found += [(name, "float64", False) for name in MIXERS]
+        found += [(name, kind, False) for name in MIXERS for kind in TOLERANCES]
     return found
 
 
@@ -127,7 +123,7 @@ def test_training_equals_one_process(name: str) -> None:
     exchange = "ring" if "ring" in name else "all_gather"
     kinds = {"schedule": schedule, "checkpointing": checkpointing, "exchange": exchange}
     runs = [
-        Run(config(pattern, tie_embeddings=tied), layout, precision=precision, **kinds)
+        Run(config(pattern, precision, tie_embeddings=tied), layout, precision=precision, **kinds)
         for pattern, precision, tied in chosen
     ]
     results = run_ranks(train_all, layout.size, runs, timeout=900)
@@ -135,7 +131,7 @@ def test_training_equals_one_process(name: str) -> None:
     for number, (pattern, precision, tied) in enumerate(chosen):
         ranks = [of_rank[number] for of_rank in results]
         expected = alone(pattern, precision, tied)
-        problems = compare(ranks, expected, tolerance(pattern, precision, tied))
+        problems = compare(ranks, expected, TOLERANCES[precision])
         wrong += [f"{pattern} {precision}: {problem}" for problem in problems]
     assert not wrong, "\n".join(wrong[:20])
 

@@ -23,10 +23,16 @@ def commands(start: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The README's recipe, as my.yaml."""
     block = re.search(r"^    name: my-run\n(?:    .*\n)+", README, re.MULTILINE)[0]
     path = tmp_path / "my.yaml"
     path.write_text(re.sub(r"^    ", "", block, flags=re.MULTILINE))
+    return path
+
+
+def test_the_recipe_in_the_readme_is_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.model.preset == "gated-deltanet-340m" and recipe.model.num_layers == 24
     assert set(yaml.safe_load(path.read_text())["data"]) <= set(vars(recipe.data))
@@ -39,6 +45,14 @@ def test_commands_in_the_readme_are_valid() -> None:
         assert name in _COMMANDS
         if name == "train":
             load_recipe(words[0], words[1:])
+
+
+def test_the_recipe_in_the_readme_runs_on_the_ranks_shown(path: Path) -> None:
+    found = commands("torchrun")
+    assert len(found) >= 3
+    for words in found:
+        ranks, name = int(words[words.index("--nproc-per-node") + 1]), words.index("my.yaml")
+        load_recipe(path, words[name + 1 :], world_size=ranks)
 
 
 def test_targets_in_the_readme_exist() -> None:

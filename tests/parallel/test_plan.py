@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_said_not_to_and_slow_networks_cost() -> None:
 def test_hardware() -> None:
     with pytest.raises(UserError, match="did you mean MI300X"):
         find_hardware("MI300")
-    with pytest.raises(UserError, match="node_size: must be above 0, got 0"):
+    with pytest.raises(UserError, match="node_size: must be above 0 and below 1e9, got 0"):
         find_hardware("H100", node_size=0)
     mine = find_hardware("h200", node_size=4, nvlink_gbs=300, network_gbs=25)
     assert (mine.node_size, mine.node_bandwidth, mine.network_bandwidth) == (4, 300e9, 25e9)

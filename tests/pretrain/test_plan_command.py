@@ -64,6 +64,8 @@ def test_search(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--ranks", "8", "--hardware", "H10"], "hardware: unknown 'H10'; did you mean H100?"),
         (["--ranks", "8", "--hardwear", "H100"], "did you mean --hardware"),
         (["--ranks", "8", "--html", "/no/plan.html"], "html: no folder for /no/plan.html"),
+        (["--ranks", "8", "--html", "/tmp"], "html: /tmp is a folder"),
+        (["--ranks", "8", "--network_gbs", "1e9"], "must be above 0 and below 1e9, got 1000000000"),
         (["--ranks", "8", "--efficiency", "2"], "efficiency: must be above 0"),
         (["--ranks", "8", "--data.global_batch_size", "3"], "do not divide over 8"),
         (

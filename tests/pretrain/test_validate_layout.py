@@ -81,6 +81,10 @@ def test_the_message_names_key_and_numbers(
 def test_all_problems_come_at_once() -> None:
     text = problems(8, "--parallel.tp=4", "--parallel.cp=2", FEW_HEADS, "--data.sequence_length=12")
     assert "num_kv_heads" in text and "data.sequence_length" in text
+    wrong = ["--parallel.tp=3", "--parallel.pp=7", "--model.num_layers=6"]
+    text = problems(8, *wrong, "--data.sequence_length=64", FEW_HEADS)
+    for words in ("does not divide 8 ranks", "data.sequence_length", "7 stages", "num_kv_heads"):
+        assert words in text, text
 
 
 @pytest.mark.parametrize(
