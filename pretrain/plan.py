@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rondo.errors import UserError
 from rondo.parallel.config import ParallelConfig
+from rondo.parallel.mesh import Layout
 from rondo.parallel.plan.estimate import EFFICIENCY, Plan, make_plan
 from rondo.parallel.plan.hardware import Hardware, find_hardware
 from rondo.parallel.plan.job import Job, Model
@@ -31,6 +32,7 @@ _USAGE = "rondo plan RECIPE --ranks N [--option value]... [--section.key value].
 _DESCRIPTION = """\
 Lays RECIPE out on N ranks without GPUs: memory, collectives, predicted time. Keys of the recipe
 (`rondo train --help` lists them) can be given here too, and then override the file."""
+_ANY_LAYOUT = [f"--parallel.{name}=1" for name in (*Layout._fields, "ep")]
 
 
 @dataclasses.dataclass
@@ -74,7 +76,8 @@ def main(words: Sequence[str]) -> int:
         nvlink_gbs=config.nvlink_gbs,
         network_gbs=config.network_gbs,
     )
-    # The layout of the recipe does not matter when others are looked for.
+    if config.search:  # the layout of the recipe does not matter when others are looked for
+        overrides += _ANY_LAYOUT
     recipe = load_recipe(
         config.recipe, overrides, world_size=None if config.search else config.ranks
     )

@@ -15,6 +15,7 @@ from rondo.models import ModelConfig
 from rondo.parallel.build import PRECISIONS
 from rondo.parallel.layer_times import measure_layers
 from rondo.parallel.mesh import Ranks
+from rondo.parallel.pipeline import layer_flops
 from rondo.pretrain.recipe import Recipe
 
 FILE = "layer_times.json"
@@ -38,7 +39,7 @@ def _kept_or_measured(
     recipe: Recipe, config: ModelConfig, folder: Path, ranks: Ranks
 ) -> list[float]:
     file, length = folder / FILE, recipe.data.sequence_length
-    of = {"model": asdict(config), "length": length, "precision": recipe.precision}
+    of: dict[str, Any] = {"model": asdict(config), "length": length, "precision": recipe.precision}
     of = json.loads(json.dumps(of))
     if file.exists():
         try:
@@ -50,7 +51,11 @@ def _kept_or_measured(
                 f"{file}: damaged ({error!r}); delete it to have layers measured anew, after which "
                 "the stages of this run may be cut elsewhere"
             ) from error
-    seconds = measure_layers(config, length, PRECISIONS[recipe.precision], ranks.device)
+    # What a rank holds fits on it; what grows with the length beyond that, FLOPs say.
+    stretch = max(1, length // ranks.layout.cp)
+    seconds = measure_layers(config, stretch, PRECISIONS[recipe.precision], ranks.device)
+    whole, part = layer_flops(config, length), layer_flops(config, stretch)
+    seconds = [time * a / b for time, a, b in zip(seconds, whole, part, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
     new.write_text(json.dumps({"seconds": seconds, "of": of}, indent=1))

@@ -35,6 +35,7 @@ class Run:
     checkpointing: str = "none"
     exchange: str = "all_gather"
     ep: int = 1
+    compile: bool = False
     rows: int = ROWS
     time: int = TIME
 
@@ -88,7 +89,13 @@ def train_one(run: Run) -> dict[str, Any]:
         ep=run.ep,
     )
     model = ParallelModel(
-        run.config, ranks, parallel, precision=run.precision, seed=4, length=run.time
+        run.config,
+        ranks,
+        parallel,
+        precision=run.precision,
+        seed=4,
+        length=run.time,
+        compile=run.compile,
     )
     optimizers = build_optimizers(model.parts, OptimizerConfig(lr=1e-4, eps=1e-2))
     batches = micro_batches(run, ranks)

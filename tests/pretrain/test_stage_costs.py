@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rondo.errors import UserError
-from rondo.parallel.mesh import Ranks
+from rondo.parallel.mesh import Layout, Ranks
+from rondo.parallel.pipeline import layer_flops
 from rondo.pretrain import load_recipe, stage_costs
 from rondo.pretrain.stage_costs import FILE, _kept_or_measured
 
@@ -23,6 +24,7 @@ def test_kept_times_serve_the_model_they_are_of(
 ) -> None:
     measured = iter([[1.0, 2.0], [3.0, 4.0]])
     monkeypatch.setattr(stage_costs, "measure_layers", lambda *_: next(measured))
+    monkeypatch.setattr(stage_costs, "layer_flops", lambda *_: [5.0, 6.0])
     recipe = load_recipe("tiny")
     wider = dataclasses.replace(recipe.model, dim=2 * recipe.model.dim)
     folder = tmp_path / "run"
@@ -38,3 +40,23 @@ def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     recipe = load_recipe("tiny")
     with pytest.raises(UserError, match=r"layer_times\.json: damaged .* delete it"):
         _kept_or_measured(recipe, recipe.model, tmp_path, RANKS)
+
+
+def test_sequence_parallel_ranks_measure_what_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And attention, whose work for a token grows with the length, is scaled to the whole."""
+    recipe = load_recipe("tiny")
+    length, seen = recipe.data.sequence_length, []
+    config = dataclasses.replace(
+        recipe.model, num_layers=3, pattern=["gla", "attention", "gla"], vocab_size=10
+    )
+    layout = property(lambda self: Layout(pp=2, cp=4))
+    monkeypatch.setattr(Ranks, "layout", layout)
+    monkeypatch.setattr(
+        stage_costs, "measure_layers", lambda config, length, *_: seen.append(length) or [1.0] * 3
+    )
+    first, attention, last = _kept_or_measured(recipe, config, tmp_path, RANKS)
+    assert seen == [length // 4]
+    whole, part = (layer_flops(config, n)[1] for n in (length, length // 4))
+    assert first == last == 1.0 and attention == pytest.approx(whole / part) and whole > part
