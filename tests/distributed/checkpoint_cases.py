@@ -156,6 +156,7 @@ def failing_write(folder: Path) -> list[Any]:
         messages.append(str(error))
     staging.save_file = original
     after = sorted(path.name for path in folder.iterdir())
+    dist.barrier()  # nobody begins the next save before all have looked
     checkpointer.save(4, run.tensors, {})
     checkpointer.close()
     return [messages, after, sorted(path.name for path in folder.iterdir())]
