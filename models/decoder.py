@@ -13,10 +13,9 @@ from rondo.kernels import linear_cross_entropy
 from rondo.kernels.segments import document_positions, first_document
 from rondo.models.block import Block
 from rondo.models.config import ModelConfig, make_options, problems
-from rondo.models.ffn.moe import MoE
 from rondo.models.init import initial_values
 from rondo.models.layers import Embedding, Linear, RMSNorm
-from rondo.models.mixer import Cost, SequenceContext, State, module_cost
+from rondo.models.mixer import ChannelMixer, Cost, SequenceContext, State, module_cost
 from rondo.models.registry import FFNS, MIXERS
 
 
@@ -204,7 +203,8 @@ class Decoder(nn.Module):
 
     def active_parameters(self) -> int:
         """Parameters that take part in one token's forward pass: of experts, those it goes to."""
-        idle = sum(m.idle_parameters() for m in self.modules() if isinstance(m, MoE))
+        mixers = (m for m in self.modules() if isinstance(m, ChannelMixer))
+        idle = sum(mixer.idle_parameters() for mixer in mixers)
         return sum(p.numel() for p in self.parameters()) - idle
 
     def matrix_names(self) -> set[str]:

@@ -154,6 +154,10 @@ class ChannelMixer(nn.Module):
         """What makes `config` impossible for it; each starts with its key."""
         return []
 
+    def idle_parameters(self) -> int:
+        """Parameters that take no part in one token's forward pass."""
+        return 0
+
     @classmethod
     def expert_counts(cls, config: ModelConfig) -> dict[str, int]:
         """What expert-parallel ranks can divide, by name of the key that sets it."""

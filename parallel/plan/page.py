@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from rondo.parallel.mesh import Layout
 from rondo.parallel.plan.estimate import MEMORY_SHARE, Plan
 from rondo.parallel.plan.report import (
     GIB,
     PARTS,
+    SEARCH_HEADS,
     assumptions,
     collective_rows,
-    layout_text,
+    search_row,
     summary_rows,
     time_parts,
 )
@@ -52,7 +54,8 @@ def plan_page(plan: Plan, best: Sequence[Plan] = ()) -> str:
         f"<h2>Collectives of a rank in a step</h2>{_collectives(plan)}",
     ]
     if best:
-        body.append(f"<h2>Best layouts that fit (predicted)</h2>{_search(best)}")
+        table = _table(SEARCH_HEADS, [search_row(one) for one in best], words=1)
+        body.append(f"<h2>Best layouts that fit (predicted)</h2>{table}")
     notes = "".join(f"<li>{escape(text)}</li>" for text in assumptions(plan))
     body.append(
         "<h2>Assumptions</h2><p>Times are predictions, not measurements. They assume:</p>"
@@ -159,10 +162,10 @@ def _layout_note(plan: Plan, by: str, hidden: int) -> str:
     return f'<p class="note">{" ".join(notes)}</p>'
 
 
-def _place(rank: int, layout: Sequence[int]) -> dict[str, int]:
+def _place(rank: int, layout: Layout) -> dict[str, int]:
     """Where a rank stands along each dimension (`tp` is the fastest)."""
     place = {}
-    for name, size in reversed(list(zip(layout._fields, layout, strict=True))):  # type: ignore
+    for name, size in reversed(list(zip(layout._fields, layout, strict=True))):
         rank, place[name] = divmod(rank, size)
     return dict(reversed(place.items()))
 
@@ -172,22 +175,6 @@ def _collectives(plan: Plan) -> str:
     for rank in plan.shown:
         heads += [f"count (pp {rank.pp_rank})", f"GB received (pp {rank.pp_rank})"]
     return _table(heads, collective_rows(plan), words=3)
-
-
-def _search(best: Sequence[Plan]) -> str:
-    heads = ["layout", "GiB", "s a step", "bubble", "MFU", "tokens/s"]
-    rows = [
-        (
-            layout_text(plan),
-            f"{plan.worst.memory.total / GIB:.1f}",
-            f"{plan.times.step:.4g}",
-            f"{plan.bubble_share:.1%}",
-            f"{plan.mfu:.1%}",
-            f"{plan.tokens_per_second:,.0f}",
-        )
-        for plan in best
-    ]
-    return _table(heads, rows, words=1)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:

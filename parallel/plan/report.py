@@ -21,6 +21,7 @@ PARTS = {
     "communication": "communication buffers",
     "workspace": "other working memory",
 }
+SEARCH_HEADS = ("layout", "GiB", "s a step", "bubble", "MFU", "tokens/s")
 PURPOSES = {"optimizer": "optimiser"}
 
 
@@ -131,19 +132,23 @@ def show_plan(plan: Plan, console: Console) -> None:
 def show_search(plans: list[Plan], console: Console) -> None:
     """Prints the best layouts, best first."""
     table = Table(title="best layouts that fit (predicted)", title_justify="left")
-    for name in ("", "layout", "GiB", "s a step", "bubble", "MFU", "tokens/s"):
+    for name in ("", *SEARCH_HEADS):
         table.add_column(name, justify="left" if name == "layout" else "right")
     for i, plan in enumerate(plans, 1):
-        table.add_row(
-            str(i),
-            layout_text(plan),
-            f"{plan.worst.memory.total / GIB:.1f}",
-            f"{plan.times.step:.4g}",
-            f"{plan.bubble_share:.1%}",
-            f"{plan.mfu:.1%}",
-            f"{plan.tokens_per_second:,.0f}",
-        )
+        table.add_row(str(i), *search_row(plan))
     console.print(table)
+
+
+def search_row(plan: Plan) -> tuple[str, ...]:
+    """A plan beside others, under `SEARCH_HEADS`."""
+    return (
+        layout_text(plan),
+        f"{plan.worst.memory.total / GIB:.1f}",
+        f"{plan.times.step:.4g}",
+        f"{plan.bubble_share:.1%}",
+        f"{plan.mfu:.1%}",
+        f"{plan.tokens_per_second:,.0f}",
+    )
 
 
 def _summary(plan: Plan) -> Table:
