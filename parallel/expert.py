@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from rondo.errors import UserError
 from rondo.models import Decoder
-from rondo.models.ffn.dispatch import collect, route, spread
+from rondo.models.ffn.dispatch import collect, route, spread, spread_choices
 from rondo.models.ffn.experts import Experts
 from rondo.parallel.collectives import all_to_all_rows
 from rondo.parallel.mesh import EXPERT_SHARD, Layout, submesh
@@ -88,16 +88,18 @@ class _ExpertsOverRanks:
     def __init__(self, operator: Callable[..., Tensor], group: dist.ProcessGroup) -> None:
         self.operator, self.group = operator, group
 
-    def __call__(self, x: Tensor, shares: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
-        own = counts.view(dist.get_world_size(self.group), -1)
+    def __call__(
+        self, x: Tensor, experts: Tensor, shares: Tensor, *weights: Tensor, drops: bool = False
+    ) -> Tensor:
+        ranks, here = dist.get_world_size(self.group), len(weights[0])
+        where = route(experts, ranks * here, drops=drops)
+        own = where.counts.view(ranks, here)
         theirs = torch.empty_like(own)  # [rank it comes from, expert of this rank]
         dist.all_to_all_single(theirs, own.contiguous(), group=self.group)
         send, receive = own.sum(1).tolist(), theirs.sum(1).tolist()
-        rows = all_to_all_rows(x, send, receive, self.group)
-        shares = all_to_all_rows(shares, send, receive, self.group)
-        experts = torch.arange(theirs.shape[1], device=x.device).repeat(len(receive))
-        experts = experts.repeat_interleave(theirs.flatten())
-        where = route(experts[:, None], theirs.shape[1])
-        shares = shares.index_select(0, where.order)
-        y = self.operator(spread(rows, where), shares, where.counts, *weights)
-        return all_to_all_rows(collect(y, where), receive, send, self.group)
+        rows = all_to_all_rows(spread(x, where), send, receive, self.group)
+        shares = all_to_all_rows(spread_choices(shares, where), send, receive, self.group)
+        local = torch.arange(here, device=x.device).repeat(ranks)
+        local = local.repeat_interleave(theirs.flatten())
+        y = self.operator(rows, local[:, None], shares[:, None], *weights)
+        return collect(all_to_all_rows(y, receive, send, self.group), where)

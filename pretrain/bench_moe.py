@@ -11,6 +11,7 @@ turns, peak memory each in a process of its own. The best of the rounds counts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -31,13 +32,15 @@ from rondo.pretrain.bench import best_times, our_step
 DIM, EXPERT, TOP_K, TOKENS = 1024, 1408, 2, 8192
 
 
-def layer_step(ffn: ChannelMixer, shared: dict[str, Any]) -> Callable[[], float]:
-    """Forward and backward of a channel mixer on `TOKENS` tokens."""
-    x = torch.randn(8, TOKENS // 8, DIM, generator=torch.Generator().manual_seed(0))
-    x = x.bfloat16().requires_grad_()
-    slope = torch.ones_like(x)
+def layer_step(ffn: ChannelMixer, shared: dict[str, Any], rounds: int) -> Callable[[], float]:
+    """Forward and backward of a channel mixer on `TOKENS` tokens, new ones each time: the same
+    would give experts the same loads, and the CPU library products it has prepared."""
+    generator, size = torch.Generator().manual_seed(0), (8, TOKENS // 8, DIM)
+    batches = [torch.randn(size, generator=generator).bfloat16() for _ in range(rounds + 2)]
+    slope, turns = torch.ones_like(batches[0]), itertools.cycle(batches)
 
     def step() -> float:
+        x = next(turns).requires_grad_()
         arguments = (x, {}, shared) if isinstance(ffn, MoE) else (x,)
         y = ffn(*arguments)
         (y[0] if isinstance(y, tuple) else y).backward(slope)
@@ -51,14 +54,14 @@ def layer_step(ffn: ChannelMixer, shared: dict[str, Any]) -> Callable[[], float]
 def layer_contest(rounds: int) -> list[dict[str, Any]]:
     """Tokens a second of mixtures and of the dense layer."""
     steps, names = (
-        [layer_step(_filled(SwiGLU(ModelConfig(dim=DIM, ffn_dim=TOP_K * EXPERT))), {})],
+        [layer_step(_filled(SwiGLU(ModelConfig(dim=DIM, ffn_dim=TOP_K * EXPERT))), {}, rounds)],
         [],
     )
     for router in ("linear", "rmoe"):
         options = {"top_k": TOP_K, "expert_dim": EXPERT, "router": router}
         config = ModelConfig(vocab_size=8, dim=DIM, num_layers=1, ffns={"moe": options})
         shared = {n: _filled(m)() for n, m in MoE.shared_modules(config).items()}
-        steps.append(layer_step(_filled(MoE(config)), shared))
+        steps.append(layer_step(_filled(MoE(config)), shared, rounds))
         names.append(router)
     dense, *ours = best_times(steps, rounds)
     return [
@@ -151,7 +154,7 @@ def main() -> None:
     if arguments.profile:
         config = ModelConfig(dim=DIM, num_layers=1, ffns={"moe": {"expert_dim": EXPERT}})
         shared = {n: _filled(m)() for n, m in MoE.shared_modules(config).items()}
-        step = layer_step(_filled(MoE(config)), shared)
+        step = layer_step(_filled(MoE(config)), shared, 2)
         step(), step()
         with torch.profiler.profile() as recorded:
             step()

@@ -62,68 +62,93 @@ def over_capacity(choice: Choice, count: int, factor: float) -> Tensor:
 
 
 class Route(NamedTuple):
-    """Choices of all tokens in the order of experts."""
+    """Rows of experts in order, m of them: a choice each, or filling."""
 
     order: Tensor
-    """`(n k,)`: choice (token · k + slot) at each place; dropped ones last."""
+    """`(m,)`: the choice (token · k + slot) at each row; n k for filling."""
     places: Tensor
-    """`(n k,)`: place of each choice, the inverse of `order`."""
+    """`(n k,)`: the row of each choice; m for one that is dropped."""
     counts: Tensor
-    """`(N,)`: choices that each expert takes."""
+    """`(N,)`: rows of each expert."""
     k: int
+    drops: bool
+    """Whether some choices may be dropped."""
 
 
-def route(experts: Tensor, count: int, dropped: Tensor | None = None) -> Route:
-    """Sorts choices `(B, T, k)` by expert, stably."""
+def route(experts: Tensor, count: int, *, drops: bool = False, multiple: int = 1) -> Route:
+    """Sorts choices `(n, k)` by expert, stably, and fills each expert's rows up to a multiple.
+    With `drops`, expert `count` stands for none."""
     flat = experts.flatten()
-    if dropped is not None:
-        flat = torch.where(dropped.flatten(), count, flat)
     order = flat.argsort(stable=True)
-    places = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=order.device)
-    )
-    counts = flat.new_zeros(count + 1).scatter_add_(0, flat, torch.ones_like(flat))[:count]
-    return Route(order, places, counts, experts.shape[-1])
+    taken = flat.new_zeros(count + 1).scatter_add_(0, flat, torch.ones_like(flat))[:count]
+    if drops:
+        order = order[: int(taken.sum())]
+    rows, counts, total = torch.arange(len(order), device=flat.device), taken, len(order)
+    if multiple > 1:
+        counts = (taken + multiple - 1) // multiple * multiple
+        filling = counts - taken
+        before = filling.cumsum(0) - filling
+        rows = rows + before.index_select(0, flat.index_select(0, order))
+        total = int(counts.sum())
+    filled = flat.new_full((total,), len(flat)).scatter_(0, rows, order)
+    places = flat.new_full((len(flat),), total).scatter_(0, order, rows)
+    return Route(filled, places, counts, experts.shape[-1], drops)
 
 
 def spread(x: Tensor, where: Route) -> Tensor:
-    """`(n k, d)`: the token of each place, of `x` `(n, d)`."""
-    return _Spread.apply(x, where.order, where.places, where.k)
+    """`(m, d)`: the token of each row, of `x` `(n, d)`; the last one for filling."""
+    return _Spread.apply(x, *where)
+
+
+def spread_choices(values: Tensor, where: Route) -> Tensor:
+    """`(m,)`: the value of each row's choice, of `values` `(n, k)`; 0 for filling."""
+    return F.pad(values.flatten(), (0, 1)).index_select(0, where.order)
 
 
 def collect(y: Tensor, where: Route) -> Tensor:
-    """`(n, d)`: for each token the sum of `y` `(n k, d)` over its places."""
-    return _Collect.apply(y, where.order, where.places, where.k)
+    """`(n, d)`: for each token the sum of `y` `(m, d)` over its rows."""
+    return _Collect.apply(y, *where)
 
 
-# The transposes of each other; written out because the derivative of indexing adds up row by row.
+# The transposes of each other but for filling, which shares of 0 keep out of sums; written out
+# because the derivative of indexing adds up row by row.
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor, k: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, order: Tensor, places: Tensor, counts: Tensor, k: int, drops: bool
+    ) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.k = k
-        return x.index_select(0, order // k)
+        ctx.k, ctx.drops = k, drops
+        return _rows_of_tokens(x, order, k)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        return _token_sums(grad, places, ctx.k), None, None, None
+        return _token_sums(grad, places, ctx.k, ctx.drops), None, None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, order: Tensor, places: Tensor, k: int) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, order: Tensor, places: Tensor, counts: Tensor, k: int, drops: bool
+    ) -> Tensor:
         ctx.save_for_backward(order)
         ctx.k = k
-        return _token_sums(y, places, k)
+        return _token_sums(y, places, k, drops)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (order,) = ctx.saved_tensors
-        return grad.index_select(0, order // ctx.k), None, None, None
+        return _rows_of_tokens(grad, order, ctx.k), None, None, None, None, None
 
 
-def _token_sums(y: Tensor, places: Tensor, k: int) -> Tensor:
+def _rows_of_tokens(x: Tensor, order: Tensor, k: int) -> Tensor:
+    return x.index_select(0, (order // k).clamp_(max=len(x) - 1))
+
+
+def _token_sums(y: Tensor, places: Tensor, k: int, drops: bool) -> Tensor:
+    if drops:
+        y = F.pad(y, (0, 0, 0, 1))
     return F.embedding_bag(places.view(-1, k), y, mode="sum")

@@ -1,6 +1,7 @@
 """Experts: many SwiGLUs in two stacked matrices, computed by grouped matrix products.
 
-Two letters: m rows (tokens, once for each expert that they go to, sorted by expert), N experts.
+Letters: n tokens, k experts a token, N experts, m rows (tokens, once for each expert that they go
+to, sorted by expert).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.tiles import stays_in_cache
+from rondo.models.ffn.dispatch import collect, route, spread, spread_choices
 from rondo.models.init import normal, parameter
 
 _ALIGNMENT = 16
@@ -30,14 +33,40 @@ class Experts(nn.Module):
         self, count: int, dim: int, inner: int, *, std: float, residual_std: float
     ) -> None:
         super().__init__()
-        self.operator: Callable[..., Tensor] = grouped_swiglu
+        self.operator: Callable[..., Tensor] = mixture
         self.gate_up_proj = parameter((count, 2, inner, dim), normal(std))
         self.down_proj = parameter((count, dim, inner), normal(residual_std))
 
-    def forward(self, x: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
-        """`x` `(m, dim)`: first the `counts[0]` rows of expert 0, and so on; `counts` `(N,)`;
-        `shares` `(m,)`, by which outputs are multiplied."""
-        return self.operator(x, shares, counts, self.gate_up_proj, self.down_proj)
+    def forward(self, x: Tensor, experts: Tensor, shares: Tensor, *, drops: bool = False) -> Tensor:
+        """`(n, dim)`: for each token `x` `(n, dim)` the sum over its `experts` `(n, k)` of
+        `shares` `(n, k)` times what they make of it. With `drops`, expert N stands for none."""
+        return self.operator(x, experts, shares, self.gate_up_proj, self.down_proj, drops=drops)
+
+
+def mixture(
+    x: Tensor,
+    experts: Tensor,
+    shares: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    drops: bool = False,
+) -> Tensor:
+    """What `Experts.forward` says, with its parameters `gate_up` and `down`."""
+    count = len(gate_up)
+    where = route(experts, count, drops=drops, multiple=_row_multiple(x, experts.numel() / count))
+    shares = spread_choices(shares, where)
+    return collect(grouped_swiglu(spread(x, where), shares, where.counts, gate_up, down), where)
+
+
+def _row_multiple(x: Tensor, even: float) -> int:
+    """What the rows of an expert are filled up to, of which it gets `even` under an even load.
+
+    The CPU library's first product of a shape costs many times a small product; with one shape for
+    each load, every product would be a first one."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or not stays_in_cache(x):
+        return 1
+    return 2 ** min(max(5, int(even / 32).bit_length()), 8)
 
 
 def grouped_swiglu(

@@ -15,11 +15,8 @@ from rondo.models.config import ModelConfig, read_options
 from rondo.models.ffn.dispatch import (
     Choice,
     choose,
-    collect,
     count_by_row,
     over_capacity,
-    route,
-    spread,
     whole_sequence,
 )
 from rondo.models.ffn.experts import Experts
@@ -188,20 +185,15 @@ class MoE(ChannelMixer):
         return y if carry is None else (y, after)
 
     def _routed(self, x: Tensor, choice: Choice, counts: Tensor) -> Tensor:
-        options, dropped = self.options, None
-        if options.capacity_factor is not None:
-            dropped = over_capacity(choice, options.num_experts, options.capacity_factor)
-        where = route(choice.experts, options.num_experts, dropped)
-        rows = spread(x.flatten(0, 1), where)
-        kept = len(rows) if dropped is None else int(where.counts.sum())
+        count, factor = self.options.num_experts, self.options.capacity_factor
+        experts, lost = choice.experts, counts.new_zeros(1)
+        if factor is not None:
+            dropped = over_capacity(choice, count, factor)
+            experts, lost = experts.masked_fill(dropped, count), dropped.sum()[None]
         if self.training:
-            lost = counts.new_tensor([len(rows) - kept])
             self.load += torch.cat((counts.sum(0), lost))
-        shares = choice.weights.flatten().index_select(0, where.order[:kept])
-        y = self.experts(rows[:kept], shares, where.counts)
-        if kept < len(rows):
-            y = torch.cat((y, y.new_zeros(len(rows) - kept, y.shape[1])))
-        return collect(y, where).view_as(x)
+        flat = (each.flatten(0, 1) for each in (x, experts, choice.weights))
+        return self.experts(*flat, drops=factor is not None).view_as(x)
 
     def _add_losses(
         self, carry: Carry, logits: Tensor, probabilities: Tensor, counts: Tensor

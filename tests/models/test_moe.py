@@ -13,8 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from rondo.errors import UserError
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import problems
-from rondo.models.ffn.dispatch import Choice, choose, collect, over_capacity, route, spread
-from rondo.models.ffn.experts import Experts, grouped_swiglu
+from rondo.models.ffn.dispatch import (
+    Choice,
+    choose,
+    collect,
+    over_capacity,
+    route,
+    spread,
+    spread_choices,
+)
+from rondo.models.ffn.experts import Experts, grouped_swiglu, mixture
 from rondo.models.ffn.moe import BALANCE, MoE, Z
 from rondo.models.ffn.swiglu import SwiGLU
 from rondo.tests.numerics import assert_ratio, gradients
@@ -151,18 +159,45 @@ def test_grouped_products_are_separate_ones(dtype: torch.dtype, sizes: list[int]
             assert_ratio("grouped", a, b, limit)
 
 
-def test_rows_come_back_to_their_tokens() -> None:
-    experts = torch.randint(0, 5, (2, 7, 3), generator=torch.Generator().manual_seed(1))
-    where = route(experts, 6)
-    flat = experts.flatten()
-    assert torch.equal(flat[where.order], flat.sort().values)
-    assert torch.equal(where.counts, torch.bincount(flat, minlength=6))
-    x, y = inputs(14, 4), inputs(42, 4, seed=5)
-    torch.testing.assert_close(spread(x, where), x[where.order // 3])
-    slow = torch.zeros(14, 4).double().index_add(0, where.order // 3, y)
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("drops", [False, True])
+def test_rows_come_back_to_their_tokens(drops: bool, multiple: int) -> None:
+    experts = torch.randint(0, 5 + drops, (14, 3), generator=torch.Generator().manual_seed(1))
+    where = route(experts, 5, drops=drops, multiple=multiple)
+    flat, real = experts.flatten(), where.order < 42
+    assert torch.equal(flat[where.order[real]], flat[flat < 5].sort().values)
+    filled = torch.bincount(flat, minlength=6)[:5].add(multiple - 1) // multiple * multiple
+    assert torch.equal(where.counts, filled)
+    owners = torch.arange(5).repeat_interleave(where.counts)
+    assert torch.equal(flat[where.order[real]], owners[real])
+    rows, x = int(filled.sum()), inputs(14, 4)
+    torch.testing.assert_close(spread(x, where)[real], x[where.order[real] // 3])
+    shares = inputs(14, 3, seed=4)
+    expected = torch.where(real, shares.flatten()[where.order.clamp(max=41)], 0.0)
+    torch.testing.assert_close(spread_choices(shares, where), expected)
+    y = inputs(rows, 4, seed=5)
+    slow = torch.zeros(14, 4).double().index_add(0, where.order[real] // 3, y[real])
     torch.testing.assert_close(collect(y, where), slow)
-    assert torch.autograd.gradcheck(lambda x: spread(x, where), x.requires_grad_())
-    assert torch.autograd.gradcheck(lambda y: collect(y, where), y.requires_grad_())
+    kept = real[:, None].double()
+    assert torch.autograd.gradcheck(lambda x: spread(x, where) * kept, x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda y: collect(y * kept, where), y.requires_grad_())
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_filled_rows_change_nothing(drops: bool) -> None:
+    """In bfloat16 on a CPU the rows of an expert are filled up; in float64 they are not."""
+    x, shares = inputs(37, 16), inputs(37, 2, seed=4)
+    params = inputs(4, 2, 24, 16, seed=5), inputs(4, 16, 24, seed=6)
+    experts = torch.randint(0, 4 + drops, (37, 2), generator=torch.Generator().manual_seed(1))
+    rounded = [each.bfloat16() for each in (x, shares, *params)]
+
+    def ours(x: Tensor, shares: Tensor, *params: Tensor) -> list[Tensor]:
+        return [mixture(x, experts, shares, *params, drops=drops)]
+
+    actual = gradients(ours, rounded)
+    expected = gradients(ours, [each.double() for each in rounded])
+    for a, b in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        assert_ratio("mixture", a, b, 2e-2)
 
 
 def test_choices_are_distinct_and_weights_sum_to_one() -> None:
