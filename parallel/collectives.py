@@ -5,6 +5,7 @@ Each backward pass is the transpose of its forward: what several ranks read sums
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`(P, *x.shape)`: the `x` of every rank, in order. Backward: reduce-scatter."""
     return _Gather.apply(x, group)
+
+
+def start_gather(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Starts `gather` and returns what waits for it. Backward: the reduce-scatter starts where
+    this waits, and is waited for where this starts."""
+    flight = _Flight(group)
+    started = _StartGather.apply(x, flight)
+    return lambda: _FinishGather.apply(started, flight)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -97,6 +106,48 @@ class _Gather(torch.autograd.Function):
         return _reduced(grad, ctx.group), None
 
 
+class _Flight:
+    """A collective on its way, and the tensor that it fills."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.work: dist.Work | None = None
+        self.out: Tensor | None = None
+
+    def land(self) -> Tensor:
+        assert self.work is not None and self.out is not None, "started before"
+        self.work.wait()
+        out, self.work, self.out = self.out, None, None
+        return out
+
+
+class _StartGather(torch.autograd.Function):
+    """Returns a token, whose gradient says when to wait for that of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.out, flight.work = _start_gathering(x, flight.group)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.land(), None
+
+
+class _FinishGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, started: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.land()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        flight.out, flight.work = _start_reducing(grad, flight.group)
+        return grad.new_zeros(()), None
+
+
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -106,6 +157,16 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _gathered(grad, ctx.group), None
+
+
+def _start_gathering(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    return out, _all_gather(out.view(-1), x.contiguous().view(-1), group=group, async_op=True)
+
+
+def _start_reducing(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
+    out = x.new_empty(x.shape[1:])
+    return out, _reduce_scatter(out.view(-1), x.contiguous().view(-1), group=group, async_op=True)
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:

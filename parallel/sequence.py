@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,20 @@ from rondo.kernels import attention, short_conv
 from rondo.kernels.recurrences import SUMMARIES
 from rondo.models.ffn.dispatch import whole_sequence
 from rondo.parallel.attention import attention_over_ranks
-from rondo.parallel.collectives import after, from_previous, gather, receive_previous, send_next
+from rondo.parallel.collectives import (
+    after,
+    from_previous,
+    receive_previous,
+    send_next,
+)
 from rondo.parallel.config import Exchange
+from rondo.parallel.summaries import SummaryExchange, as_bits, as_ids, if_same
 
 OPERATORS = ("scan", "conv", "attend", "total")
 """Attributes under which modules keep the operators that mix positions."""
+
+_LONG = 2**20
+"""Numbers in an operand from which on halves take no longer than the whole, nothing hidden."""
 
 
 def shard_sequence(
@@ -79,7 +88,10 @@ def _sum_over_ranks(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
 
 
 class _RecurrenceOverRanks:
-    """A linear recurrence, by an all-gather of summaries; see `over_ranks`."""
+    """A linear recurrence, by an all-gather of summaries; see `over_ranks`.
+
+    Rows, or else heads, of long stretches are taken in two halves that know nothing of each other:
+    one's exchange is under way while the other is computed, forward and backward."""
 
     def __init__(self, operator: Callable[..., Any], group: dist.ProcessGroup) -> None:
         self.operator, self.summarize, self.group = operator, SUMMARIES[operator], group
@@ -91,21 +103,75 @@ class _RecurrenceOverRanks:
         segment_ids: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        rank = dist.get_rank(self.group)
-        summary = self.summarize(*tensors, segment_ids=segment_ids)
-        parts = [*summary] if initial_state is None else [*summary, initial_state]
-        ids = None if segment_ids is None else segment_ids[:, [0, -1]]
-        ranks = _exchange(parts, ids, self.group)
+        halves, dims = _halves(tensors, initial_state, segment_ids)
+        exchanges = [self._start(half) for half in halves]
+        results = [
+            self.operator(
+                *half.tensors,
+                initial_state=self._state_before(half, exchange),
+                segment_ids=half.segment_ids,
+                **options,
+            )
+            for half, exchange in zip(halves, exchanges, strict=True)
+        ]
+        if len(results) == 1:
+            return results[0]
+        outputs, states = zip(*results, strict=True)
+        return torch.cat(outputs, dims[0]), torch.cat(states, dims[1])
+
+    def _start(self, half: _Half) -> SummaryExchange:
+        summary = self.summarize(*half.tensors, segment_ids=half.segment_ids)
+        ids = None if half.segment_ids is None else half.segment_ids[:, [0, -1]]
+        return SummaryExchange(summary, half.initial_state, ids, self.group)
+
+    def _state_before(self, half: _Half, exchange: SummaryExchange) -> Tensor:
+        """The state before this rank's stretch."""
+        rank, ranks = dist.get_rank(self.group), exchange.finish()
         # Every rank's gradients must take part in the exchange, also those that read nothing.
-        nothing = torch.zeros((), dtype=torch.bool, device=summary.state.device)
+        nothing = torch.zeros((), dtype=torch.bool, device=ranks[0].parts[1].device)
         state = torch.where(nothing, ranks[0].parts[1], 0.0)
-        if initial_state is not None:
+        if half.initial_state is not None:
             state = ranks[-1].parts[2]
         for before, here in itertools.pairwise(ranks[: rank + 1]):
-            state = type(summary)(*before.parts[:2]).apply(state)
+            state = exchange.kind(*before.parts[:2]).apply(state)
             if before.ids is not None and here.ids is not None:
-                state = _if_same(before.ids[:, 1], here.ids[:, 0], state)
-        return self.operator(*tensors, initial_state=state, segment_ids=segment_ids, **options)
+                state = if_same(before.ids[:, 1], here.ids[:, 0], state)
+        return state
+
+
+class _Half(NamedTuple):
+    """Operands of an operator for some of its rows or heads."""
+
+    tensors: tuple[Tensor | None, ...]
+    initial_state: Tensor | None
+    segment_ids: Tensor | None
+
+
+def _halves(
+    tensors: tuple[Tensor, ...], initial_state: Tensor | None, segment_ids: Tensor | None
+) -> tuple[list[_Half], tuple[int, int]]:
+    """Operands in two halves, or one where that gains nothing, and the dimensions along which
+    outputs `(B, T, H, ...)` and states `(B, H, ...)` are cut. Tensors with one head for all heads
+    go to both halves."""
+    first, by_rows = tensors[0], tensors[0].shape[0] > 1
+    heads = {x.shape[2] for x in tensors if x is not None} - {1}
+    by_heads = bool(heads) and all(count % 2 == 0 for count in heads) and first.dim() > 3
+    dims = (0, 0) if by_rows else (2, 1)
+    # The compiler cannot follow what is under way.
+    gains = first.numel() >= _LONG and not torch.compiler.is_compiling()
+    if not (gains and (by_rows or by_heads)):
+        return [_Half(tensors, initial_state, segment_ids)], dims
+    ids = _cut(segment_ids, 0) if by_rows else [segment_ids] * 2
+    parts = zip(*(_cut(x, dims[0]) for x in tensors), strict=True)
+    return [
+        _Half(*half) for half in zip(parts, _cut(initial_state, dims[1]), ids, strict=True)
+    ], dims
+
+
+def _cut(x: Tensor | None, dim: int) -> list[Tensor | None]:
+    if x is None or x.shape[dim] == 1:
+        return [x, x]
+    return list(x.split(-(-x.shape[dim] // 2), dim))
 
 
 class _RecurrenceOverRing(_RecurrenceOverRanks):
@@ -135,7 +201,7 @@ class _RecurrenceOverRing(_RecurrenceOverRanks):
         """Gives the state after this rank's stretch to the next; returns the token of it."""
         flat = state.flatten(1)
         if segment_ids is not None:
-            flat = torch.cat((flat, _as_bits(segment_ids[:, -1:], flat.dtype)), 1)
+            flat = torch.cat((flat, as_bits(segment_ids[:, -1:], flat.dtype)), 1)
         return send_next(flat, self.group)
 
     def _receive(self, like: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -143,37 +209,10 @@ class _RecurrenceOverRing(_RecurrenceOverRanks):
         flat = like.flatten(1)
         if segment_ids is None:
             return receive_previous(flat, self.group).view(like.shape)
-        bits = _as_bits(segment_ids[:, :1], flat.dtype)
+        bits = as_bits(segment_ids[:, :1], flat.dtype)
         received = receive_previous(torch.cat((flat, bits), 1), self.group)
         state = received[:, : flat.shape[1]].view(like.shape)
-        return _if_same(_as_ids(received[:, flat.shape[1] :])[:, 0], segment_ids[:, 0], state)
-
-
-def _if_same(before: Tensor, here: Tensor, state: Tensor) -> Tensor:
-    """`state` `(B, ...)` where the document `(B,)` before a border goes on after it, else zero."""
-    return torch.where((before == here).view(-1, *(1,) * (state.ndim - 1)), state, 0.0)
-
-
-class _Row:
-    """What one rank gave: tensors `(B, ...)`, and the ids `(B, 2)` of its first and last token."""
-
-    def __init__(self, parts: list[Tensor], ids: Tensor | None) -> None:
-        self.parts, self.ids = parts, ids
-
-
-def _exchange(parts: list[Tensor], ids: Tensor | None, group: dist.ProcessGroup) -> list[_Row]:
-    """All ranks' `parts` and `ids`, in one all-gather."""
-    batch, dtype = parts[0].shape[0], parts[0].dtype
-    flat = [part.to(dtype).reshape(batch, -1) for part in parts]
-    sizes = [part.shape[1] for part in flat]
-    if ids is not None:
-        flat.append(_as_bits(ids, dtype))
-    rows = []
-    for row in gather(torch.cat(flat, 1), group):
-        split = row[:, : sum(sizes)].split(sizes, 1)
-        values = [value.view(part.shape) for value, part in zip(split, parts, strict=True)]
-        rows.append(_Row(values, None if ids is None else _as_ids(row[:, sum(sizes) :])))
-    return rows
+        return if_same(as_ids(received[:, flat.shape[1] :])[:, 0], segment_ids[:, 0], state)
 
 
 class _ConvOverRanks:
@@ -221,23 +260,12 @@ class _ConvOverRanks:
             sent = [torch.cat((history, x), 1)[:, -count:]]
             if segment_ids is not None and ids is not None:
                 own = torch.cat((ids, segment_ids), 1)[:, -count:]
-                sent.append(_as_bits(own[..., None], x.dtype))
+                sent.append(as_bits(own[..., None], x.dtype))
             received = from_previous(torch.cat(sent, -1), self.group)
             # The first rank receives zeros, and only it starts from anything else.
             history = start + received[..., : x.shape[2]]
             if ids is not None and rank > 0:
-                ids = _as_ids(received[..., x.shape[2] :])[..., 0]
+                ids = as_ids(received[..., x.shape[2] :])[..., 0]
         if segment_ids is None or ids is None:
             return history
         return torch.where((ids == segment_ids[:, :1])[..., None], history, 0.0)
-
-
-def _as_bits(ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers `(..., n)` as bit patterns of a floating-point type, to travel with numbers."""
-    return ids.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
-
-
-def _as_ids(bits: Tensor) -> Tensor:
-    """The inverse of `_as_bits`."""
-    wide = bits.dtype == torch.float64
-    return bits.detach().contiguous().view(torch.int64 if wide else torch.int32)

@@ -22,7 +22,7 @@ from rondo.models import MIXERS, ModelConfig
 from rondo.models.config import make_options
 from rondo.models.init import initial_values
 from rondo.models.mixer import SequenceContext
-from rondo.parallel import collectives
+from rondo.parallel import collectives, sequence
 from rondo.parallel.config import Exchange
 from rondo.parallel.sequence import over_ranks, shard_sequence
 
@@ -90,6 +90,55 @@ def operators_over_ranks(lengths: list[int], exchange: Exchange) -> dict[str, fl
     return worst
 
 
+def halves_and_whole(length: int) -> tuple[dict[str, float], list[str]]:
+    """Largest difference of operators in halves (of rows, of heads) to operators in one, by case;
+    and what happens in which order in one of them."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(length)
+    ids, worst, events = documents(length * size, size), {}, []
+    for name, (operator, tensors, state) in operands(length * size).items():
+        if operator is short_conv:
+            continue
+        for cut, rows in (("rows", slice(None)), ("heads", slice(2, 3))):
+            arguments = [x[rows] for x in tensors], state[rows], ids[rows], rank, size
+            found = []
+            for sequence._LONG in (0, 2**40):
+                run = over_ranks(operator, dist.group.WORLD)
+                with recorded(run) as events_of_this:
+                    found.append(split(run, *arguments))
+                events = events or events_of_this
+            worst[f"{name}, {cut}"] = max(
+                float((a - b).abs().max()) for a, b in zip(*found, strict=True)
+            )
+    return worst, events
+
+
+@contextlib.contextmanager
+def recorded(run: Any) -> Iterator[list[str]]:
+    """Starts and ends of collectives, and passes through the operator of `run`."""
+    events: list[str] = []
+    operator, flight = run.operator, collectives._Flight
+    start, reduce, land = collectives._start_gathering, collectives._start_reducing, flight.land
+
+    def told(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: events.append(event) or function(*arguments)
+
+    def passed(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        events.append("forward")
+        o, last = operator(*tensors, **options)
+        o.register_hook(lambda grad: events.append("backward"))
+        return o, last
+
+    run.operator, flight.land = passed, told("end", land)
+    collectives._start_gathering = told("start", start)
+    collectives._start_reducing = told("start", reduce)
+    try:
+        yield events
+    finally:
+        flight.land = land
+        collectives._start_gathering, collectives._start_reducing = start, reduce
+
+
 def weights(shape: torch.Size) -> Tensor:
     """A fixed direction to differentiate along."""
     return torch.linspace(-1, 1, shape.numel(), dtype=torch.float64).view(shape)
@@ -124,21 +173,21 @@ def split(
     size: int,
 ) -> list[Tensor]:
     """The same from this rank's part of the inputs."""
-    time = tensors[0].shape[1]
-    sequence = [x.shape[:2] == (BATCH, time) for x in tensors]
+    batch, time = tensors[0].shape[:2]
+    along = [x.shape[:2] == (batch, time) for x in tensors]
     leaves = [
         (part(x, rank, size) if s else x).clone().requires_grad_()
-        for x, s in zip(tensors, sequence, strict=True)
+        for x, s in zip(tensors, along, strict=True)
     ]
     first = None if state is None else state.clone().requires_grad_()
     own = None if ids is None else part(ids, rank, size)
     o, last = run(*leaves, initial_state=first, segment_ids=own)
-    direction = part(weights(torch.Size((BATCH, time, *o.shape[2:]))), rank, size)
+    direction = part(weights(torch.Size((batch, time, *o.shape[2:]))), rank, size)
     loss = (o * direction).sum()
     if rank == size - 1:
         loss = loss + (last * weights(last.shape)).sum()
     loss.backward()
-    for leaf, s in zip(leaves, sequence, strict=True):
+    for leaf, s in zip(leaves, along, strict=True):
         if not s:  # weights: each rank has a share of the gradient
             dist.all_reduce(leaf.grad)
     found = [o.detach(), *(leaf.grad for leaf in leaves)]

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from rondo.parallel.sequence import over_ranks
-from rondo.tests.distributed.sequence_cases import bytes_of_layers, operators_over_ranks
+from rondo.tests.distributed.sequence_cases import (
+    bytes_of_layers,
+    halves_and_whole,
+    operators_over_ranks,
+)
 from rondo.tests.distributed.spawn import run_ranks
 
 DIM, HEADS, WIDTH = 128, 2, 64
@@ -31,6 +35,15 @@ def test_operators_over_ranks_equal_the_whole(ranks: int, exchange: str) -> None
         assert len(worst) == 4 * 9 * 4
 
 
+def test_an_exchange_is_under_way_while_the_other_half_is_computed() -> None:
+    """Forward and backward; and halves are the whole."""
+    for worst, events in run_ranks(halves_and_whole, 2, 9):
+        assert len(worst) == 2 * 8
+        assert not {case: error for case, error in worst.items() if not error < 1e-12}
+        forward = ["start", "start", "end", "forward", "end", "forward"]
+        assert events == [*forward, "backward", "start", "backward", "start", "end", "end"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_do_not_depend_on_the_length(dtype: torch.dtype) -> None:
     """And are those of the summaries: (P - 1) float32 summaries forward and as many backward."""
@@ -39,10 +52,11 @@ def test_bytes_do_not_depend_on_the_length(dtype: torch.dtype) -> None:
     arguments = (cases, DIM, lengths, dtype, "all_gather")
     for of_rank in run_ranks(bytes_of_layers, ranks, *arguments, timeout=300):
         for (mixer, _, numbers), found in zip(SUMMARIES, of_rank, strict=True):
-            assert found[0] == found[1] == found[-1], mixer
             formula = 4 * (ranks - 1) * numbers
-            assert formula <= found[0]["all_gather"] <= 1.1 * formula, mixer
-            assert sum(found[0].values()) <= 1.1 * 2 * formula, mixer
+            for here in found:  # two halves of a long stretch send a document's bounds twice
+                assert abs(here["all_gather"] - found[0]["all_gather"]) <= 16, mixer
+                assert formula <= here["all_gather"] <= 1.1 * formula, mixer
+                assert sum(here.values()) <= 1.1 * 2 * formula, mixer
 
 
 def test_a_ring_sends_the_state_alone() -> None:
