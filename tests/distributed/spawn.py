@@ -16,6 +16,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_CONTEXT = mp.get_context("forkserver")
+"""Ranks are forks of a server that has imported what takes seconds, and nothing else: no thread
+runs in it."""
+_CONTEXT.set_forkserver_preload(
+    [
+        "rondo.parallel.build",
+        "rondo.parallel.checkpoint",
+        "rondo.pretrain.optim",
+        "rondo.tests.distributed.spawn",
+        "torch.distributed.fsdp",
+        "torch.distributed.pipelining",
+    ]
+)
+
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
@@ -35,12 +49,11 @@ def run_ranks(
         AssertionError: a rank raised (with its traceback), died or did not end in time; the
             other ranks are killed.
     """
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(
+            receive, send = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(
                 target=_rank,
                 args=(send, function, rank, world_size, f"file://{folder}/store", timeout, args),
             )
