@@ -30,8 +30,8 @@ class MLPRouter(Router):
 
     def __init__(self, config: ModelConfig, options: Any, experts: int) -> None:
         super().__init__(config, options, experts)
-        self.proj = Projection(config.dim, options.dim, std=config.init_std)
-        self.scores = Linear(options.dim, experts, std=config.init_std)
+        self.proj = Projection(config.dim, options.dim, std=config.dim**-0.5)
+        self.scores = Linear(options.dim, experts, std=options.dim**-0.5)
 
     def forward(self, x: Tensor, carry: Carry, shared: dict[str, Any]) -> tuple[Tensor, Carry]:
         return self.scores(F.gelu(self.proj(x))), carry

@@ -52,13 +52,13 @@ class RMoERouter(Router):
         super().__init__(config, options, experts)
         self.proj: Projection | None = None
         if not options.shared_projection:
-            self.proj = Projection(config.dim, options.dim, std=config.init_std)
+            self.proj = Projection(config.dim, options.dim, std=config.dim**-0.5)
         self.projection_flops = 2.0 * config.dim * options.dim
         self.scores = self.make_scores(config, options, experts)
 
     def make_scores(self, config: ModelConfig, options: Any, experts: int) -> nn.Module:
         """From the cell's output to logits."""
-        return Linear(options.dim, experts, std=config.init_std)
+        return Linear(options.dim, experts, std=options.dim**-0.5)
 
     @classmethod
     def problems(cls, options: Any) -> list[str]:
@@ -83,7 +83,7 @@ class RMoERouter(Router):
             options.cell,
             options.dim,
             dim=config.dim,
-            std=config.init_std,
+            std=config.dim**-0.5,
             projects=options.shared_projection,
         )
         return {"router": cell}
