@@ -1,16 +1,18 @@
 """Speed of mixtures of experts on this machine, against dense layers and the linear router.
 
-    python -m rondo.pretrain.bench_moe [--rounds 5] [--only layer|router] [--profile]
+    python -m rondo.pretrain.bench_moe [--rounds 5] [--only layer|router]
 
 `layer`: one mixture (16 experts, top-2), forward and backward in bfloat16 over float32 parameters,
-against a dense SwiGLU of the same active FLOPs. `router`: a training step with `rmoe` against one
-with `linear`, in a smaller model with the ratios of the preset rmoe-0.9b; time in
+against a dense SwiGLU of the same active FLOPs, on several numbers of tokens: the more, the less it
+weighs that a mixture has eight times the parameters to cast. `router`: a training step with `rmoe`
+against one with `linear`, in a smaller model with the ratios of the preset rmoe-0.9b; time in
 turns, peak memory each in a process of its own. The best of the rounds counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -29,13 +31,17 @@ from rondo.models.mixer import ChannelMixer
 from rondo.parallel.hardware import reuse_memory
 from rondo.pretrain.bench import best_times, our_step
 
-DIM, EXPERT, TOP_K, TOKENS = 1024, 1408, 2, 8192
+DIM, EXPERT, TOP_K = 1024, 1408, 2
+TOKENS = (8192, 16384, 32768)
+Contest = Callable[[int], list[dict[str, Any]]]
 
 
-def layer_step(ffn: ChannelMixer, shared: dict[str, Any], rounds: int) -> Callable[[], float]:
-    """Forward and backward of a channel mixer on `TOKENS` tokens, new ones each time: the same
+def layer_step(
+    ffn: ChannelMixer, shared: dict[str, Any], tokens: int, rounds: int
+) -> Callable[[], float]:
+    """Forward and backward of a channel mixer on `tokens` tokens, new ones each time: the same
     would give experts the same loads, and the CPU library products it has prepared."""
-    generator, size = torch.Generator().manual_seed(0), (8, TOKENS // 8, DIM)
+    generator, size = torch.Generator().manual_seed(0), (8, tokens // 8, DIM)
     batches = [torch.randn(size, generator=generator).bfloat16() for _ in range(rounds + 2)]
     slope, turns = torch.ones_like(batches[0]), itertools.cycle(batches)
 
@@ -51,24 +57,28 @@ def layer_step(ffn: ChannelMixer, shared: dict[str, Any], rounds: int) -> Callab
     return step
 
 
-def layer_contest(rounds: int) -> list[dict[str, Any]]:
+def layer_contest(tokens: int, rounds: int) -> list[dict[str, Any]]:
     """Tokens a second of mixtures and of the dense layer."""
     steps, names = (
-        [layer_step(_filled(SwiGLU(ModelConfig(dim=DIM, ffn_dim=TOP_K * EXPERT))), {}, rounds)],
+        [
+            layer_step(
+                _filled(SwiGLU(ModelConfig(dim=DIM, ffn_dim=TOP_K * EXPERT))), {}, tokens, rounds
+            )
+        ],
         [],
     )
     for router in ("linear", "rmoe"):
         options = {"top_k": TOP_K, "expert_dim": EXPERT, "router": router}
         config = ModelConfig(vocab_size=8, dim=DIM, num_layers=1, ffns={"moe": options})
         shared = {n: _filled(m)() for n, m in MoE.shared_modules(config).items()}
-        steps.append(layer_step(_filled(MoE(config)), shared, rounds))
+        steps.append(layer_step(_filled(MoE(config)), shared, tokens, rounds))
         names.append(router)
     dense, *ours = best_times(steps, rounds)
     return [
         {
-            "contest": f"layer, {name} router",
-            "tokens_per_second": TOKENS / seconds,
-            "dense_tokens_per_second": TOKENS / dense,
+            "contest": f"layer, {name} router, {tokens} tokens",
+            "tokens_per_second": tokens / seconds,
+            "dense_tokens_per_second": tokens / dense,
             "ratio": dense / seconds,
         }
         for name, seconds in zip(names, ours, strict=True)
@@ -144,25 +154,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["layer", "router"])
-    parser.add_argument("--profile", action="store_true", help="show where a mixture spends time")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         print_peak(arguments.peak)
         return
     reuse_memory()
-    if arguments.profile:
-        config = ModelConfig(dim=DIM, num_layers=1, ffns={"moe": {"expert_dim": EXPERT}})
-        shared = {n: _filled(m)() for n, m in MoE.shared_modules(config).items()}
-        step = layer_step(_filled(MoE(config)), shared, 2)
-        step(), step()
-        with torch.profiler.profile() as recorded:
-            step()
-        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
-    for name, contest in (("layer", layer_contest), ("router", router_contest)):
-        if arguments.only in (None, name):
-            for result in contest(arguments.rounds):
-                print(json.dumps(result), flush=True)
+    contests: list[Contest] = []
+    if arguments.only != "router":
+        contests += [functools.partial(layer_contest, tokens) for tokens in TOKENS]
+    if arguments.only != "layer":
+        contests.append(router_contest)
+    for contest in contests:
+        for result in contest(arguments.rounds):
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
