@@ -7,6 +7,7 @@ from rondo.kernels.conv import short_conv
 from rondo.kernels.cross_entropy import linear_cross_entropy
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
+from rondo.kernels.neural_memory import neural_memory
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from rondo.kernels.pointwise import swiglu
 from rondo.kernels.rope import rope
@@ -28,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_scan",
     "linear_scan_summary",
+    "neural_memory",
     "rms_norm",
     "rope",
     "short_conv",

@@ -1,0 +1,79 @@
+"""A grid of chunks in which every document begins with a chunk of its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rondo.kernels.segments import document_positions, document_starts, first_document
+
+
+class Grid(NamedTuple):
+    """Where the tokens of rows `(B, T)` are among n chunks of C slots."""
+
+    slots: Tensor | None
+    """`(B, T)`: place of each token in `(B, n C)`; None: the first T."""
+    chunks: int
+    size: int
+    begins: Tensor
+    """`(B, n)` bool: a document begins here that is not the initial state's."""
+    full: Tensor
+    """`(B, n)` bool: the chunk before is complete, and this goes on with its document."""
+    done: Tensor
+    """`(B,)`: tokens of the last chunk after the row."""
+
+    def lay(self, x: Tensor) -> Tensor:
+        """`(B, n, C, ...)` of `x` `(B, T, ...)`, with zeros where no token is."""
+        total = self.chunks * self.size
+        if self.slots is None:
+            padding = (0, 0) * (x.dim() - 2) + (0, total - x.shape[1])
+            return F.pad(x, padding).unflatten(1, (self.chunks, self.size))
+        index = self.slots.view(*self.slots.shape, *(1,) * (x.dim() - 2)).expand_as(x)
+        laid = x.new_zeros(x.shape[0], total, *x.shape[2:]).scatter(1, index, x)
+        return laid.unflatten(1, (self.chunks, self.size))
+
+    def pick(self, x: Tensor, time: int) -> Tensor:
+        """The tokens `(B, T, ...)` of `x` `(B, n, C, ...)`."""
+        flat = x.flatten(1, 2)
+        if self.slots is None:
+            return flat[:, :time]
+        index = self.slots.view(*self.slots.shape, *(1,) * (flat.dim() - 2))
+        return flat.gather(1, index.expand(-1, -1, *flat.shape[2:]))
+
+
+def grid(x: Tensor, done: Tensor | None, segment_ids: Tensor | None, chunk_size: int) -> Grid:
+    """The grid of rows `x` `(B, T, ...)` whose state has `done` `(B,)` tokens in its open chunk;
+    None: it has seen nothing."""
+    batch, time = x.shape[:2]
+    if done is None:
+        done = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        if segment_ids is None:
+            return _plain(time, done, chunk_size)
+    if time == 1:
+        return _plain(time, done, chunk_size)
+    if segment_ids is None:
+        segment_ids = torch.zeros(batch, time, dtype=torch.int64, device=x.device)
+    starts = document_starts(segment_ids)
+    place = document_positions(segment_ids)
+    place = (place + torch.where(first_document(segment_ids), done[:, None], 0)) % chunk_size
+    new = place == 0
+    new[:, 0] = True
+    chunk = new.cumsum(1) - 1
+    goes_on = new & ~starts
+    goes_on[:, 0] = done == chunk_size
+    none = chunk.new_zeros(batch, int(chunk.max()) + 1)
+    begins, full = (none.scatter_add(1, chunk, flag.long()) > 0 for flag in (starts, goes_on))
+    slots = chunk * chunk_size + place
+    return Grid(slots, none.shape[1], chunk_size, begins, full, place[:, -1] + 1)
+
+
+def _plain(time: int, done: Tensor, chunk_size: int) -> Grid:
+    """Of one token, or of rows that begin at their memory's start: nothing depends on numbers."""
+    count = -(-time // chunk_size)
+    full = torch.ones(len(done), count, dtype=torch.bool, device=done.device)
+    full[:, 0] = done == chunk_size
+    after = (done + time - 1) % chunk_size + 1
+    return Grid(None, count, min(chunk_size, time), torch.zeros_like(full), full, after)
