@@ -1,4 +1,5 @@
-"""Each linear recurrence with its summary: what a stretch of tokens does to any state."""
+"""Each recurrence with what other ranks must know of it: a linear one's summary (what a stretch
+of tokens does to any state), a nonlinear one's state before a document."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
+from rondo.kernels.neural_memory import fresh_memory, neural_memory
 from rondo.kernels.scan import linear_scan, linear_scan_summary
 from rondo.kernels.summary import DiagonalSummary, MatrixSummary
 
@@ -30,3 +32,7 @@ SUMMARIES: dict[Callable[..., tuple[Tensor, Tensor]], Summarize] = {
     gated_delta_rule: _without_queries(gated_delta_rule_summary),
 }
 """Operator -> function of the operator's own tensors and `segment_ids` that gives its summary."""
+
+CHAINS: dict[Callable[..., Any], Callable[..., Any]] = {neural_memory: fresh_memory}
+"""Nonlinear operator -> function of the operator's own tensors that gives its state before a
+document: a tuple of numbers `(B, H, ...)` and integers `(B,)`."""

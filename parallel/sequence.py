@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rondo.kernels import attention, short_conv
-from rondo.kernels.recurrences import SUMMARIES
+from rondo.kernels.recurrences import CHAINS, SUMMARIES
 from rondo.models.ffn.dispatch import whole_sequence
 from rondo.parallel.attention import attention_over_ranks
+from rondo.parallel.chain import ChainOverRanks
 from rondo.parallel.collectives import (
     after,
     from_previous,
@@ -72,13 +73,15 @@ def over_ranks(
     if operator in SUMMARIES:
         form = _RecurrenceOverRing if exchange == "ring" else _RecurrenceOverRanks
         return form(operator, group)
+    if operator in CHAINS:
+        return ChainOverRanks(operator, group)
     if operator is short_conv:
         return _ConvOverRanks(group)
     if operator is attention:
         return attention_over_ranks(group)
     if operator is whole_sequence:
         return functools.partial(_sum_over_ranks, group)
-    raise ValueError(f"{operator} has no sequence-parallel form; add its summary to SUMMARIES")
+    raise ValueError(f"{operator} has no sequence-parallel form; add it to SUMMARIES or CHAINS")
 
 
 def _sum_over_ranks(group: dist.ProcessGroup, counts: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ the start of a document; its size is part of the model, not of the way it is com
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from rondo.kernels.backend import choose
 from rondo.kernels.neural_memory import chunked, reference
 from rondo.kernels.neural_memory.layers import Limits, join, sizes, split
 
-__all__ = ["MemoryOutput", "MemoryState", "neural_memory"]
+__all__ = ["MemoryOutput", "MemoryState", "fresh_memory", "neural_memory"]
 
 _IMPLEMENTATIONS = {
     "chunked": chunked.neural_memory,
@@ -99,8 +99,7 @@ def neural_memory(
     batch, heads = v.shape[0], v.shape[2]
     initial = [w.to(kind).expand(batch, *w.shape) for w in weights]
     if initial_state is None:
-        flat = join(initial)
-        values, done = torch.stack([flat, flat, torch.zeros_like(flat)], 2), None
+        values, done = _fresh_values(initial), None
     else:
         values, done = initial_state
     expected = (batch, heads, 3, sizes(weights))
@@ -125,6 +124,19 @@ def neural_memory(
         )
         values = torch.stack([join(x) for x in memory], 2)
     return MemoryOutput(o.to(v.dtype), MemoryState(values, done), limited)
+
+
+def fresh_memory(*tensors: Any) -> MemoryState:
+    """The state before a document, from the operator's own tensors."""
+    v, weights = tensors[2], tensors[-1]
+    kind = torch.promote_types(v.dtype, torch.float32)
+    values = _fresh_values([w.to(kind).expand(len(v), *w.shape) for w in weights])
+    return MemoryState(values, torch.zeros(len(v), dtype=torch.int64, device=v.device))
+
+
+def _fresh_values(initial: list[Tensor]) -> Tensor:
+    flat = join(initial)
+    return torch.stack([flat, flat, torch.zeros_like(flat)], 2)
 
 
 def _check(

@@ -12,15 +12,18 @@ of sums between two places, not quotients, so that gates of zero do no harm.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from rondo.kernels.neural_memory.layers import Limits, Matrices, bounded, gradients, limited_rates
 from rondo.kernels.neural_memory.layout import grid
+
+_SEQUENCES, _REAL = 7, 6
+"""How many sequences a chunk has, and which of them says where tokens are."""
 
 
 def neural_memory(
@@ -38,25 +41,62 @@ def neural_memory(
     places = grid(tokens[0], done, segment_ids, chunk_size)
     # A slot without a token keeps the weights and the momentum, and adds none to the other.
     real = torch.ones_like(tokens[3])
-    laid = [
-        places.lay(x).transpose(2, 3).movedim(1, 0) for x in (*tokens, real)
-    ]  # (n, B, H, C, ..)
-    flags = (places.begins.T, places.full.T)
-    limited = torch.zeros(laid[3].shape[1:3], dtype=torch.int64, device=laid[3].device)
-    group = math.isqrt(places.chunks - 1) + 1
-    outputs, layers = [], len(initial)
-    for first in range(0, places.chunks, group):
-        part = slice(first, first + group)
-        walk = _Walk([flag[part] for flag in flags], limits, residual, layers)
-        inputs = [*(x[part] for x in laid), *initial, *(m for each in memory for m in each)]
-        # Only the states between groups are kept; a group's inside is made again.
-        result = checkpoint(walk, *inputs, use_reentrant=False, preserve_rng_state=False)
-        o, count, *flat = result
-        outputs.append(o)
-        limited = limited + count
-        memory = [flat[i * layers : (i + 1) * layers] for i in range(3)]
-    o = torch.cat(outputs).movedim(0, 1).transpose(2, 3)
+    sequences = (places.lay(x) for x in (*tokens, real))
+    laid = [x.transpose(2, 3).movedim(1, 0) for x in sequences]  # (n, B, H, C, ...)
+    layers = len(initial)
+    walk = _Walk((places.begins.T, places.full.T), limits, residual, layers)
+    o, limited, *flat = _Loop.apply(walk, *laid, *initial, *(m for each in memory for m in each))
+    o = o.movedim(0, 1).transpose(2, 3)
+    memory = [flat[i * layers : (i + 1) * layers] for i in range(3)]
     return places.pick(o, time), memory, places.done, limited
+
+
+class _Loop(torch.autograd.Function):
+    """All chunks. Of n, the memory is kept before every √n-th; what lies between is made again in
+    the backward pass, where autograd goes through it."""
+
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, *tensors: Tensor) -> tuple[Tensor, ...]:
+        sequences, rest = tensors[:_SEQUENCES], list(tensors[_SEQUENCES:])
+        chunks = len(sequences[0])
+        group = math.isqrt(chunks - 1) + 1
+        ctx.walk, ctx.parts, ctx.layers = walk, [], walk.layers
+        outputs, counts, states = [], [], []
+        for first in range(0, chunks, group):
+            part = slice(first, first + group)
+            ctx.parts.append(part)
+            states += rest[walk.layers :]
+            o, count, *memory = walk(part, *(x[part] for x in sequences), *rest)
+            rest = [*rest[: walk.layers], *memory]
+            outputs.append(o)
+            counts.append(count)
+        ctx.save_for_backward(*sequences, *rest[: walk.layers], *states)
+        limited = torch.stack(counts).sum(0)
+        ctx.mark_non_differentiable(limited)
+        return torch.cat(outputs), limited, *rest[walk.layers :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, at_o: Tensor, _: Tensor, *at_memory: Tensor) -> tuple[Any, ...]:
+        saved, ends = ctx.saved_tensors, _SEQUENCES + ctx.layers
+        sequences, initial, states = saved[:_SEQUENCES], saved[_SEQUENCES:ends], saved[ends:]
+        at_initial = [torch.zeros_like(w) for w in initial]
+        found: list[tuple[Tensor, ...]] = []
+        for i, part in reversed(list(enumerate(ctx.parts))):
+            before = states[3 * ctx.layers * i : 3 * ctx.layers * (i + 1)]
+            leaves = [x.detach() for x in (*(x[part] for x in sequences), *initial, *before)]
+            wanted = [x.requires_grad_() for j, x in enumerate(leaves) if j != _REAL]
+            with torch.enable_grad():
+                o, _, *memory = ctx.walk(part, *leaves)
+            grads = torch.autograd.grad(
+                [o, *memory], wanted, [at_o[part], *at_memory], materialize_grads=True
+            )
+            found.append(grads[:_REAL])
+            for total, grad in zip(at_initial, grads[_REAL:], strict=False):
+                total += grad
+            at_memory = grads[_REAL + ctx.layers :]
+        at_sequences = [torch.cat(each[::-1]) for each in zip(*found, strict=True)]
+        return None, *at_sequences, None, *at_initial, *at_memory
 
 
 class _Gates(NamedTuple):
@@ -77,19 +117,23 @@ class _Gates(NamedTuple):
 class _Walk:
     """Some chunks, one after another."""
 
-    def __init__(self, flags: list[Tensor], limits: Limits, residual: bool, layers: int) -> None:
+    def __init__(
+        self, flags: tuple[Tensor, Tensor], limits: Limits, residual: bool, layers: int
+    ) -> None:
         self.begins, self.full = flags
         self.limits, self.residual, self.layers = limits, residual, layers
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, rate, *gating = tensors[:7]
+    def __call__(self, part: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The chunks `part`, of which `tensors` are the sequences, the memory of a new document
+        and the memory before. Returns outputs, how often a limit acted, and the memory after."""
+        q, k, v, rate, *gating = tensors[:_SEQUENCES]
         initial, *memory = (
-            list(tensors[7 + i * self.layers : 7 + (i + 1) * self.layers]) for i in range(4)
+            list(tensors[_SEQUENCES + i * self.layers :][: self.layers]) for i in range(4)
         )
         gates = _gates(*gating)
         outputs, limited = [], torch.zeros(q.shape[1:3], dtype=torch.int64, device=q.device)
         for i in range(len(q)):
-            memory, count = self._begin(i, initial, memory)
+            memory, count = self._begin(part.start + i, initial, memory)
             inputs, errors = gradients(memory[0], k[i], v[i], self.residual)
             rates, more = limited_rates(rate[i], inputs, errors, self.limits.update)
             limited = limited + count + more

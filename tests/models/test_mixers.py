@@ -16,6 +16,7 @@ VARIANTS = [
     Case("mamba2", {"head_dim": 8, "state_dim": 8, "num_groups": 2}),
     Case("deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": True}),
     Case("gated_deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": False}),
+    Case("titans_memory", {"head_dim": 16, "depth": 1, "chunk_size": 5}),
 ]
 SMALL = {
     "attention": {"num_heads": 2},
@@ -23,6 +24,7 @@ SMALL = {
     "retnet": {"num_heads": 2},
     "hgrn2": {"head_dim": 8},
     "deltanet": {"head_dim": 16},
+    "titans_memory": {"head_dim": 8},
 }
 CASES = [Case(name, SMALL.get(name, {})) for name in MIXERS] + VARIANTS
 

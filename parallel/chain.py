@@ -1,0 +1,111 @@
+"""A nonlinear recurrence over ranks: its state travels from rank to rank.
+
+What a stretch of tokens does to any state cannot be told in advance, so that ranks work one after
+another; but rows, and heads, know nothing of each other. They are taken in as many parts as there
+are ranks: while a rank works on one, the rank before it works on the next. With P ranks and as many
+parts, a pass takes 2 P - 1 turns, of which a rank is idle for P - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rondo.kernels.recurrences import CHAINS
+from rondo.parallel.collectives import after, from_previous, receive_previous, send_next
+from rondo.parallel.summaries import as_bits, as_ids
+
+
+class ChainOverRanks:
+    """An operator of `CHAINS`, whose state each rank receives and hands on; see
+    `sequence.over_ranks`. States are `(numbers (B, H, ...), counts (B,))`."""
+
+    def __init__(self, operator: Callable[..., Any], group: dist.ProcessGroup) -> None:
+        self.operator, self.fresh, self.group = operator, CHAINS[operator], group
+
+    def __call__(
+        self,
+        *tensors: Any,
+        initial_state: Any = None,
+        segment_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        by_rows = tensors[0].shape[0] > 1
+        parts = min(dist.get_world_size(self.group), tensors[0].shape[0 if by_rows else 2])
+        numbers, counts = (None, None) if initial_state is None else initial_state
+        pieces = zip(
+            zip(*(_cut(x, parts, 0 if by_rows else 2) for x in tensors), strict=True),
+            _cut(numbers, parts, 0 if by_rows else 1),
+            _cut(counts, parts, 0 if by_rows else None),
+            _cut(segment_ids, parts, 0 if by_rows else None),
+            strict=True,
+        )
+        found = [self._run(*piece, **options) for piece in pieces]
+        o, states, limited = zip(*found, strict=True)
+        numbers, counts = zip(*states, strict=True)
+        state = type(states[0])(
+            torch.cat(numbers, 0 if by_rows else 1), torch.cat(counts) if by_rows else counts[0]
+        )
+        dims = (0, 0) if by_rows else (2, 1)
+        return type(found[0])(torch.cat(o, dims[0]), state, torch.cat(limited, dims[1]))
+
+    def _run(
+        self,
+        tensors: tuple[Any, ...],
+        numbers: Tensor | None,
+        counts: Tensor | None,
+        segment_ids: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """One part: its state comes, is moved past this rank's stretch, and goes."""
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        fresh, state = self.fresh(*tensors), None
+        if numbers is not None and counts is not None:  # the last rank's is the first one's
+            flat = from_previous(_pack(numbers, counts), self.group, cyclic=True)
+            state = _unpack(flat, fresh)
+        if rank > 0:
+            state = self._receive(fresh, segment_ids, tensors[0])
+        found = self.operator(*tensors, initial_state=state, segment_ids=segment_ids, **options)
+        if rank == size - 1:
+            return found
+        ids = () if segment_ids is None else (segment_ids[:, -1],)
+        return found._replace(o=after(found.o, send_next(_pack(*found.state, *ids), self.group)))
+
+    def _receive(self, fresh: Any, segment_ids: Tensor | None, x: Tensor) -> Any:
+        """The state before this rank's stretch; the fresh one where its document begins here. A
+        backward pass to `x` alone must answer the rank before too."""
+        ids = () if segment_ids is None else (segment_ids[:, 0],)
+        flat = receive_previous(_pack(*fresh, *ids).detach() + x.flatten()[0], self.group)
+        numbers, counts = state = _unpack(flat, fresh)
+        if segment_ids is None:
+            return state
+        same = as_ids(flat[:, -1:])[:, 0] == segment_ids[:, 0]
+        return type(fresh)(
+            torch.where(same.view(-1, *(1,) * (numbers.dim() - 1)), numbers, fresh[0]),
+            torch.where(same, counts, fresh[1]),
+        )
+
+
+def _cut(x: Any, parts: int, dim: int | None) -> list[Any]:
+    """`x` in parts along `dim`, or all of it for each; weights `(H, ...)`, a tuple, by heads."""
+    if isinstance(x, tuple):
+        return list(zip(*(_cut(w, parts, 0 if dim else None) for w in x), strict=True))
+    return [x] * parts if x is None or dim is None else list(x.tensor_split(parts, dim))
+
+
+def _pack(numbers: Tensor, *integers: Tensor) -> Tensor:
+    """`(B, n)`: all of it, integers `(B,)` as bit patterns."""
+    return torch.cat(
+        [numbers.flatten(1), *(as_bits(x[:, None], numbers.dtype) for x in integers)], 1
+    )
+
+
+def _unpack(flat: Tensor, like: Any) -> Any:
+    """The state in what `_pack` made."""
+    size = like[0][0].numel()
+    counts = as_ids(flat[:, size : size + 1])[:, 0].long()
+    return type(like)(flat[:, :size].view(like[0].shape), counts)
