@@ -68,7 +68,11 @@ class ChainOverRanks:
             flat = from_previous(_pack(numbers, counts), self.group, cyclic=True)
             state = _unpack(flat, fresh)
         if rank > 0:
-            state = self._receive(fresh, segment_ids, tensors[0])
+            first, state = state, self._receive(fresh, segment_ids, tensors[0])
+            if first is not None:
+                # Every rank's gradients must take part, also those that read nothing.
+                nothing = torch.zeros(len(first[1]), dtype=torch.bool, device=first[1].device)
+                state = _where(nothing, first, state)
         found = self.operator(*tensors, initial_state=state, segment_ids=segment_ids, **options)
         if rank == size - 1:
             return found
@@ -80,14 +84,10 @@ class ChainOverRanks:
         backward pass to `x` alone must answer the rank before too."""
         ids = () if segment_ids is None else (segment_ids[:, 0],)
         flat = receive_previous(_pack(*fresh, *ids).detach() + x.flatten()[0], self.group)
-        numbers, counts = state = _unpack(flat, fresh)
+        state = _unpack(flat, fresh)
         if segment_ids is None:
             return state
-        same = as_ids(flat[:, -1:])[:, 0] == segment_ids[:, 0]
-        return type(fresh)(
-            torch.where(same.view(-1, *(1,) * (numbers.dim() - 1)), numbers, fresh[0]),
-            torch.where(same, counts, fresh[1]),
-        )
+        return _where(as_ids(flat[:, -1:])[:, 0] == segment_ids[:, 0], state, fresh)
 
 
 def _cut(x: Any, parts: int, dim: int | None) -> list[Any]:
@@ -95,6 +95,11 @@ def _cut(x: Any, parts: int, dim: int | None) -> list[Any]:
     if isinstance(x, tuple):
         return list(zip(*(_cut(w, parts, 0 if dim else None) for w in x), strict=True))
     return [x] * parts if x is None or dim is None else list(x.tensor_split(parts, dim))
+
+
+def _where(rows: Tensor, yes: Any, no: Any) -> Any:
+    wide = rows.view(-1, *(1,) * (yes[0].dim() - 1))
+    return type(yes)(torch.where(wide, yes[0], no[0]), torch.where(rows, yes[1], no[1]))
 
 
 def _pack(numbers: Tensor, *integers: Tensor) -> Tensor:
