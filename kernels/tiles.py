@@ -26,6 +26,11 @@ def whole_tensors() -> Iterator[None]:
         _whole = before
 
 
+def has_numbers() -> bool:
+    """Whether tensors have any, so that shapes may depend on them."""
+    return not _whole
+
+
 class Tile(NamedTuple):
     """Rows and times of a `(B, T, C)` tensor."""
 

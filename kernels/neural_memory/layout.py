@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.kernels.segments import document_positions, document_starts, first_document
+from rondo.kernels.tiles import has_numbers
 
 
 class Grid(NamedTuple):
@@ -54,6 +55,8 @@ def grid(x: Tensor, done: Tensor | None, segment_ids: Tensor | None, chunk_size:
             return _plain(time, done, chunk_size)
     if time == 1:
         return _plain(time, done, chunk_size)
+    count = (time + chunk_size - 2) // chunk_size + 1  # of one document, whatever its state
+    documents = segment_ids is not None and has_numbers()
     if segment_ids is None:
         segment_ids = torch.zeros(batch, time, dtype=torch.int64, device=x.device)
     starts = document_starts(segment_ids)
@@ -64,10 +67,12 @@ def grid(x: Tensor, done: Tensor | None, segment_ids: Tensor | None, chunk_size:
     chunk = new.cumsum(1) - 1
     goes_on = new & ~starts
     goes_on[:, 0] = done == chunk_size
-    none = chunk.new_zeros(batch, int(chunk.max()) + 1)
+    if documents:
+        count = int(chunk.max()) + 1
+    none = chunk.new_zeros(batch, count)
     begins, full = (none.scatter_add(1, chunk, flag.long()) > 0 for flag in (starts, goes_on))
     slots = chunk * chunk_size + place
-    return Grid(slots, none.shape[1], chunk_size, begins, full, place[:, -1] + 1)
+    return Grid(slots, count, chunk_size, begins, full, place[:, -1] + 1)
 
 
 def _plain(time: int, done: Tensor, chunk_size: int) -> Grid:
