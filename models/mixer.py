@@ -73,6 +73,8 @@ class Mixer(nn.Module):
     """The first head this part of the mixer holds."""
     float32_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters never cast to a lower precision."""
+    counters: ClassVar[dict[str, str]] = {}
+    """Metric -> buffer that counts events in training, of this part of the mixer."""
 
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from rondo.parallel.checkpoint import (
     optimizer_tensors,
     state_digest,
 )
+from rondo.parallel.counts import take_counts
 from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
 from rondo.parallel.load import load_shares, load_summary, move_biases, take_loads
@@ -222,6 +223,7 @@ class Trainer:
                 for name, value in zip(model.auxiliary, added, strict=True)
             },
             **load_summary(self.loads),
+            **take_counts(model.parts, ranks),
         }
         return row, stopping > 0
 

@@ -69,6 +69,7 @@ class TitansMemory(Mixer):
         "o_proj": "row",
     }
     float32_parameters: ClassVar = ("rate_bias", "momentum_bias", "decay_bias")
+    counters: ClassVar = {"titans_memory/limited": "limited"}
 
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__(config, options, layer)
@@ -81,6 +82,8 @@ class TitansMemory(Mixer):
         for name, start in (("rate", 0.0), ("momentum", 0.85), ("decay", 4.0)):
             setattr(self, f"{name}_proj", Linear(config.dim, self.num_heads, std=std))
             setattr(self, f"{name}_bias", parameter((self.num_heads,), constant(start)))
+        # How often a limit kept the memory in bounds.
+        self.register_buffer("limited", torch.zeros((), dtype=torch.int64), persistent=False)
         self.memory = Memory(self.num_heads, self.head_dim, options)
         self.gate_proj = Linear(config.dim, inner, std=std)
         self.norm = GatedRMSNorm(self.head_dim, config.norm_eps)
@@ -122,6 +125,8 @@ class TitansMemory(Mixer):
             chunk_size=self.options.chunk_size,
         )
         after["memory"], after["done"] = found.state
+        if self.training:
+            self.limited += found.limited.sum()
         o = self.norm(found.o, split_heads(self.gate_proj(x), self.head_dim))
         return self.o_proj(o.flatten(2)), after
 
