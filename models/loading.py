@@ -93,6 +93,11 @@ def load(
         cast = dtype if value.is_floating_point() and name not in kept else None
         tensors[name] = value.to(device=device, dtype=cast)
     model.load_state_dict(tensors, assign=True)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:  # counts, which no checkpoint has
+                zero = torch.zeros_like(buffer, device=device)
+                module.register_buffer(name, zero, persistent=False)
     return model
 
 

@@ -338,6 +338,9 @@ class Trainer:
             extra |= layer_norms(self.model, batches)
             if self.loads:
                 extra |= self._routing(batches)
+            # What these passes counted belongs to no step.
+            take_loads(self.model.parts, self.ranks)
+            take_counts(self.model.parts, self.ranks)
         return extra
 
     def _routing(self, batches: list[MicroBatch]) -> dict[str, float]:

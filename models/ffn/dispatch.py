@@ -31,7 +31,9 @@ def choose(
     experts = ranked.topk(k, dim=-1).indices
     weights = probabilities.gather(-1, experts)
     if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+        # A bias may choose experts whose probability is rounded to zero.
+        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        weights = weights / total
     return Choice(experts, weights)
 
 

@@ -158,6 +158,11 @@ class MoE(ChannelMixer):
             return [str(error)]
         found = ROUTERS[options.router].problems(router_options)
         found = [f"model.routers.{options.router}.{reason}" for reason in found]
+        if options.top_k == 1 < options.num_experts and options.renormalize:
+            found.append(
+                f"{place}.renormalize: must be false with top_k 1, where a renormalised weight is "
+                "always 1 and teaches the router nothing"
+            )
         if options.top_k > options.num_experts:
             found.append(
                 f"{place}.top_k: {options.top_k} experts a token, but {place}.num_experts is "

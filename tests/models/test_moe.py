@@ -220,6 +220,19 @@ def test_a_bias_chooses_but_does_not_weigh() -> None:
     torch.testing.assert_close(choice.weights[..., 0], g[..., 1])
 
 
+def test_a_bias_may_choose_what_has_no_probability() -> None:
+    g = torch.tensor([[[1.0, 0.0, 0.0]]])
+    weights = choose(g, 1, renormalize=True, bias=torch.tensor([0.0, 2.0, 0.0])).weights
+    assert weights.tolist() == [[[0.0]]]
+
+
+def test_one_expert_with_a_weight_of_one_is_refused() -> None:
+    """The router would get no gradient from the tokens."""
+    [found] = problems(config(top_k=1))
+    assert found.startswith("model.ffns.moe.renormalize: must be false with top_k 1")
+    assert not problems(config(top_k=1, renormalize=False))
+
+
 def test_capacity_drops_the_lowest_weights() -> None:
     experts = torch.tensor([[[0], [0], [0], [1]], [[1], [1], [1], [1]]])
     weights = torch.tensor([[[0.2], [0.9], [0.5], [0.1]], [[0.4], [0.3], [0.6], [0.2]]])

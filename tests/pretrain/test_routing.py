@@ -173,3 +173,30 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
         bias = mixture.balance_bias
         assert bias is not None and bias.dtype == torch.float32  # four steps of 0.01 each
         assert bias.any() and bias.abs().max() <= 0.0401
+    saved.to("cpu")  # nothing of it is left without numbers
+
+
+def test_looking_at_routers_does_not_move_them(tmp_path: Path) -> None:
+    """Balanced by bias alone, with and without the passes that measure: the same model."""
+    options = [
+        f"--output_dir={tmp_path}/runs",
+        f"--data.folder={tmp_path}/data",
+        "--steps=4",
+        "--model.dim=32",
+        "--model.num_layers=2",
+        "--model.ffns.moe.expert_dim=16",
+        "--model.ffns.moe.balance_loss=0",
+        "--model.ffns.moe.bias_rate=0.01",
+        "--data.sequence_length=64",
+        "--data.global_batch_size=4",
+        "--schedule.warmup_steps=0",
+        "--data.micro_batch_size=2",
+        "--evals.batches=0",
+    ]
+    biases = []
+    for every in (0, 1):
+        more = [f"--name=every{every}", f"--logging.norms_every={every}"]
+        assert train(load_recipe("rmoe-tiny", [*options, *more])) == 0
+        saved = load(tmp_path / f"runs/every{every}/checkpoints/step-000000004")
+        biases.append([mixture.balance_bias for mixture in mixtures([saved]).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*biases, strict=True))
