@@ -59,10 +59,10 @@ def routing(
         mixture.router.register_forward_hook(after_router(layer, mixture.options.top_k))
         for layer, mixture in mixtures(model.parts).items()
     ]
-    first = min(mixtures(model.parts), default=None)
-    if first is not None:  # another micro-batch begins
-        entry = mixtures(model.parts)[first]
-        handles.append(entry.register_forward_pre_hook(lambda *_: below.clear()))
+    for part in model.parts:  # each begins another micro-batch, or other layers
+        if own := mixtures([part]):
+            entry = own[min(own)]
+            handles.append(entry.register_forward_pre_hook(lambda *_: below.clear()))
     try:
         with torch.compiler.set_stance("force_eager"):
             model.evaluate(batches)
