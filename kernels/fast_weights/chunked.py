@@ -12,15 +12,15 @@ from rondo.kernels.fast_weights.layout import Layout, make_layout
 from rondo.kernels.fast_weights.state import FastWeights, FastWeightState, first_state
 
 
-class _Chunks(NamedTuple):
-    """Tokens in the slots of a layout; B rows, W tokens in a slot."""
+class _Chunk(NamedTuple):
+    """Tokens in one slot of a layout; B rows, W tokens in a slot."""
 
-    q: Tensor  # (S, B, H, W, K): by the weights they read
-    k: Tensor  # (S, B, H, W, K)
-    v: Tensor  # (S, B, H, W, V)
-    rates: Tensor  # (S, B, H, W, 3): 0 where there is no token
-    momentum: Tensor | None  # (S, B, H): mean over the chunk
-    momentum_sum: Tensor | None  # (S, B, H)
+    q: Tensor  # (B, H, W, K): of the tokens that read the weights of the slot
+    k: Tensor  # (B, H, W, K)
+    v: Tensor  # (B, H, W, V)
+    rates: Tensor  # (B, H, W, 3): 0 where there is no token
+    momentum: Tensor | None  # (B, H): mean over the chunk
+    momentum_sum: Tensor | None  # (B, H)
 
 
 class _Inner(NamedTuple):
@@ -74,16 +74,20 @@ def _gather(
     momentum: Tensor | None,
     state: FastWeightState,
     layout: Layout,
-) -> _Chunks:
+) -> list[_Chunk]:
     write = layout.write
     filled = write.filled[:, :, None, :, None]
     rates = torch.where(filled, write.take(learning_rates), 0.0)
-    mean = total = None
+    mean = total = (None,) * len(rates)
     if momentum is not None and state.momentum_sum is not None:
-        total = torch.where(filled, write.take(momentum.unsqueeze(-1)), 0.0).sum((-2, -1))
-        total = total + torch.where(layout.carried.unsqueeze(-1), state.momentum_sum, 0.0)
-        mean = total / layout.count.clamp_min(1).unsqueeze(-1)
-    return _Chunks(layout.read.take(q), write.take(k), write.take(v), rates, mean, total)
+        sums = torch.where(filled, write.take(momentum.unsqueeze(-1)), 0.0).sum((-2, -1))
+        if layout.carried is not None:
+            sums = sums + torch.where(layout.carried.unsqueeze(-1), state.momentum_sum, 0.0)
+        total = sums.unbind()
+        mean = (sums / layout.count.clamp_min(1).unsqueeze(-1)).unbind()
+    # Indexed one by one, every slot would get a gradient as large as all of them together.
+    tokens = (x.unbind() for x in (layout.read.take(q), write.take(k), write.take(v), rates))
+    return [_Chunk(*parts) for parts in zip(*tokens, mean, total, strict=True)]
 
 
 def _scatter(slots: Tensor, layout: Layout) -> Tensor:
@@ -95,7 +99,7 @@ def _scatter(slots: Tensor, layout: Layout) -> Tensor:
 
 
 def _train(
-    chunks: _Chunks,
+    chunks: list[_Chunk],
     initial: FastWeights,
     state: FastWeightState,
     layout: Layout,
@@ -103,50 +107,45 @@ def _train(
     apply_first: bool,
 ) -> tuple[Tensor, FastWeightState]:
     """The inner training loop: outputs `(S, B, H, W, V)` by slot, and the state it ends in."""
-    weights, carried, buffer = state.matrices(chunks.k.shape[-1])
-    inner, outputs, last = _Inner(weights, buffer), [], len(chunks.k) - 1
+    weights, carried, buffer = state.matrices(chunks[0].k.shape[-1])
+    inner, outputs, last = _Inner(weights, buffer), [], len(chunks) - 1
     fresh = _Inner(initial, None if buffer is None else buffer.map(torch.zeros_like))
     gradient = carried
-    for n in range(last + 1):
+    for n, chunk in enumerate(chunks):
         if apply_first:
-            outputs.append(_read(inner.weights, chunks, layout, n))
-        inner = fresh.where(layout.fresh[n], inner)
-        gradient = _gradient(inner.weights, carried, chunks, layout, n)
+            outputs.append(_read(inner.weights, chunk, layout.read.busy[n]))
+        if layout.fresh is not None:
+            inner = fresh.where(layout.fresh[n], inner)
+        gradient = _gradient(inner.weights, carried, chunk, layout, n)
         after = inner
         if layout.write.busy[n] and not (apply_first and n == last):
-            after = _update(inner, gradient, initial, chunks, n, update)
+            args = inner.weights, gradient, initial, inner.buffer, chunk.momentum, update
+            after = _Inner(*update_weights(*args))
         if not apply_first:
-            outputs.append(_read(after.weights, chunks, layout, n))
+            outputs.append(_read(after.weights, chunk, layout.read.busy[n]))
         if n < last:
-            inner = after.where(layout.full[n], inner)
+            inner = after if layout.full is None else after.where(layout.full[n], inner)
     return torch.stack(outputs), FastWeightState(
         inner.weights.pack(),
         gradient.pack(),
         layout.count[last],
         None if inner.buffer is None else inner.buffer.pack(),
-        None if chunks.momentum_sum is None else chunks.momentum_sum[last],
+        chunks[last].momentum_sum,
     )
 
 
-def _read(weights: FastWeights, chunks: _Chunks, layout: Layout, n: int) -> Tensor:
-    if layout.read.busy[n]:
-        return apply_weights(weights, chunks.q[n])
-    return torch.zeros_like(chunks.v[n])
+def _read(weights: FastWeights, chunk: _Chunk, busy: bool) -> Tensor:
+    return apply_weights(weights, chunk.q) if busy else torch.zeros_like(chunk.v)
 
 
 def _gradient(
-    weights: FastWeights, carried: FastWeights, chunks: _Chunks, layout: Layout, n: int
+    weights: FastWeights, carried: FastWeights, chunk: _Chunk, layout: Layout, n: int
 ) -> FastWeights:
     """Summed over the chunk of slot n, with what its tokens before the row have left."""
     if not layout.write.busy[n]:
         return weights.map(torch.zeros_like)
-    gradient = gradient_sum(weights, chunks.k[n], chunks.v[n], chunks.rates[n])
+    gradient = gradient_sum(weights, chunk.k, chunk.v, chunk.rates)
+    if layout.carried is None:
+        return gradient
     mask = layout.carried[n, :, None, None, None]
     return gradient.map(lambda g, before: g + torch.where(mask, before, 0.0), carried)
-
-
-def _update(
-    inner: _Inner, gradient: FastWeights, initial: FastWeights, chunks: _Chunks, n: int, update: str
-) -> _Inner:
-    momentum = None if chunks.momentum is None else chunks.momentum[n]
-    return _Inner(*update_weights(inner.weights, gradient, initial, inner.buffer, momentum, update))

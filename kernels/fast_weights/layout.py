@@ -49,10 +49,10 @@ class Layout(NamedTuple):
     write: Slots  # tokens by the chunk they belong to
     read: Slots  # tokens by the weights they read: of slot n of `write`, or those before it
     source: Tensor  # (B, T) int64: where each position is among the S * W of `read`
-    fresh: Tensor  # (S, B) bool: the chunk starts a document other than that of the state
-    carried: Tensor  # (S, B) bool: the chunk continues the open chunk of the state
     count: Tensor  # (S, B) int64: tokens of the chunk, those before the row included
-    full: Tensor  # (S, B) bool: it has all its tokens
+    full: Tensor | None  # (S, B) bool: it has all its tokens; None: all but the last slot's
+    fresh: Tensor | None  # (S, B) bool: it starts a document other than that of the state
+    carried: Tensor | None  # (S, B) bool: it continues the open chunk of the state
     unread: Tensor | None  # (B, T) bool: positions that read the initial weights, in no slot
 
 
@@ -152,19 +152,20 @@ def make_layout(
         reads = slot
     write = _fill(slot, place, slots, width, plain)
     read = _fill(reads, place, slots, width, plain) if apply_first else write
-    carried = _any_token(at.first & at.ours, write)
-    tokens = write.filled.sum(-1)
+    tokens, carried = write.filled.sum(-1), None
     if count is not None:
+        carried = _any_token(at.first & at.ours, write)
         tokens = tokens + carried * count
+    other = at.first & ~at.ours
     return Layout(
         write=write,
         read=read,
         source=torch.where(reads < slots, reads * width + place, 0),
-        fresh=_any_token(at.first & ~at.ours, write),
-        carried=carried,
         count=tokens,
-        full=tokens == chunk,
-        unread=at.first & ~at.ours if apply_first and segment_ids is not None else None,
+        full=None if plain else tokens == chunk,
+        fresh=None if segment_ids is None else _any_token(other, write),
+        carried=carried,
+        unread=other if apply_first and segment_ids is not None else None,
     )
 
 

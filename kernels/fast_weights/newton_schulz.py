@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # One quintic a step, as large-chunk test-time training of language models uses them (arXiv
@@ -30,12 +31,14 @@ def newton_schulz(x: Tensor) -> Tensor:
     Returns:
         As `x`.
     """
+    shape = x.shape
     squares = x.square().sum((-2, -1), keepdim=True)
-    x = x * (squares + EPS**2).rsqrt()
-    tall = x.shape[-2] > x.shape[-1]
+    x = (x * (squares + EPS**2).rsqrt()).reshape(-1, *shape[-2:])
+    tall = shape[-2] > shape[-1]
     if tall:
         x = x.mT
     for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        gram = torch.bmm(x, x.mT)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return (x.mT if tall else x).reshape(shape)

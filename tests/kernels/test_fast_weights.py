@@ -270,10 +270,13 @@ def test_documents_do_not_leak(order: str) -> None:
         for x, y in zip(case.tensors(), changed, strict=True)
     ]
     mixed[8:] = [2 * x for x in mixed[8:]]  # the state, of the first document
-    (o, *state), _ = gradients(run, case.tensors())
-    (o2, *state2), _ = gradients(run, mixed)
+    (o, *state), grads = gradients(run, case.tensors())
+    (o2, *state2), grads2 = gradients(run, mixed)
     torch.testing.assert_close(o2[:, 11:], o[:, 11:], rtol=0, atol=0)
     torch.testing.assert_close(state2, state, rtol=0, atol=0)
+    for x, y, tensor in zip(grads2, grads, mixed, strict=True):
+        if tensor.shape[:2] == (2, 20):
+            torch.testing.assert_close(x[:, 11:], y[:, 11:], rtol=0, atol=0)
     if torch.equal(o2[:, :11], o[:, :11]):
         raise AssertionError("the first document did not notice its own change")
 
