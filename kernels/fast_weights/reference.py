@@ -1,4 +1,4 @@
-"""Fast weights row by row and chunk by chunk, the inner gradient left to autograd."""
+"""Fast weights row by row, chunk by chunk, the gradient token by token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from rondo.kernels.fast_weights.inner import apply_weights, update_weights
 from rondo.kernels.fast_weights.state import FastWeights, FastWeightState, first_state
 
 
-def _inner_gradient(weights: FastWeights, k: Tensor, v: Tensor, rates: Tensor) -> FastWeights:
-    """Gradient of the weighted inner products of `(1, C, H, .)` tokens, one matrix at a time."""
-
-    def gain(gate: Tensor, up: Tensor, down: Tensor, rate: Tensor) -> Tensor:
-        a, u = (torch.einsum("bhfk,bchk->bchf", w, k) for w in (gate, up))
-        read = torch.einsum("bhvf,bchf->bchv", down, torch.nn.functional.silu(a) * u)
-        return (rate * (read * v).sum(-1)).sum()
-
-    return FastWeights(
-        *(torch.func.grad(gain, argnums=j)(*weights, rates[..., j]) for j in range(3))
+def _token_gradient(weights: FastWeights, k: Tensor, v: Tensor, rates: Tensor) -> FastWeights:
+    """Gradient of `rate f(k) . v` of one token, `(1, H, .)`, for each matrix with its rate."""
+    a, u = (torch.einsum("bhfk,bhk->bhf", w, k) for w in (weights.gate, weights.up))
+    d = torch.einsum("bhvf,bhv->bhf", weights.down, v)  # gradient of the hidden layer
+    s = torch.sigmoid(a)
+    outers = (
+        torch.einsum("bhf,bhk->bhfk", d * u * (s + a * s * (1 - s)), k),
+        torch.einsum("bhf,bhk->bhfk", d * a * s, k),
+        torch.einsum("bhv,bhf->bhvf", v, a * s * u),
     )
+    pairs = zip(rates.unbind(-1), outers, strict=True)
+    return FastWeights(*(rate[..., None, None] * outer for rate, outer in pairs))
 
 
 def _next_border(ids: list[int], start: int, room: int) -> int:
@@ -51,8 +52,9 @@ def _row(
             weights, gradient, count = initial.map(lambda w: w.unsqueeze(0)), zero, 0
             buffer, total = None if buffer is None else zero, nothing
         part = slice(start, _next_border(ids, start, chunk - count))
-        new = _inner_gradient(weights, k[:, part], v[:, part], rates[:, part])
-        gradient, count = gradient.map(torch.add, new), count + part.stop - start
+        for t in range(start, part.stop):
+            token = _token_gradient(weights, k[:, t], v[:, t], rates[:, t])
+            gradient, count = gradient.map(torch.add, token), count + 1
         mean = None
         if momentum is not None and total is not None:
             total = total + momentum[:, part].sum(1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from rondo.kernels.fast_weights import (
@@ -537,6 +538,35 @@ def test_short_documents_cost_no_more_than_long_ones() -> None:
         counts.append(counter.get_total_flops())
     if not max(counts[1:]) <= counts[0]:
         raise AssertionError(f"FLOPs {counts}")
+
+
+def test_flops_of_a_token_and_a_chunk() -> None:
+    """The figures of the README: an r x c matrix, r <= c, costs 20 r^2 c + 10 r^3 a step."""
+    tokens, matrices = HIDDEN * (2 * K + V), 0
+    for rows, columns in ((K, HIDDEN), (K, HIDDEN), (V, HIDDEN)):
+        matrices += 20 * rows**2 * columns + 10 * rows**3
+    case = make(32, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        case.run(chunk_size=8, backend="chunked")
+    expected = 2 * HEADS * (32 * 6 * tokens + 4 * matrices)
+    if counter.get_total_flops() != expected:
+        raise AssertionError(f"{counter.get_total_flops()} FLOPs, expected {expected}")
+
+
+@every_backend
+def test_recomputed_and_without_gradients(backend: str) -> None:
+    case = make(9, documents=0.2)
+    run = functools.partial(case.flat, chunk_size=4, backend=backend)
+
+    def recomputed(*tensors: Tensor) -> list[Tensor]:
+        return checkpoint(run, *tensors, use_reentrant=False)
+
+    results = [gradients(f, case.tensors()) for f in (run, recomputed)]
+    for x, y in zip(*(o + g for o, g in results), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    expected = case.run(chunk_size=4, backend=backend)
+    with torch.inference_mode():
+        same(case.run(chunk_size=4, backend=backend), expected)
 
 
 def test_strided_inputs() -> None:
