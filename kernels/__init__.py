@@ -6,6 +6,7 @@ Sequence tensors are `(batch, time, heads, dim)`; see README.md in this folder.
 from rondo.kernels.conv import short_conv
 from rondo.kernels.cross_entropy import linear_cross_entropy
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
+from rondo.kernels.fast_weights import FastWeights, FastWeightState, fast_weights
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.neural_memory import neural_memory
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
@@ -17,9 +18,12 @@ from rondo.kernels.summary import DiagonalSummary, MatrixSummary, combine
 
 __all__ = [
     "DiagonalSummary",
+    "FastWeightState",
+    "FastWeights",
     "MatrixSummary",
     "attention",
     "combine",
+    "fast_weights",
     "gated_delta_rule",
     "gated_delta_rule_summary",
     "gated_linear_attention",

@@ -1,0 +1,94 @@
+"""One chunk of the inner training loop: the sum of gradients, the update, the application.
+
+Three functions, because only the first adds up over tokens: ranks that share the tokens of a chunk
+sum what `gradient_sum` returns (and the momenta) over each other, and then update and apply alone.
+
+Letters in shapes: B batch, H heads, C tokens of a chunk, K, V and F widths of keys, values and the
+hidden layer. Queries are read by products in their own dtype; all that changes the weights is
+computed in the dtype of the weights. An orthogonalised step lifts singular values of a thousandth
+of the largest up to the others, so that in bfloat16 it would make noise as large as the signal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rondo.kernels.fast_weights.newton_schulz import newton_schulz
+from rondo.kernels.fast_weights.state import FastWeights
+
+NORM_EPS = 1e-5
+
+
+def apply_weights(weights: FastWeights, x: Tensor) -> Tensor:
+    """`down (SiLU(gate x) * up x)`: `(B, H, C, K)` to `(B, H, C, V)`, in the dtype of `x`."""
+    wide = weights.gate.dtype
+    gate, up, down = weights.map(lambda w: w.to(x.dtype))
+    hidden = F.silu((x @ gate.mT).to(wide)) * (x @ up.mT).to(wide)
+    return hidden.to(x.dtype) @ down.mT
+
+
+def gradient_sum(weights: FastWeights, k: Tensor, v: Tensor, learning_rates: Tensor) -> FastWeights:
+    """Gradient of `sum_i rate_i f(k_i) . v_i` at `weights`, each matrix with rates of its own.
+
+    With `a = gate k`, `u = up k`, `s = sigmoid(a)` and `d = down^T v` of a token, it is the sum of
+
+        gate: (rate d u s (1 + a (1 - s))) k^T    up: (rate d a s) k^T    down: rate v (a s u)^T
+
+    Args:
+        weights: `(B, H, ...)`.
+        k, v: `(B, H, C, K)` and `(B, H, C, V)`.
+        learning_rates: `(B, H, C, 3)` in the dtype of the weights: of gate, up and down.
+
+    Returns:
+        `(B, H, ...)`: what a plain update adds to the weights.
+    """
+    k, v = k.to(learning_rates.dtype), v.to(learning_rates.dtype)
+    a, u, d = k @ weights.gate.mT, k @ weights.up.mT, v @ weights.down
+    s = torch.sigmoid(a)
+    silu = a * s
+    rate_gate, rate_up, rate_down = learning_rates.split(1, dim=-1)
+    return FastWeights(
+        gate=(rate_gate * d * u * (s + silu * (1 - s))).mT @ k,
+        up=(rate_up * d * silu).mT @ k,
+        down=(rate_down * v).mT @ (silu * u),
+    )
+
+
+def update_weights(
+    weights: FastWeights,
+    gradient: FastWeights,
+    initial: FastWeights,
+    buffer: FastWeights | None,
+    momentum: Tensor | None,
+    update: str,
+) -> tuple[FastWeights, FastWeights | None]:
+    """The weights after a chunk, and the momentum buffer: `m <- momentum m + gradient`,
+    `W <- N(W + m)` or, for "muon", `W <- N(W + newton_schulz(m))`; without momentum m is the
+    gradient. N is `restore_norms`.
+
+    Args:
+        weights, gradient, buffer: `(B, H, ...)`.
+        initial: `(H, ...)`, whose rows set the norms.
+        momentum: `(B, H)`, the mean over the chunk.
+        update: "muon" or "gradient".
+    """
+    step = gradient
+    if momentum is not None and buffer is not None:
+        decay = momentum[..., None, None]
+        buffer = buffer.map(lambda m, g: decay * m + g, gradient)
+        step = buffer
+    if update == "muon":
+        step = step.map(newton_schulz)
+    return weights.map(torch.add, step).map(restore_norms, initial), buffer
+
+
+def restore_norms(w: Tensor, initial: Tensor) -> Tensor:
+    """`w` with every row (what makes one output) scaled to the norm it has in `initial`.
+
+    `w sqrt((|initial|^2 + eps^2) / (|w|^2 + eps^2))`: exactly 1 where nothing has changed, smooth
+    at rows of zero, which stay below eps.
+    """
+    norm, target = (x.square().sum(-1, keepdim=True) + NORM_EPS**2 for x in (w, initial))
+    return w * (target / norm).sqrt()
