@@ -13,7 +13,7 @@ from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from rondo.kernels.pointwise import swiglu
 from rondo.kernels.rope import rope
 from rondo.kernels.scan import linear_scan, linear_scan_summary
-from rondo.kernels.softmax_attention import attention
+from rondo.kernels.softmax_attention import attend_prefix, attention
 from rondo.kernels.summary import DiagonalSummary, MatrixSummary, combine
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "FastWeightState",
     "FastWeights",
     "MatrixSummary",
+    "attend_prefix",
     "attention",
     "combine",
     "fast_weights",

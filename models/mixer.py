@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -66,9 +67,10 @@ class Mixer(nn.Module):
 
     Options: ClassVar[type]
     sharding: dict[str, str]
-    """Submodule or parameter -> "column" (split by output), "row" (split by input), "head"
-    (split along its first dimension with the heads) or "replicate". What is split, is split by
-    heads: a part of the mixer holds consecutive heads, and its output adds up over the parts."""
+    """Submodule or parameter, by its dotted name -> "column" (split by output), "row" (split by
+    input), "head" (split along its first dimension with the heads) or "replicate". What is split,
+    is split by heads: a part of the mixer holds consecutive heads, and its output adds up over the
+    parts."""
     first_head: int = 0
     """The first head this part of the mixer holds."""
     float32_parameters: ClassVar[tuple[str, ...]] = ()
@@ -178,6 +180,19 @@ class ChannelMixer(nn.Module):
 def split_heads(x: Tensor, width: int) -> Tensor:
     """`(B, T, heads·width)` -> `(B, T, heads, width)`, for all heads or a part of them."""
     return x.unflatten(-1, (-1, width))
+
+
+def part_of(state: State | None, name: str) -> State | None:
+    """The state of a mixer's part, from what `join_states` has put together."""
+    if state is None:
+        return None
+    start = f"{name}."
+    return {key[len(start) :]: x for key, x in state.items() if key.startswith(start)}
+
+
+def join_states(**parts: Mapping[str, Any]) -> dict[str, Any]:
+    """States of a mixer's parts (or their shapes), each name behind that of the part."""
+    return {f"{part}.{key}": x for part, state in parts.items() for key, x in state.items()}
 
 
 def get(state: State | None, name: str) -> Tensor | None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rondo.models import MIXERS, Decoder, Mixer
+from rondo.models import MIXERS, Decoder
+from rondo.models.block import Block
 from rondo.parallel.mesh import Ranks
 
 
@@ -19,8 +20,9 @@ def take_counts(parts: Sequence[Decoder], ranks: Ranks) -> dict[str, float]:
     if not names:
         return {}
     totals = dict.fromkeys(names, 0.0)
-    for mixer in (m for part in parts for m in part.modules() if isinstance(m, Mixer)):
-        for name, buffer in mixer.counters.items():
-            totals[name] += float(mixer.get_buffer(buffer))
-            mixer.get_buffer(buffer).zero_()
+    for block in (block for part in parts for block in part.blocks.values()):
+        assert isinstance(block, Block), "nn.ModuleDict forgets its element type"
+        for name, buffer in block.mixer.counters.items():
+            totals[name] += float(block.mixer.get_buffer(buffer))
+            block.mixer.get_buffer(buffer).zero_()
     return dict(zip(names, ranks.sum(*totals.values()), strict=True))

@@ -195,7 +195,7 @@ class _Stage(PipelineStage):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         # Weights that meet in one operator would free each other's graph. It goes with the last
         # reference to it anyway.
-        groups = bwd_kwargs["param_groups"]
+        groups = _joined(bwd_kwargs["param_groups"])
         return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,3 +210,23 @@ class _Stage(PipelineStage):
         names = part.loss_weights if part.last else part.carried
         outputs = (output.hidden, *(output.carry[name] for name in names))
         return tuple(x.clone() if x._is_view() else x for x in outputs)
+
+
+def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Weights that meet anywhere in one group. torch 2.13 leaves a weight that meets others at some
+    of its uses in two groups, and would add its gradient twice."""
+    joined: list[tuple[set[Any], dict[Any, Any]]] = []
+    for group in groups:
+        params = set(group["params"])
+        gradients = dict(zip(group["intermediates"], group.get("grads") or [], strict=False))
+        meeting = [each for each in joined if each[0] & params or each[1].keys() & gradients.keys()]
+        for each in meeting:
+            joined.remove(each)
+            params |= each[0]
+            gradients |= each[1]
+        joined.append((params, gradients))
+    return [
+        {"params": params, "intermediates": list(nodes), "grads": list(nodes.values())}
+        for params, nodes in joined
+        if nodes
+    ]

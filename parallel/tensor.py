@@ -12,6 +12,7 @@ what is replicated, `finish_gradients` sums the shares once a step.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def placement(word: str, ndim: int) -> Placement:
 
 def sharding_word(module: Mixer | ChannelMixer, name: str) -> str:
     """What `module` says of its parameter `name`, by itself or by the part it belongs to."""
-    return module.sharding.get(name) or module.sharding[name.split(".")[0]]
+    while name not in module.sharding and "." in name:
+        name = name.rpartition(".")[0]
+    return module.sharding[name]
 
 
 def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
@@ -50,10 +53,10 @@ def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
         if isinstance(module, Mixer):
             heads = next(iter(module.heads(module.config, module.options).values()))
             module.first_head = rank * (heads // size)
-        if isinstance(module, Mixer | ChannelMixer):
-            _shard_module(module, mesh)
-            module.register_forward_pre_hook(functools.partial(_gather_inputs, group))
-            module.register_forward_hook(functools.partial(_scatter_outputs, group))
+    for module in outermost(model):
+        _shard_module(module, mesh)
+        module.register_forward_pre_hook(functools.partial(_gather_inputs, group))
+        module.register_forward_hook(functools.partial(_scatter_outputs, group))
     vocabulary = Vocabulary(model.config.vocab_size, group)
     if vocabulary.size <= (size - 1) * -(-vocabulary.size // size):
         raise UserError(f"parallel.tp: {size} ranks are too many for {vocabulary.size} token ids")
@@ -69,6 +72,15 @@ def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
                 distribute(module, name, mesh, Replicate())
         if next(module.parameters(recurse=False), None) is not None:
             compute_locally(module)
+
+
+def outermost(model: nn.Module) -> Iterator[Mixer | ChannelMixer]:
+    """The mixers of `model` that are not parts of other mixers."""
+    for child in model.children():
+        if isinstance(child, Mixer | ChannelMixer):
+            yield child
+        else:
+            yield from outermost(child)
 
 
 def compute_locally(module: nn.Module) -> None:

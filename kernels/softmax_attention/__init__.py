@@ -5,17 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from rondo.kernels.backend import choose
-from rondo.kernels.softmax_attention.chunked import chunked_attention
+from rondo.kernels.softmax_attention.chunked import chunked_attention, chunked_attention_lse
 from rondo.kernels.softmax_attention.flash import flash_attention, flash_serves
-from rondo.kernels.softmax_attention.reference import reference_attention
+from rondo.kernels.softmax_attention.prefix import attend_prefix
+from rondo.kernels.softmax_attention.reference import reference_attention, reference_attention_lse
 
-__all__ = ["attention"]
+__all__ = ["attend_prefix", "attention"]
 
 IMPLEMENTATIONS = {
     "reference": reference_attention,
     "chunked": chunked_attention,
     "flash": flash_attention,
 }
+LSE = {"reference": reference_attention_lse, "chunked": chunked_attention_lse}
+"""Those that return the log-sum-exp too."""
 
 
 def attention(
@@ -27,8 +30,9 @@ def attention(
     scale: float | None = None,
     segment_ids: Tensor | None = None,
     key_segment_ids: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`o_i = sum_j softmax_j(scale * q_i . k_j) v_j` over the keys `j` that query `i` may see.
 
     Query `i` of T sits at key position `p = S - T + i` (a cache comes first) and sees the keys
@@ -43,11 +47,15 @@ def attention(
         segment_ids: `(B, T)` integer document of each query, non-decreasing in a row.
         key_segment_ids: `(B, S)` document of each key; its last T columns must repeat
             `segment_ids`. May be left out when `S == T`.
-        backend: "auto", "reference", "chunked", or "flash" (the flash-attn package, on CUDA).
-            "auto" takes flash where it serves these inputs, else chunked.
+        return_lse: also return the log-sum-exp of each query's scores, to join the result with
+            attention to further keys (`attend_prefix`). Gradients pass through it.
+        backend: "auto", "reference", "chunked", or "flash" (the flash-attn package, on CUDA;
+            it has no gradient of the log-sum-exp). "auto" takes flash where it serves these
+            inputs, else chunked.
 
     Returns:
-        `(B, T, H, Dv)` in the dtype of `v`.
+        `(B, T, H, Dv)` in the dtype of `v`; with `return_lse` also `(B, T, H)`, float32 (float64
+        for float64 inputs).
 
     Raises:
         ValueError: shapes, window or backend do not fit.
@@ -55,9 +63,9 @@ def attention(
     check_inputs(q, k, v, window, segment_ids, key_segment_ids)
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids
-    if backend == "auto" and flash_serves(q, k, v):
+    if backend == "auto" and not return_lse and flash_serves(q, k, v):
         backend = "flash"
-    run = choose("attention", backend, IMPLEMENTATIONS, q.device)
+    run = choose("attention", backend, LSE if return_lse else IMPLEMENTATIONS, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= k.shape[1]:
         window = None

@@ -68,7 +68,20 @@ def chunked_attention(
         return out.transpose(1, 2)
     if q.device.type == "cuda":
         return masked_sdpa(q, k, v, window, scale, segment_ids, key_segment_ids)
-    return _BlockedAttention.apply(q, k, v, window, scale, segment_ids, key_segment_ids)
+    return _BlockedAttention.apply(q, k, v, window, scale, segment_ids, key_segment_ids, False)
+
+
+def chunked_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    segment_ids: Tensor | None,
+    key_segment_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `attention`, with the log-sum-exp."""
+    return _BlockedAttention.apply(q, k, v, window, scale, segment_ids, key_segment_ids, True)
 
 
 def masked_sdpa(
@@ -135,8 +148,8 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(unused, a, b, beta=0, alpha=scale)
 
 
-def _weights(q: Tensor, k: Tensor, block: Block, offset: int, scale: float, mask: Mask) -> Tensor:
-    """Softmax weights `(B * G, R * C, K)` of a block; q and k are its rows."""
+def _scores(q: Tensor, k: Tensor, block: Block, offset: int, scale: float, mask: Mask) -> Tensor:
+    """Scores `(B * G, R * C, K)` of a block, -inf where hidden; q and k are its rows."""
     scores = _product(q, k.transpose(1, 2), scale)
     low = block.low
     if mask.window is None and mask.segment_ids is None:
@@ -156,7 +169,7 @@ def _weights(q: Tensor, k: Tensor, block: Block, offset: int, scale: float, mask
     # Adding is many times faster on a CPU than filling by a mask that is broadcast.
     bias = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, float("-inf"))
     view.add_(bias[:, None])
-    return torch.softmax(scores, dim=-1)
+    return scores
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -172,29 +185,34 @@ class _BlockedAttention(torch.autograd.Function):
         scale: float,
         segment_ids: Tensor | None,
         key_segment_ids: Tensor | None,
-    ) -> Tensor:
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         groups, offset = k.shape[2], k.shape[1] - q.shape[1]
         mask = Mask(window, segment_ids, key_segment_ids)
         keys, values = _rows(k, groups), _rows(v, groups)
         blocks = _blocks(q.shape[1], k.shape[1], window)
         keep = (k.shape[1] if window is None else _block_size(window) + window - 1) <= KEPT_KEYS
         out = v.new_empty(*q.shape[:3], v.shape[-1])
-        kept = []
+        kept, sums = [], []
         for block in blocks:
             start, stop, low, high = block
-            weights = _weights(
-                _rows(q[:, start:stop], groups), keys[:, low:high], block, offset, scale, mask
-            )
-            out[:, start:stop] = _unrows(weights @ values[:, low:high], q[:, start:stop])
+            queries = q[:, start:stop]
+            scores = _scores(_rows(queries, groups), keys[:, low:high], block, offset, scale, mask)
+            weights = torch.softmax(scores, -1)
+            out[:, start:stop] = _unrows(weights @ values[:, low:high], queries)
             if keep:
                 kept.append(weights)
+            if return_lse:
+                sums.append(_unrows(_lse(scores), queries))
         ctx.save_for_backward(q, keys, values, segment_ids, key_segment_ids, *kept)
         ctx.window, ctx.scale, ctx.groups = window, scale, groups
-        return out
+        return (out, torch.cat(sums, 1).squeeze(-1)) if return_lse else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         q, keys, values, segment_ids, key_segment_ids, *kept = ctx.saved_tensors
         groups, offset, scale = ctx.groups, keys.shape[1] - q.shape[1], ctx.scale
         mask = Mask(ctx.window, segment_ids, key_segment_ids)
@@ -206,11 +224,15 @@ class _BlockedAttention(torch.autograd.Function):
             start, stop, low, high = block
             q_rows, grad_rows = _rows(q[:, start:stop], groups), _rows(grad[:, start:stop], groups)
             block_keys = keys[:, low:high]
-            weights = (
-                kept[index] if kept else _weights(q_rows, block_keys, block, offset, scale, mask)
-            )
+            if kept:
+                weights = kept[index]
+            else:
+                weights = _scores(q_rows, block_keys, block, offset, scale, mask).softmax(-1)
             grad_weights = grad_rows @ values[:, low:high].transpose(1, 2)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            if grad_lse is not None:
+                rows = _rows(grad_lse[:, start:stop, :, None], groups)
+                grad_scores.addcmul_(weights, rows.to(weights.dtype))
             grad_q[:, start:stop] = _unrows(
                 _product(grad_scores, block_keys, scale), q[:, start:stop]
             )
@@ -218,7 +240,12 @@ class _BlockedAttention(torch.autograd.Function):
             grad_v[:, low:high] += weights.transpose(1, 2) @ grad_rows
         grad_k = _ungroup(grad_k, q.shape[0]).to(keys.dtype)
         grad_v = _ungroup(grad_v, q.shape[0]).to(values.dtype)
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None, None, None
+
+
+def _lse(scores: Tensor) -> Tensor:
+    """`(..., 1)`, float32 (float64 for float64)."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1, keepdim=True)
 
 
 def _ungroup(x: Tensor, batch: int) -> Tensor:

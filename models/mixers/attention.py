@@ -1,16 +1,18 @@
-"""Softmax attention: grouped heads, RoPE or none, QK norm, sliding window."""
+"""Softmax attention: grouped heads, RoPE or none, QK norm, sliding window, persistent tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rondo.kernels import attention
+from rondo.kernels import attend_prefix, attention
 from rondo.kernels.rope import rope_table, rotate
 from rondo.models.config import ModelConfig
+from rondo.models.init import normal, parameter
 from rondo.models.layers import Linear, RMSNorm
 from rondo.models.mixer import Mixer, SequenceContext, State, get, split_heads
 from rondo.models.registry import MIXERS
@@ -34,38 +36,51 @@ class AttentionOptions:
     """Base of the rotary frequencies."""
     qk_norm: bool = True
     """RMSNorm of queries and keys, per head, before RoPE."""
+    persistent_tokens: int = field(default=0, metadata={"zero": True})
+    """Learned keys and values that every query sees, whatever its document (persistent memory,
+    arXiv 1907.01470, 2501.00663). Queries meet them without RoPE."""
 
 
-@MIXERS.register("attention")
-class Attention(Mixer):
-    """Causal attention (arXiv 1706.03762; GQA arXiv 2305.13245; RoPE arXiv 2104.09864).
+class HeadsRead(NamedTuple):
+    """What heads of attention give."""
 
-    State: `k`, `v` `(B, S, num_kv_heads, head_dim)`, and `live` `(B, S)` bool: which cached
-    positions belong to the document that goes on.
-    """
+    o: Tensor
+    """`(B, T, num_heads, head_dim)`."""
+    lse: Tensor | None
+    """`(B, T, num_heads)`: log-sum-exp of the scores, if asked for."""
+    q: Tensor
+    """`(B, T, num_heads, head_dim)`: the queries before RoPE."""
+
+
+class AttentionHeads(Mixer):
+    """Attention without its output matrix: what `Attention` is, and part of other mixers."""
 
     Options = AttentionOptions
-    sharding: ClassVar = {
+    sharding: ClassVar[dict[str, str]] = {
         "q_proj": "column",
         "k_proj": "column",
         "v_proj": "column",
-        "o_proj": "row",
         "q_norm": "replicate",
         "k_norm": "replicate",
+        "persistent_k": "head",
+        "persistent_v": "head",
     }
 
     def __init__(self, config: ModelConfig, options: AttentionOptions, layer: int) -> None:
         super().__init__(config, options, layer)
         self.num_heads, self.num_kv_heads, self.head_dim = _sizes(config, options)
-        self.attend = attention
+        self.attend: Callable[..., Any] = attention
         inner, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = Linear(config.dim, inner, std=config.init_std)
         self.k_proj = Linear(config.dim, kv, std=config.init_std)
         self.v_proj = Linear(config.dim, kv, std=config.init_std)
-        self.o_proj = Linear(inner, config.dim, std=config.residual_std)
         if options.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+        if options.persistent_tokens:
+            shape = (self.num_kv_heads, options.persistent_tokens, self.head_dim)
+            self.persistent_k = parameter(shape, normal(self.head_dim**-0.5))
+            self.persistent_v = parameter(shape, normal(self.head_dim**-0.5))
 
     @classmethod
     def problems(cls, config: ModelConfig, options: AttentionOptions) -> list[str]:
@@ -87,6 +102,14 @@ class Attention(Mixer):
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
+        """What the heads read `(B, T, num_heads, head_dim)`, and the state after it."""
+        found, state = self.read(x, ctx, state)
+        return found.o, state
+
+    def read(
+        self, x: Tensor, ctx: SequenceContext, state: State | None, *, return_lse: bool = False
+    ) -> tuple[HeadsRead, State]:
+        """What the heads read and what further keys need to be read as well."""
         q, k, v = (
             split_heads(self.q_proj(x), self.head_dim),
             split_heads(self.k_proj(x), self.head_dim),
@@ -94,6 +117,7 @@ class Attention(Mixer):
         )
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        unrotated = q
         if self.options.rope:
             table = rope_table(
                 ctx.positions,
@@ -103,15 +127,24 @@ class Attention(Mixer):
             )
             q, k = rotate(q, *table), rotate(k, *table)
         segments, key_segments, state = self._extend(k, v, ctx.segment_ids, state)
-        o = self.attend(
+        found = self.attend(
             q,
             state["k"],
             state["v"],
             window=self.options.window,
             segment_ids=segments,
             key_segment_ids=key_segments,
+            return_lse=return_lse or self.options.persistent_tokens > 0,
         )
-        return self.o_proj(o.flatten(2)), self._trim(state)
+        o, lse = (found, None) if isinstance(found, Tensor) else found
+        if lse is not None and self.options.persistent_tokens > 0:
+            o, lse = attend_prefix(unrotated, *self._persistent(o.dtype), o, lse)
+        return HeadsRead(o, lse, unrotated), self._trim(state)
+
+    def _persistent(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Persistent keys and values `(persistent_tokens, num_kv_heads, head_dim)`."""
+        k, v = (x.transpose(0, 1).to(dtype) for x in (self.persistent_k, self.persistent_v))
+        return self.k_norm(k) if self.options.qk_norm else k, v
 
     def _extend(
         self, k: Tensor, v: Tensor, segment_ids: Tensor | None, state: State | None
@@ -153,7 +186,29 @@ class Attention(Mixer):
     def operator_flops(self, length: int) -> float:
         window = min(self.options.window or length, length)
         seen = window - window * (window - 1) / (2 * length)  # mean number of keys a query sees
-        return 4.0 * seen * self.num_heads * self.head_dim
+        return 4.0 * (seen + self.options.persistent_tokens) * self.num_heads * self.head_dim
+
+
+@MIXERS.register("attention")
+class Attention(AttentionHeads):
+    """Causal attention (arXiv 1706.03762; GQA arXiv 2305.13245; RoPE arXiv 2104.09864).
+
+    State: `k`, `v` `(B, S, num_kv_heads, head_dim)`, and `live` `(B, S)` bool: which cached
+    positions belong to the document that goes on.
+    """
+
+    sharding: ClassVar[dict[str, str]] = {**AttentionHeads.sharding, "o_proj": "row"}
+
+    def __init__(self, config: ModelConfig, options: AttentionOptions, layer: int) -> None:
+        super().__init__(config, options, layer)
+        inner = self.num_heads * self.head_dim
+        self.o_proj = Linear(inner, config.dim, std=config.residual_std)
+
+    def forward(
+        self, x: Tensor, ctx: SequenceContext, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        o, state = super().forward(x, ctx, state)
+        return self.o_proj(o.flatten(2)), state
 
 
 def _sizes(config: ModelConfig, options: AttentionOptions) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Titans' memory alone: a layer whose state is a small network that learns as it reads."""
+"""Titans' memory: a layer whose state is a small network that learns as it reads."""
 
 from __future__ import annotations
 
@@ -45,49 +45,33 @@ class TitansMemoryOptions:
     """Taps of the short convolution on queries, keys and values."""
 
 
-@MIXERS.register("titans_memory")
-class TitansMemory(Mixer):
-    """The long-term memory of Titans (arXiv 2501.00663) as a layer: `kernels.neural_memory` between
-    projections, with q and k of unit norm, and per token and head
+class LearningHeads(Mixer):
+    """What all layers with a neural memory have: the weights that a document's memory begins with,
+    and per token and head
 
         θ = max_learning_rate σ(W_θ x + b_θ)    η = σ(W_η x + b_η)    1 - α = σ(W_α x + b_α)
 
-    which begin about 0.05, 0.7 and 0.98. Output: normalised, times SiLU of a projection of x.
-
-    State: `memory` `(B, H, 3, P)` float32 and `done` `(B,)` as in `MemoryState`, and the last
-    inputs of the convolutions, `conv_q`, `conv_k`, `conv_v`, each `(B, conv_width - 1, dim)`.
+    which begin about 0.05, 0.7 and 0.98.
     """
 
     Options: ClassVar[type] = TitansMemoryOptions
-    sharding: ClassVar = {
-        **{f"{name}_proj": "column" for name in ("q", "k", "v", "gate")},
-        **{f"{name}_conv": "head" for name in ("q", "k", "v")},
+    sharding: ClassVar[dict[str, str]] = {
         **{f"{name}_proj": "column" for name in ("rate", "momentum", "decay")},
         **{f"{name}_bias": "head" for name in ("rate", "momentum", "decay")},
         "memory": "head",
-        "norm": "replicate",
-        "o_proj": "row",
     }
-    float32_parameters: ClassVar = ("rate_bias", "momentum_bias", "decay_bias")
-    counters: ClassVar = {"titans_memory/limited": "limited"}
+    float32_parameters: ClassVar[tuple[str, ...]] = ("rate_bias", "momentum_bias", "decay_bias")
+    counters: ClassVar[dict[str, str]] = {"titans_memory/limited": "limited"}
 
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__(config, options, layer)
-        self.num_heads, self.head_dim = _sizes(config, options)
-        self.scan, self.conv = neural_memory, short_conv
-        inner, std = self.num_heads * self.head_dim, config.init_std
-        for name in ("q", "k", "v"):
-            setattr(self, f"{name}_proj", Linear(config.dim, inner, std=std))
-            setattr(self, f"{name}_conv", ShortConv(inner, options.conv_width))
+        self.num_heads, self.head_dim = memory_sizes(config, options)
         for name, start in (("rate", 0.0), ("momentum", 0.85), ("decay", 4.0)):
-            setattr(self, f"{name}_proj", Linear(config.dim, self.num_heads, std=std))
+            setattr(self, f"{name}_proj", Linear(config.dim, self.num_heads, std=config.init_std))
             setattr(self, f"{name}_bias", parameter((self.num_heads,), constant(start)))
         # How often a limit kept the memory in bounds.
         self.register_buffer("limited", torch.zeros((), dtype=torch.int64), persistent=False)
         self.memory = Memory(self.num_heads, self.head_dim, options)
-        self.gate_proj = Linear(config.dim, inner, std=std)
-        self.norm = GatedRMSNorm(self.head_dim, config.norm_eps)
-        self.o_proj = Linear(inner, config.dim, std=config.residual_std)
 
     @classmethod
     def problems(cls, config: ModelConfig, options: Any) -> list[str]:
@@ -96,43 +80,78 @@ class TitansMemory(Mixer):
             found.append(f"depth: must be 1 to 4, got {options.depth}")
         if options.chunk_size < 1:
             found.append(f"chunk_size: must be at least 1, got {options.chunk_size}")
-        if _sizes(config, options)[1] * options.expansion < 1:
+        if memory_sizes(config, options)[1] * options.expansion < 1:
             found.append(f"expansion: leaves the memory no channels, got {options.expansion}")
         return found
 
     @classmethod
     def heads(cls, config: ModelConfig, options: Any) -> dict[str, int]:
-        return {"num_heads": _sizes(config, options)[0]}
+        return {"num_heads": memory_sizes(config, options)[0]}
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """θ, ln η and ln(1 - α), each `(B, T, heads)`, at least float32."""
+        rate, momentum, decay = (self._scores(name, x) for name in ("rate", "momentum", "decay"))
+        rate = self.options.max_learning_rate * rate.sigmoid()
+        return rate, F.logsigmoid(momentum), F.logsigmoid(decay)
+
+    def _scores(self, name: str, x: Tensor) -> Tensor:
+        scores = getattr(self, f"{name}_proj")(x)
+        return at_least_float32(scores) + getattr(self, f"{name}_bias")
+
+    def limits(self) -> dict[str, Any]:
+        """What the operator takes of the options."""
+        names = ("max_update", "max_weight", "chunk_size")
+        return {name: getattr(self.options, name) for name in names}
+
+    def count(self, limited: Tensor) -> None:
+        """Counts how often a limit acted, in training."""
+        if self.training:
+            self.limited += limited.sum()
+
+    def learning_flops(self) -> float:
+        """Forward FLOPs a token and head: of each matrix what it makes of k and of q, and the
+        write; errors go back through all but the first."""
+        first, *above = self.memory.matrices()
+        return 6.0 * (first + sum(above)) + 2.0 * sum(above)
+
+
+class MemoryHeads(LearningHeads):
+    """The memory without what comes after its reads: what `TitansMemory` is, and part of other
+    mixers. State as there."""
+
+    sharding: ClassVar[dict[str, str]] = {
+        **LearningHeads.sharding,
+        **{f"{name}_proj": "column" for name in ("q", "k", "v")},
+        **{f"{name}_conv": "head" for name in ("q", "k", "v")},
+    }
+
+    def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
+        super().__init__(config, options, layer)
+        self.scan, self.conv = neural_memory, short_conv
+        inner = self.num_heads * self.head_dim
+        for name in ("q", "k", "v"):
+            setattr(self, f"{name}_proj", Linear(config.dim, inner, std=config.init_std))
+            setattr(self, f"{name}_conv", ShortConv(inner, options.conv_width))
 
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
+        """What the memory reads `(B, T, num_heads, head_dim)`, and the state after it."""
         after: State = {}
         q, k, v = (self._convolve(name, x, ctx, state, after) for name in ("q", "k", "v"))
-        rate, momentum, decay = (self._gate(name, x) for name in ("rate", "momentum", "decay"))
         found = self.scan(
             l2_norm(q),
             l2_norm(k),
             v,
-            self.options.max_learning_rate * rate.sigmoid(),
-            F.logsigmoid(momentum),
-            F.logsigmoid(decay),
+            *self.gates(x),
             self.memory(),
-            max_update=self.options.max_update,
-            max_weight=self.options.max_weight,
             initial_state=None if state is None else MemoryState(state["memory"], state["done"]),
             segment_ids=ctx.segment_ids,
-            chunk_size=self.options.chunk_size,
+            **self.limits(),
         )
         after["memory"], after["done"] = found.state
-        if self.training:
-            self.limited += found.limited.sum()
-        o = self.norm(found.o, split_heads(self.gate_proj(x), self.head_dim))
-        return self.o_proj(o.flatten(2)), after
-
-    def _gate(self, name: str, x: Tensor) -> Tensor:
-        scores = getattr(self, f"{name}_proj")(x)
-        return at_least_float32(scores) + getattr(self, f"{name}_bias")
+        self.count(found.limited)
+        return found.o, after
 
     def _convolve(
         self, name: str, x: Tensor, ctx: SequenceContext, state: State | None, after: State
@@ -157,12 +176,40 @@ class TitansMemory(Mixer):
         }
 
     def operator_flops(self, length: int) -> float:
-        first, *above = self.memory.matrices()
-        # Of each matrix: what it makes of k and of q, and the write; errors go back through all
-        # but the first.
-        memory = 6.0 * (first + sum(above)) + 2.0 * sum(above)
         conv = 6 * self.options.conv_width * self.head_dim
-        return self.num_heads * (memory + conv)
+        return self.num_heads * (self.learning_flops() + conv)
+
+
+@MIXERS.register("titans_memory")
+class TitansMemory(MemoryHeads):
+    """The long-term memory of Titans (arXiv 2501.00663) as a layer: `kernels.neural_memory` between
+    projections, with q and k of unit norm and gates as in `LearningHeads`. Output: normalised,
+    times SiLU of a projection of x.
+
+    State: `memory` `(B, H, 3, P)` float32 and `done` `(B,)` as in `MemoryState`, and the last
+    inputs of the convolutions, `conv_q`, `conv_k`, `conv_v`, each `(B, conv_width - 1, dim)`.
+    """
+
+    sharding: ClassVar[dict[str, str]] = {
+        **MemoryHeads.sharding,
+        "gate_proj": "column",
+        "norm": "replicate",
+        "o_proj": "row",
+    }
+
+    def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
+        super().__init__(config, options, layer)
+        inner = self.num_heads * self.head_dim
+        self.gate_proj = Linear(config.dim, inner, std=config.init_std)
+        self.norm = GatedRMSNorm(self.head_dim, config.norm_eps)
+        self.o_proj = Linear(inner, config.dim, std=config.residual_std)
+
+    def forward(
+        self, x: Tensor, ctx: SequenceContext, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        o, after = super().forward(x, ctx, state)
+        o = self.norm(o, split_heads(self.gate_proj(x), self.head_dim))
+        return self.o_proj(o.flatten(2)), after
 
 
 class Memory(nn.Module):
@@ -188,6 +235,7 @@ def layer_shapes(dim: int, options: TitansMemoryOptions) -> list[tuple[int, int]
     return [(out, into) for into, out in itertools.pairwise(widths)]
 
 
-def _sizes(config: ModelConfig, options: TitansMemoryOptions) -> tuple[int, int]:
+def memory_sizes(config: ModelConfig, options: TitansMemoryOptions) -> tuple[int, int]:
+    """Heads and their width."""
     head_dim = options.head_dim or min(64, config.dim)
     return options.num_heads or max(1, config.dim // head_dim), head_dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from rondo.parallel.collectives import gather
 __all__ = ["attention_over_ranks"]
 
 
-def attention_over_ranks(group: dist.ProcessGroup) -> Callable[..., Tensor]:
+def attention_over_ranks(group: dist.ProcessGroup) -> Callable[..., Any]:
     """The sequence-parallel form of `kernels.attention`: same signature; each rank of `group` holds
     a contiguous, equally long stretch of every row, in rank order.
 
@@ -28,7 +29,8 @@ def attention_over_ranks(group: dist.ProcessGroup) -> Callable[..., Tensor]:
 
     The callable takes q `(B, L, H, D)`, k `(B, L, G, D)`, v `(B, L, G, Dv)` and `segment_ids`
     `(B, L)` of this rank's positions `[r L, (r + 1) L)`, ids being those of the whole row (within
-    int32), and returns this rank's `(B, L, H, Dv)`. Every rank must call it alike.
+    int32), and returns this rank's `(B, L, H, Dv)`, with `return_lse` also `(B, L, H)`. Every rank
+    must call it alike.
 
     Raises (the callable):
         ValueError: as `kernels.attention`; there are more keys than queries (a cache); the ring is
@@ -48,8 +50,9 @@ def attention_over_ranks(group: dist.ProcessGroup) -> Callable[..., Tensor]:
         scale: float | None = None,
         segment_ids: Tensor | None = None,
         key_segment_ids: Tensor | None = None,
+        return_lse: bool = False,
         backend: str = "auto",
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         check_inputs(q, k, v, window, segment_ids, key_segment_ids)
         time, heads, groups = q.shape[1], q.shape[2], k.shape[2]
         if k.shape[1] != time:
@@ -60,12 +63,13 @@ def attention_over_ranks(group: dist.ProcessGroup) -> Callable[..., Tensor]:
         ids = None if segment_ids is None else gather(segment_ids.int(), group)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if heads % size == 0 and groups % size == 0:
-            return attention_by_heads(q, k, v, ids, group, window, scale, backend)
+            return attention_by_heads(q, k, v, ids, group, window, scale, backend, return_lse)
         name = (
             f"attention over a ring of {size} ranks (which do not divide {heads} query and "
             f"{groups} key/value heads)"
         )
         run = choose(name, backend, {"chunked": ring_attention}, q.device)
-        return run(q, k, v, ids, group, window, scale)
+        o, lse = run(q, k, v, ids, group, window, scale)
+        return (o, lse) if return_lse else o
 
     return attend

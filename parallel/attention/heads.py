@@ -23,7 +23,8 @@ def attention_by_heads(
     window: int | None,
     scale: float,
     backend: str,
-) -> Tensor:
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's `(B, L, H, D)` queries over the whole row; P divides H and G.
 
     Args:
@@ -32,9 +33,26 @@ def attention_by_heads(
     q, k, v = _whole_rows((q, k, v), group)
     if ids is not None:
         ids = ids.transpose(0, 1).flatten(1)
-    o = attention(q, k, v, window=window, scale=scale, segment_ids=ids, backend=backend)
-    stretches = o.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1)
-    return all_to_all(stretches, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    found = attention(
+        q,
+        k,
+        v,
+        window=window,
+        scale=scale,
+        segment_ids=ids,
+        return_lse=return_lse,
+        backend=backend,
+    )
+    if isinstance(found, Tensor):
+        return _own_stretch(found, group)
+    o, lse = found
+    return _own_stretch(o, group), _own_stretch(lse, group)
+
+
+def _own_stretch(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`(B, P * L, H / P, ...)` to `(B, L, H, ...)`."""
+    stretches = x.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1)
+    return all_to_all(stretches, group).movedim(0, 2).flatten(2, 3)
 
 
 def _whole_rows(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> list[Tensor]:

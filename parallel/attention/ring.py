@@ -32,8 +32,9 @@ def ring_attention(
     group: dist.ProcessGroup,
     window: int | None,
     scale: float,
-) -> Tensor:
-    """Attention of this rank's `(B, L, H, D)` queries over the whole row, for any H and G.
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's `(B, L, H, D)` queries over the whole row, for any H and G, and its
+    log-sum-exp.
 
     Args:
         ids: `(P, B, L)` documents of every rank's positions, or None.
@@ -104,7 +105,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, ring: _Ring, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         held = _pack(k, v)
         arriving, works = ring.pass_on(held, 0)
         out, lse = partial_attention(q, k, v, scale=scale, **ring.place(ring.rank, ids))
@@ -119,15 +120,15 @@ class _RingAttention(torch.autograd.Function):
         out = out.to(v.dtype)
         ctx.save_for_backward(q, k, v, ids, out, lse)
         ctx.ring, ctx.scale = ring, scale
-        return out
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of keys and values follow them one round behind and end with their owner."""
         q, k, v, ids, out, lse = ctx.saved_tensors
         ring = ctx.ring
-        delta = (grad.to(lse.dtype) * out).sum(-1)
+        delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
 
         def meet(held: Tensor, owner: int) -> tuple[Tensor, Tensor]:
             grad_q, grad_k, grad_v = partial_attention_backward(

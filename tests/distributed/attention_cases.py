@@ -29,6 +29,7 @@ class Case:
     starts: tuple[tuple[tuple[int, int], ...], ...] | None = None
     dtype: torch.dtype = torch.float64
     scale: float | None = None
+    lse: bool = False
 
 
 # In a row: one at a cut; several in rank 0 and rank 1; one over three ranks, of four; single tokens
@@ -72,6 +73,9 @@ CASES = {
     "heads, window": Case(8, 4, window=8),
     "heads, cut": Case(8, 4, starts=CUT),
     "heads, singles": Case(8, 4, window=3, starts=SINGLES),
+    "log-sum-exp": Case(6, 3, window=9, starts=MIXED, lse=True),
+    "log-sum-exp, bfloat16": Case(6, 3, 40, starts=SPANNING, dtype=torch.bfloat16, lse=True),
+    "heads, log-sum-exp": Case(8, 4, starts=MIXED, lse=True),
     "heads, mixed": Case(8, 4, window=9, starts=MIXED, scale=0.7),
     "heads, float32": Case(8, 4, 40, starts=MIXED, dtype=torch.float32),
     "heads, bfloat16": Case(8, 4, 40, starts=SPANNING, dtype=torch.bfloat16),
@@ -97,24 +101,32 @@ def errors(case: Case, group: dist.ProcessGroup, seed: int = 0) -> dict[str, flo
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     own = slice(rank * case.length, (rank + 1) * case.length)
     qkv, ids = inputs(case, size, seed)
-    options = {"window": case.window, "scale": case.scale}
+    options = {"window": case.window, "scale": case.scale, "return_lse": case.lse}
     attend = attention_over_ranks(group)
 
     def whole(*qkv: Tensor) -> list[Tensor]:
-        return [attention(*qkv, segment_ids=ids, backend="reference", **options)]
+        found = attention(*qkv, segment_ids=ids, backend="reference", **options)
+        return list(found) if case.lse else [found]
 
     def over_ranks(*qkv: Tensor) -> list[Tensor]:
         local = [x[:, own] for x in qkv]
-        part = attend(*local, segment_ids=None if ids is None else ids[:, own], **options)
-        assert part.dtype == case.dtype
-        out = part.new_zeros(2, size * case.length, *part.shape[2:])
-        out[:, own] = part
-        return [out]
+        found = attend(*local, segment_ids=None if ids is None else ids[:, own], **options)
+        parts = list(found) if case.lse else [found]
+        assert parts[0].dtype == case.dtype
+        return [_in_place(part, own, size * case.length) for part in parts]
 
     expected, expected_grads = gradients(whole, [x.double() for x in qkv])
     actual, grads = gradients(over_ranks, qkv)
-    pairs = zip("oqkv", actual + grads, expected + expected_grads, strict=True)
+    names = ["o", *(["lse"] if case.lse else []), *"qkv"]
+    pairs = zip(names, actual + grads, expected + expected_grads, strict=True)
     return {name: error_ratio(a[:, own], e[:, own]) for name, a, e in pairs}
+
+
+def _in_place(part: Tensor, own: slice, time: int) -> Tensor:
+    """A rank's stretch in a row of zeros."""
+    out = part.new_zeros(part.shape[0], time, *part.shape[2:])
+    out[:, own] = part
+    return out
 
 
 def compare(group: dist.ProcessGroup) -> dict[str, dict[str, float]]:

@@ -29,7 +29,14 @@ OPTIONS = {
     "deltanet": {"head_dim": 8, "num_heads": 4},
     "gated_deltanet": {"head_dim": 8, "num_heads": 4},
     "titans_memory": {"head_dim": 8, "num_heads": 4, "chunk_size": 5},
-    "grouped": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "window": 9},
+    "titans_mag": {"head_dim": 8, "chunk_size": 5, "window": 7, "persistent_tokens": 3},
+    "grouped": {
+        "kind": "attention",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "window": 9,
+        "persistent_tokens": 3,
+    },
     "groups": {"kind": "mamba2", "head_dim": 8, "state_dim": 4, "num_groups": 2},
 }
 MIXED = [*MIXERS, "grouped", "toy+toy_router", "groups+toy_router", "toy"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rondo.kernels.softmax_attention import attention, chunked, flash
+from rondo.kernels.softmax_attention import attend_prefix, attention, chunked, flash
 from rondo.tests.numerics import assert_ratio, gradients
 
 WINDOWS = (None, 1, 3, 11, 40)
@@ -50,6 +50,13 @@ def run(backend: str, window: int | None = None, ids: Tensor | None = None, time
     """`ids` are those of the keys; the queries are the last `time`."""
     segments = {} if ids is None else {"segment_ids": ids[:, -time:], "key_segment_ids": ids}
     return lambda *qkv: [attention(*qkv, window=window, backend=backend, **segments)]
+
+
+def with_lse(backend: str, window: int | None = None, ids: Tensor | None = None, time: int = 0):
+    """As `run`, the log-sum-exp too."""
+    segments = {} if ids is None else {"segment_ids": ids[:, -time:], "key_segment_ids": ids}
+    options = {"window": window, "backend": backend, "return_lse": True}
+    return lambda *qkv: list(attention(*qkv, **options, **segments))
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, window: int | None, ids: Tensor | None = None) -> Tensor:
@@ -93,11 +100,60 @@ def test_chunked_matches_reference(
     torch.testing.assert_close(actual + actual_grads, expected + expected_grads)
 
 
+@pytest.mark.parametrize("window", (None, 3))
+@pytest.mark.parametrize("shape", ((1, 9), (11, 17)))
+@pytest.mark.parametrize("packed", (False, True))
+def test_log_sum_exp(block: None, window: int | None, shape: tuple[int, int], packed: bool) -> None:
+    """Of the reference by softmax weights; of the blocks by the reference, gradients too."""
+    qkv, ids = make(*shape), documents(shape[1]) if packed else None
+    expected, expected_grads = gradients(with_lse("reference", window, ids, shape[0]), qkv)
+    actual, actual_grads = gradients(with_lse("chunked", window, ids, shape[0]), qkv)
+    torch.testing.assert_close(actual + actual_grads, expected + expected_grads)
+    torch.testing.assert_close(actual[0], run("chunked", window, ids, shape[0])(*qkv)[0])
+    # Another key with the score s takes exp(s) / (exp(s) + exp(lse)) of the weight.
+    q, k, v = qkv
+    extra = torch.zeros(2, 1, 2, 8, dtype=q.dtype)
+    ones = torch.cat([torch.ones_like(extra[..., :1]), torch.zeros_like(v[..., :1])], 1)
+    if window is None and not packed:
+        share = attention(q, torch.cat([extra, k], 1), ones, backend="reference")
+        torch.testing.assert_close(share.squeeze(-1), 1 / (1 + expected[1].exp()))
+
+
+def test_prefix_equals_keys_in_front(block: None) -> None:
+    """Keys that all queries see, joined by log-sum-exp, equal the same keys in one softmax."""
+    q, k, v = make(11)
+    before = make(1, 3, seed=2)[1:]
+    before = [x[0] for x in before]
+
+    def joined(q, k, v, k_before, v_before):
+        return list(attend_prefix(q, k_before, v_before, *with_lse("chunked")(q, k, v)))
+
+    def whole(q, k, v, k_before, v_before):
+        k = torch.cat([k_before.expand(2, -1, -1, -1), k], 1)
+        v = torch.cat([v_before.expand(2, -1, -1, -1), v], 1)
+        return with_lse("reference")(q, k, v)
+
+    expected, expected_grads = gradients(whole, [q, k, v, *before])
+    actual, actual_grads = gradients(joined, [q, k, v, *before])
+    torch.testing.assert_close(actual + actual_grads, expected + expected_grads)
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_log_sum_exp_in_low_precision(dtype: torch.dtype, limit: float) -> None:
+    qkv = [x.to(dtype) for x in make(300, 333, dim=64, values=64)]
+    expected, expected_grads = gradients(with_lse("reference", 100), [x.double() for x in qkv])
+    actual, actual_grads = gradients(with_lse("chunked", 100), qkv)
+    assert actual[1].dtype == torch.float32
+    for name, a, e in zip("olqkv", actual + actual_grads, expected + expected_grads, strict=True):
+        assert_ratio(name, a, e, limit)
+
+
 @pytest.mark.parametrize("window,packed", [(None, False), (3, False), (4, True)])
 def test_gradcheck(block: None, window: int | None, packed: bool) -> None:
     qkv = [x.requires_grad_() for x in make(6, 8, heads=2, groups=1, dim=3, values=2)]
     ids = documents(8) if packed else None
     torch.autograd.gradcheck(run("chunked", window, ids, 6), qkv)
+    torch.autograd.gradcheck(with_lse("chunked", window, ids, 6), qkv)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +296,7 @@ def arguments(**change: object) -> dict[str, object]:
             r"key_segment_ids must be \(2, 8\), got \(2, 7\)",
         ),
         ({"backend": "triton"}, "backend 'triton' is not available"),
+        ({"backend": "flash", "return_lse": True}, "'flash' is not available"),
         ({"backend": "flash"}, "'flash' cannot run: it needs CUDA tensors, got cpu"),
     ],
 )

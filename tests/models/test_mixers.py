@@ -13,10 +13,12 @@ from rondo.tests.toys import Toy
 VARIANTS = [
     Case("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 9, "rope": False}),
     Case("attention", {"num_heads": 2, "qk_norm": False}),
+    Case("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 9, "persistent_tokens": 3}),
     Case("mamba2", {"head_dim": 8, "state_dim": 8, "num_groups": 2}),
     Case("deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": True}),
     Case("gated_deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": False}),
     Case("titans_memory", {"head_dim": 16, "depth": 1, "chunk_size": 5}),
+    Case("titans_mag", {"head_dim": 16, "window": None, "persistent_tokens": 0, "depth": 3}),
 ]
 SMALL = {
     "attention": {"num_heads": 2},
@@ -25,6 +27,7 @@ SMALL = {
     "hgrn2": {"head_dim": 8},
     "deltanet": {"head_dim": 16},
     "titans_memory": {"head_dim": 8},
+    "titans_mag": {"head_dim": 8, "window": 20, "persistent_tokens": 3},
 }
 CASES = [Case(name, SMALL.get(name, {})) for name in MIXERS] + VARIANTS
 
