@@ -8,6 +8,7 @@ from rondo.kernels.cross_entropy import linear_cross_entropy
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.fast_weights import FastWeights, FastWeightState, fast_weights
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
+from rondo.kernels.memory_context import memory_context
 from rondo.kernels.neural_memory import neural_memory
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from rondo.kernels.pointwise import swiglu
@@ -34,6 +35,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_scan",
     "linear_scan_summary",
+    "memory_context",
     "neural_memory",
     "rms_norm",
     "rope",

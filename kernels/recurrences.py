@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
+from rondo.kernels.memory_context import fresh_context, memory_context
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
 from rondo.kernels.scan import linear_scan, linear_scan_summary
 from rondo.kernels.summary import DiagonalSummary, MatrixSummary
@@ -33,6 +34,9 @@ SUMMARIES: dict[Callable[..., tuple[Tensor, Tensor]], Summarize] = {
 }
 """Operator -> function of the operator's own tensors and `segment_ids` that gives its summary."""
 
-CHAINS: dict[Callable[..., Any], Callable[..., Any]] = {neural_memory: fresh_memory}
-"""Nonlinear operator -> function of the operator's own tensors that gives its state before a
-document: a tuple of numbers `(B, H, ...)` and integers `(B,)`."""
+CHAINS: dict[Callable[..., Any], Callable[..., Any]] = {
+    neural_memory: fresh_memory,
+    memory_context: fresh_context,
+}
+"""Nonlinear operator -> function of the operator's own tensors and options that gives its state
+before a document: a tuple of numbers `(B, H, ...)` and integers `(B,)`."""

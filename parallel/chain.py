@@ -63,7 +63,7 @@ class ChainOverRanks:
     ) -> Any:
         """One part: its state comes, is moved past this rank's stretch, and goes."""
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        fresh, state = self.fresh(*tensors), None
+        fresh, state = self.fresh(*tensors, **options), None
         if numbers is not None and counts is not None:  # the last rank's is the first one's
             flat = from_previous(_pack(numbers, counts), self.group, cyclic=True)
             state = _unpack(flat, fresh)

@@ -126,8 +126,8 @@ def neural_memory(
     return MemoryOutput(o.to(v.dtype), MemoryState(values, done), limited)
 
 
-def fresh_memory(*tensors: Any) -> MemoryState:
-    """The state before a document, from the operator's own tensors."""
+def fresh_memory(*tensors: Any, **options: Any) -> MemoryState:
+    """The state before a document, from the operator's own tensors and options."""
     v, weights = tensors[2], tensors[-1]
     kind = torch.promote_types(v.dtype, torch.float32)
     values = _fresh_values([w.to(kind).expand(len(v), *w.shape) for w in weights])

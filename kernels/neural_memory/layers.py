@@ -37,6 +37,14 @@ def split(values: Tensor, like: Sequence[Tensor]) -> Matrices:
     return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def recall(weights: Matrices, x: Tensor, residual: bool) -> Tensor:
+    """`M(x)` of `x` `(..., C, D)`."""
+    y = x
+    for i, w in enumerate(weights):
+        y = (F.silu(y) if i else y) @ w.mT
+    return y + x if residual else y
+
+
 def gradients(
     weights: Matrices, k: Tensor, v: Tensor, residual: bool
 ) -> tuple[list[Tensor], list[Tensor]]:

@@ -99,17 +99,15 @@ class AttentionHeads(Mixer):
         heads, kv, _ = _sizes(config, options)
         return {"num_heads": heads, "num_kv_heads": kv}
 
-    def forward(
-        self, x: Tensor, ctx: SequenceContext, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """What the heads read `(B, T, num_heads, head_dim)`, and the state after it."""
-        found, state = self.read(x, ctx, state)
-        return found.o, state
-
-    def read(
-        self, x: Tensor, ctx: SequenceContext, state: State | None, *, return_lse: bool = False
-    ) -> tuple[HeadsRead, State]:
-        """What the heads read and what further keys need to be read as well."""
+    def forward(  # a part of mixers, which know what else it gives
+        self,
+        x: Tensor,
+        ctx: SequenceContext,
+        state: State | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> tuple[Any, State]:
+        """A `HeadsRead`, and the state after it."""
         q, k, v = (
             split_heads(self.q_proj(x), self.head_dim),
             split_heads(self.k_proj(x), self.head_dim),
@@ -207,8 +205,8 @@ class Attention(AttentionHeads):
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
-        o, state = super().forward(x, ctx, state)
-        return self.o_proj(o.flatten(2)), state
+        found, state = super().forward(x, ctx, state)
+        return self.o_proj(found.o.flatten(2)), state
 
 
 def _sizes(config: ModelConfig, options: AttentionOptions) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from rondo.models.config import ModelConfig
 from rondo.models.layers import Linear, RMSNorm
 from rondo.models.mixer import Mixer, SequenceContext, State, join_states, part_of
 from rondo.models.mixers.attention import AttentionHeads, AttentionOptions
-from rondo.models.mixers.titans_memory import MemoryHeads, TitansMemoryOptions
+from rondo.models.mixers.titans_memory import MemoryHeads, TitansMemoryOptions, memory_sizes
 from rondo.models.registry import MIXERS
 
 
@@ -75,9 +75,9 @@ class TitansMag(Mixer):
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
-        y, attended = self.attention(x, ctx, part_of(state, "attention"))
+        found, attended = self.attention(x, ctx, part_of(state, "attention"))
         m, remembered = self.memory(x, ctx, part_of(state, "memory"))
-        o = self.attention_norm(y) * self.memory_norm(m).sigmoid()
+        o = self.attention_norm(found.o) * self.memory_norm(m).sigmoid()
         after = join_states(attention=attended, memory=remembered)
         return self.o_proj(o.flatten(2)), after
 
@@ -95,9 +95,10 @@ class TitansMag(Mixer):
 
 def attention_options(config: ModelConfig, options: Any) -> AttentionOptions:
     """Attention with heads as those of the memory."""
+    heads, head_dim = memory_sizes(config, options)
     return AttentionOptions(
-        num_heads=next(iter(MemoryHeads.heads(config, options).values())),
-        head_dim=options.head_dim or min(64, config.dim),
+        num_heads=heads,
+        head_dim=head_dim,
         window=options.window,
         persistent_tokens=options.persistent_tokens,
         rope_theta=options.rope_theta,

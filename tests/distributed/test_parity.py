@@ -29,6 +29,7 @@ OPTIONS = {
     "deltanet": {"head_dim": 8, "num_heads": 4},
     "gated_deltanet": {"head_dim": 8, "num_heads": 4},
     "titans_memory": {"head_dim": 8, "num_heads": 4, "chunk_size": 5},
+    "titans_mac": {"head_dim": 8, "chunk_size": 3, "segment_size": 6, "persistent_tokens": 3},
     "titans_mag": {"head_dim": 8, "chunk_size": 5, "window": 7, "persistent_tokens": 3},
     "grouped": {
         "kind": "attention",

@@ -18,6 +18,7 @@ VARIANTS = [
     Case("deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": True}),
     Case("gated_deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": False}),
     Case("titans_memory", {"head_dim": 16, "depth": 1, "chunk_size": 5}),
+    Case("titans_mac", {"head_dim": 16, "segment_size": 10, "chunk_size": 5, "depth": 1}),
     Case("titans_mag", {"head_dim": 16, "window": None, "persistent_tokens": 0, "depth": 3}),
 ]
 SMALL = {
@@ -27,6 +28,7 @@ SMALL = {
     "hgrn2": {"head_dim": 8},
     "deltanet": {"head_dim": 16},
     "titans_memory": {"head_dim": 8},
+    "titans_mac": {"head_dim": 8, "segment_size": 48, "persistent_tokens": 3},
     "titans_mag": {"head_dim": 8, "window": 20, "persistent_tokens": 3},
 }
 CASES = [Case(name, SMALL.get(name, {})) for name in MIXERS] + VARIANTS
