@@ -110,10 +110,11 @@ def preset_names() -> list[str]:
 def preset_values(name: str) -> dict[str, Any]:
     """The keys of a bundled configuration, to be given to `ModelConfig`."""
     if name not in preset_names():
-        near = difflib.get_close_matches(name, preset_names(), n=1)
+        near = difflib.get_close_matches(name, preset_names(), n=4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        which, shown = ("nearest", near) if near else ("known", preset_names())
         raise UserError(
-            f"model.preset: unknown preset {name!r}{hint} (known: {', '.join(preset_names())})"
+            f"model.preset: unknown preset {name!r}{hint} ({which}: {', '.join(shown)})"
         )
     import yaml  # only presets need it: kernels and models run on torch and numpy alone
 

@@ -93,9 +93,8 @@ def test_presets_have_the_parameters_they_claim(name: str) -> None:
         model = Decoder(from_preset(name))
     assert sum(p.numel() for p in model.parameters()) == claimed == model.cost(4096).parameters
     assert model.active_parameters() == preset.get("active", claimed)
-    size = {"340m": 0.34e9, "0.9b": 0.9e9, "1.3b": 1.3e9, "3b": 3e9, "7b": 7e9}[
-        name.rsplit("-", 1)[1]
-    ]
+    size = name.rsplit("-", 1)[1]
+    size = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert 0.9 < claimed / size < 1.2
 
 

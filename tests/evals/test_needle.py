@@ -1,0 +1,91 @@
+"""Needles: samples are what they say, and a model that knows the answer gets full marks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rondo.errors import UserError
+from rondo.evals.needle import KINDS, NeedleConfig, accuracy, main, samples, write
+from rondo.pretrain.data.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.quick
+TEXT = "Real text has words of many lengths, and it goes on for quite a while without a key. " * 3
+
+
+def draw(kind: str, length: int = 300, count: int = 20, seed: int = 1) -> list[Any]:
+    return list(samples(kind, length, count, seed=seed, text=lambda: TEXT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [160, 300, 2048])
+def test_a_sample_fills_its_length_and_holds_its_answer_once_before_the_question(
+    kind: str, length: int
+) -> None:
+    found = draw(kind, length)
+    for sample in found:
+        size = len((sample.prompt + sample.answer).encode())
+        assert length - 20 < size <= length
+        value = sample.answer.strip(" .")
+        assert len(value) == KINDS[kind].size
+        assert sample.prompt.count(value) == 1
+        assert sample.prompt.endswith(KINDS[kind].question)
+    assert len({s.answer for s in found}) == len(found)
+    depths = [s.depth for s in found]
+    assert min(depths) < 0.3 and max(depths) > 0.7
+
+
+def test_samples_are_a_function_of_the_seed() -> None:
+    assert draw("number") == draw("number")
+    assert draw("number") != draw("number", seed=2)
+
+
+class Oracle:
+    """A model that repeats what stands after the first 'is ', as the needle does."""
+
+    def __init__(self, wrong_row: int | None = None) -> None:
+        self.wrong_row = wrong_row
+
+    def __call__(self, ids: torch.Tensor, *, return_state: bool) -> Any:
+        hidden = torch.zeros(*ids.shape, 257)
+        for row, tokens in enumerate(ids.tolist()):
+            following = [*tokens[1:], 0]
+            if row == self.wrong_row:
+                following[-3:] = [0] * 3
+            hidden[row, torch.arange(len(tokens)), following] = 1.0
+        return type("Output", (), {"hidden": hidden})
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+def test_accuracy_counts_whole_answers() -> None:
+    found = draw("passkey", count=10)
+    model: Any = Oracle()
+    assert accuracy(model, ByteTokenizer(), found, 5) == 1.0
+    longest = max(range(5), key=lambda i: len(found[i].prompt))
+    model = Oracle(wrong_row=longest)
+    assert accuracy(model, ByteTokenizer(), found[:5], 5) == 0.8
+
+
+def test_texts_to_train_on(tmp_path: Path) -> None:
+    path = write(
+        NeedleConfig(
+            write=str(tmp_path / "needles.jsonl"), lengths="200,250", kinds="passkey", samples=3
+        )
+    )
+    rows = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(rows) == 6 and all("pass key is" in row for row in rows)
+
+
+def test_refusals() -> None:
+    with pytest.raises(UserError, match=r"unknown needle 'pass' .known: passkey, number, word"):
+        draw("pass")
+    with pytest.raises(UserError, match="lengths: 60 tokens leave no room"):
+        draw("passkey", 60)
+    with pytest.raises(UserError, match="a checkpoint to score is needed"):
+        main([])
