@@ -361,6 +361,7 @@ class Trainer:
         self.metrics.say(
             f"{self.recipe.name}: {cost.parameters:,} parameters{active}, "
             f"{cost.flops / 1e6:,.1f} MFLOP a token forward, "
+            f"{cost.state_bytes / 2**20:,.2f} MiB of state a sequence, "
             f"{self.tokens_per_step:,} tokens a step on {self.ranks.size} rank(s)"
             f"{f' ({shape})' if shape else ''}, {self.peak_flops / 1e9:,.0f} GFLOP/s of matrix "
             "products"
