@@ -23,6 +23,8 @@ class Grid(NamedTuple):
     """`(B, n)` bool: a document begins here that is not the initial state's."""
     full: Tensor
     """`(B, n)` bool: the chunk before is complete, and this goes on with its document."""
+    mixed: list[bool]
+    """For each chunk, False where `full` is known to hold for all rows."""
     done: Tensor
     """`(B,)`: tokens of the last chunk after the row."""
 
@@ -71,8 +73,9 @@ def grid(x: Tensor, done: Tensor | None, segment_ids: Tensor | None, chunk_size:
         count = int(chunk.max()) + 1
     none = chunk.new_zeros(batch, count)
     begins, full = (none.scatter_add(1, chunk, flag.long()) > 0 for flag in (starts, goes_on))
+    mixed = (~full).any(0).tolist() if documents else [True] * count
     slots = chunk * chunk_size + place
-    return Grid(slots, count, chunk_size, begins, full, place[:, -1] + 1)
+    return Grid(slots, count, chunk_size, begins, full, mixed, place[:, -1] + 1)
 
 
 def _plain(time: int, done: Tensor, chunk_size: int) -> Grid:
@@ -81,4 +84,5 @@ def _plain(time: int, done: Tensor, chunk_size: int) -> Grid:
     full = torch.ones(len(done), count, dtype=torch.bool, device=done.device)
     full[:, 0] = done == chunk_size
     after = (done + time - 1) % chunk_size + 1
-    return Grid(None, count, min(chunk_size, time), torch.zeros_like(full), full, after)
+    mixed = [i == 0 for i in range(count)]
+    return Grid(None, count, min(chunk_size, time), torch.zeros_like(full), full, mixed, after)
