@@ -176,6 +176,7 @@ class _Walk:
             decay,
             self.weights,
             initial_state=now.memory,
+            at_border=piece.fresh,
             backend=self.backend,
             **self.options,
         )

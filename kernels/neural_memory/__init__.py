@@ -66,6 +66,7 @@ def neural_memory(
     initial_state: MemoryState | None = None,
     segment_ids: Tensor | None = None,
     chunk_size: int = 16,
+    at_border: bool = False,
     backend: str = "auto",
 ) -> MemoryOutput:
     """Runs the memory over every row; it restarts from `weights` at each new document.
@@ -84,6 +85,7 @@ def neural_memory(
         initial_state: of the document of position 0.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
         chunk_size: tokens whose gradients are taken at the same weights.
+        at_border: no row's initial state has an open chunk that is not complete, which saves work.
         backend: "auto", "reference" or "chunked".
 
     Returns:
@@ -121,6 +123,7 @@ def neural_memory(
             Limits(max_update, max_weight),
             residual,
             chunk_size,
+            at_border,
         )
         values = torch.stack([join(x) for x in memory], 2)
     return MemoryOutput(o.to(v.dtype), MemoryState(values, done), limited)

@@ -30,10 +30,11 @@ def neural_memory(
     limits: Limits,
     residual: bool,
     chunk_size: int,
+    at_border: bool,
 ) -> tuple[Tensor, list[Matrices], Tensor, Tensor]:
     """The chunked form; arguments as for `reference.neural_memory`."""
     batch, time, heads = tokens[3].shape
-    places = grid(tokens[0], done, segment_ids, chunk_size)
+    places = grid(tokens[0], done, segment_ids, chunk_size, at_border)
     # A slot without a token keeps the weights and the momentum, and adds none to the other.
     real = torch.ones_like(tokens[3])
     sequences = (places.lay(x) for x in (*tokens, real))

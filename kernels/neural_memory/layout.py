@@ -47,15 +47,20 @@ class Grid(NamedTuple):
         return flat.gather(1, index.expand(-1, -1, *flat.shape[2:]))
 
 
-def grid(x: Tensor, done: Tensor | None, segment_ids: Tensor | None, chunk_size: int) -> Grid:
+def grid(
+    x: Tensor,
+    done: Tensor | None,
+    segment_ids: Tensor | None,
+    chunk_size: int,
+    at_border: bool = False,
+) -> Grid:
     """The grid of rows `x` `(B, T, ...)` whose state has `done` `(B,)` tokens in its open chunk;
-    None: it has seen nothing."""
+    None: it has seen nothing. `at_border`: no chunk is open and not complete."""
     batch, time = x.shape[:2]
     if done is None:
         done = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        if segment_ids is None:
-            return _plain(time, done, chunk_size)
-    if time == 1:
+        at_border = True
+    if time == 1 or (at_border and segment_ids is None):
         return _plain(time, done, chunk_size)
     count = (time + chunk_size - 2) // chunk_size + 1  # of one document, whatever its state
     documents = segment_ids is not None and has_numbers()

@@ -19,6 +19,7 @@ def neural_memory(
     limits: Limits,
     residual: bool,
     chunk_size: int,
+    at_border: bool,
 ) -> tuple[Tensor, list[Matrices], Tensor, Tensor]:
     """Checked and defaulted arguments: `tokens` are q, k, v, learning rate, log momentum and log
     decay; `memory` the weights at the chunk's start, the weights and the momentum; `done` None for

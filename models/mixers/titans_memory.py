@@ -51,7 +51,8 @@ class LearningHeads(Mixer):
 
         θ = max_learning_rate σ(W_θ x + b_θ)    η = σ(W_η x + b_η)    1 - α = σ(W_α x + b_α)
 
-    which begin about 0.05, 0.7 and 0.98.
+    which begin about (1 - η) / (2 chunk_size), 0.7 and 0.98: were all keys of a chunk the same, the
+    steps of its tokens, momentum included, would together go as far as one to the minimum.
     """
 
     Options: ClassVar[type] = TitansMemoryOptions
@@ -66,7 +67,9 @@ class LearningHeads(Mixer):
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__(config, options, layer)
         self.num_heads, self.head_dim = memory_sizes(config, options)
-        for name, start in (("rate", 0.0), ("momentum", 0.85), ("decay", 4.0)):
+        momentum = 0.85
+        rate = first_rate(options, momentum)
+        for name, start in (("rate", rate), ("momentum", momentum), ("decay", 4.0)):
             setattr(self, f"{name}_proj", Linear(config.dim, self.num_heads, std=config.init_std))
             setattr(self, f"{name}_bias", parameter((self.num_heads,), constant(start)))
         # How often a limit kept the memory in bounds.
@@ -227,6 +230,14 @@ class Memory(nn.Module):
 
     def forward(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f"layer_{i}") for i in range(len(self.shapes)))
+
+
+def first_rate(options: TitansMemoryOptions, momentum: float) -> float:
+    """b_θ at first, for b_η `momentum`: the loss of a chunk has a curvature of at most 2 chunk_size
+    along unit keys, and momentum makes of a step 1 / (1 - η)."""
+    stable = 1 / (1 + math.exp(momentum)) / (2 * options.chunk_size)
+    share = min(0.5, stable / options.max_learning_rate)
+    return math.log(share / (1 - share))
 
 
 def layer_shapes(dim: int, options: TitansMemoryOptions) -> list[tuple[int, int]]:
