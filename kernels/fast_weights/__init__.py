@@ -117,11 +117,23 @@ def fast_weights(
     wide = torch.promote_types(v.dtype, torch.float32)
     state = None if initial_state is None else initial_state.to(wide)
     momentum = None if momentum is None else momentum.to(wide)
-    initial, rates = weights.map(lambda w: w.to(wide)), learning_rates.to(wide)
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    rates, q, k = learning_rates.to(wide), q.to(v.dtype), k.to(v.dtype)
+    initial = _through_one_node(weights.map(lambda w: w.to(wide)), k)
     options = (update, order, chunk_size)
     with _full_precision(v.device):
         return run(q, k, v, rates, initial, momentum, state, segment_ids, options)
+
+
+def _through_one_node(weights: FastWeights, k: Tensor) -> FastWeights:
+    """The weights, by an operation that also has a token as its input, though it reads none.
+
+    Zero-bubble schedules take the gradient of a parameter from the first operations that bring it
+    together with tokens, and get it wrong where, as here, one such operation follows another.
+    """
+    never = torch.zeros((), dtype=torch.bool, device=k.device)
+    packed = weights.pack()
+    packed = torch.where(never, k[0, 0, 0, 0].to(packed.dtype), packed)
+    return FastWeights.unpack(packed, k.shape[-1])
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:

@@ -29,6 +29,8 @@ OPTIONS = {
     "deltanet": {"head_dim": 8, "num_heads": 4},
     "gated_deltanet": {"head_dim": 8, "num_heads": 4},
     "titans_memory": {"head_dim": 8, "num_heads": 4, "chunk_size": 5},
+    # Orthogonalised steps, less exact than the rest, are in test_lact.py.
+    "lact": {"num_heads": 4, "chunk_size": 5, "init_rank": 4, "update": "gradient"},
     "grouped": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "window": 9},
     "groups": {"kind": "mamba2", "head_dim": 8, "state_dim": 4, "num_groups": 2},
 }

@@ -17,6 +17,18 @@ VARIANTS = [
     Case("deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": True}),
     Case("gated_deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": False}),
     Case("titans_memory", {"head_dim": 16, "depth": 1, "chunk_size": 5}),
+    Case(
+        "lact",
+        {
+            "num_fast_heads": 2,
+            "chunk_size": 20,
+            "window": 7,
+            "update": "gradient",
+            "momentum": False,
+            "qk_norm": False,
+            "expansion": 1.5,
+        },
+    ),
 ]
 SMALL = {
     "attention": {"num_heads": 2},
@@ -25,6 +37,7 @@ SMALL = {
     "hgrn2": {"head_dim": 8},
     "deltanet": {"head_dim": 16},
     "titans_memory": {"head_dim": 8},
+    "lact": {"num_heads": 2, "num_fast_heads": 2, "chunk_size": 32, "init_rank": 4},
 }
 CASES = [Case(name, SMALL.get(name, {})) for name in MIXERS] + VARIANTS
 
