@@ -3,10 +3,10 @@
 Chunks follow each other, and a rank's stretch of a row holds only some of them. So tokens are dealt
 out like cards: one all-to-all gives rank p the positions p, p + P, ... of every row, and with them
 its part of every chunk, wherever documents begin. All ranks go through the chunks together: each
-sums over its tokens, an all-reduce adds up the sums, and all take the same step (arXiv 2505.23884).
-Another all-to-all returns the outputs. Gradients are exact: of what all ranks hold alike each has a
-share of the gradient, and the backward pass of an all-reduce adds up the shares before they go on
-to tokens.
+sums over its tokens, an all-reduce adds up the sums, and all take the same step (arXiv 2505.23884),
+for which they divide among them the matrices to orthogonalise. Another all-to-all returns the
+outputs. Gradients are exact: of what all ranks hold alike each has a share of the gradient, and the
+backward pass of an all-reduce adds up the shares before they go on to tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rondo.kernels.fast_weights import Share
-from rondo.parallel.collectives import after, all_reduce, all_to_all_rows, gather_time
+from rondo.parallel.collectives import after, all_reduce, all_to_all_rows, gather, gather_time
 
 
 class SumsOverRanks:
@@ -50,7 +50,9 @@ class SumsOverRanks:
             rates, mixing = deal.out([learning_rates])[0], None
         else:
             rates, mixing = deal.out([learning_rates, momentum.to(learning_rates.dtype)])
-        total = functools.partial(all_reduce, group=self.group)
+        share = Share(
+            deal.rank, deal.size, functools.partial(all_reduce, group=self.group), self._divide
+        )
         o, state = self.operator(
             *tokens,
             rates,
@@ -58,12 +60,23 @@ class SumsOverRanks:
             momentum=mixing,
             initial_state=None if initial_state is None else self._of_last_rank(initial_state),
             segment_ids=None if segment_ids is None else gather_time(segment_ids, self.group),
-            share=Share(deal.rank, deal.size, total),
+            share=share,
             **options,
         )
         # Every rank's gradients must take part in all sums, also those that only states read.
         token = torch.stack([x.flatten()[0] for x in _numbers(state)])
         return after(deal.back(o), token), state
+
+    def _divide(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function` of the matrices of `x` `(B, H, ., .)`, the same on all ranks: each rank takes
+        its run of them."""
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        matrices = x.flatten(0, 1)
+        count = -(-len(matrices) // size)
+        missing = matrices.new_zeros(count * size - len(matrices), *x.shape[2:])
+        mine = torch.cat([matrices, missing])[rank * count : (rank + 1) * count]
+        found = gather(function(mine), self.group).flatten(0, 1)
+        return found[: len(matrices)].unflatten(0, x.shape[:2])
 
     def _of_last_rank(self, state: Any) -> Any:
         """The last rank's state, on all ranks."""

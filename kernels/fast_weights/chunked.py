@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rondo.kernels.fast_weights.inner import apply_weights, gradient_sum, update_weights
 from rondo.kernels.fast_weights.layout import Layout, make_layout
+from rondo.kernels.fast_weights.newton_schulz import newton_schulz
 from rondo.kernels.fast_weights.state import FastWeights, FastWeightState, first_state
 
 
@@ -21,6 +23,9 @@ class Share(NamedTuple):
     size: int
     total: Callable[[Tensor], Tensor]
     """The sum over ranks, whose backward pass is a sum over ranks."""
+    divide: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+    """A function of each matrix of a `(B, H, ., .)` that all ranks have alike: each computes some,
+    all get all."""
 
 
 class _Chunk(NamedTuple):
@@ -128,7 +133,9 @@ def _train(
     weights, carried, buffer = state.matrices(chunks[0].k.shape[-1])
     inner, outputs, last = _Inner(weights, buffer), [], len(chunks) - 1
     fresh = _Inner(initial, None if buffer is None else buffer.map(torch.zeros_like))
-    gradient = carried
+    gradient, orthogonalise = carried, newton_schulz
+    if share is not None:
+        orthogonalise = functools.partial(share.divide, newton_schulz)
     for n, chunk in enumerate(chunks):
         if apply_first:
             outputs.append(_read(inner.weights, chunk, layout.read.busy[n]))
@@ -138,7 +145,7 @@ def _train(
         after = inner
         if layout.write.busy[n] and not (apply_first and n == last):
             args = inner.weights, gradient, initial, inner.buffer, chunk.momentum, update
-            after = _Inner(*update_weights(*args))
+            after = _Inner(*update_weights(*args, orthogonalise))
         if not apply_first:
             outputs.append(_read(after.weights, chunk, layout.read.busy[n]))
         if n < last:
