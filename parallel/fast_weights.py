@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rondo.kernels.fast_weights import Share
+from rondo.kernels.fast_weights.checks import check_tokens
 from rondo.parallel.collectives import after, all_reduce, all_to_all_rows, gather, gather_time
 
 
@@ -44,6 +45,7 @@ class SumsOverRanks:
         segment_ids: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Any]:
+        check_tokens(q, k, v, learning_rates, momentum)  # before they travel as one
         deal = _Deal(q.shape[1], self.group, q.device)
         tokens = deal.out([q.to(v.dtype), k.to(v.dtype), v])
         if momentum is None:
@@ -110,14 +112,14 @@ class _Deal:
     def __init__(self, length: int, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.rank = group, dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        # What each rank's stretch, which begins at giver * length, has for this one, and this one's
-        # for each.
+        # How much each rank's stretch has for this rank, and this rank's for each.
         self.receive = [self._given(giver, self.rank, length) for giver in range(self.size)]
         self.send = [self._given(self.rank, taker, length) for taker in range(self.size)]
         positions = self.rank * length + torch.arange(length, device=device)
         self.order = (positions % self.size).argsort(stable=True)
 
     def _given(self, giver: int, taker: int, length: int) -> int:
+        """Positions `giver * length + i` that are `taker` modulo the number of ranks."""
         return len(range((taker - giver * length) % self.size, length, self.size))
 
     def out(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -188,3 +188,15 @@ def sums_of_chunks(length: int) -> tuple[int, int, int]:
     with counted_sums() as backward:
         o.sum().backward()
     return len(forward), len(backward), -(-total // CHUNK)
+
+
+def refused() -> list[str]:
+    """What is said of inputs that do not fit."""
+    case, run = make(4), over_ranks(fast_weights, dist.group.WORLD)
+    found = []
+    for wrong, options in ((case._replace(k=case.k[:, :3]), {}), (case, {"backend": "reference"})):
+        try:
+            _run(run, wrong, options)
+        except ValueError as error:
+            found.append(str(error))
+    return found

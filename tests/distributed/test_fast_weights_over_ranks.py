@@ -7,6 +7,7 @@ import pytest
 from rondo.tests.distributed.fast_weights_cases import (
     SETTINGS,
     equal_to_whole,
+    refused,
     sums_of_chunks,
     with_some_gradients,
 )
@@ -36,3 +37,9 @@ def test_a_sum_a_chunk(length: int) -> None:
     for forward, backward, chunks in run_ranks(sums_of_chunks, 2, length):
         assert forward == chunks + 1
         assert backward == chunks + 1
+
+
+def test_what_does_not_fit_is_said() -> None:
+    for shapes, backend in run_ranks(refused, 2):
+        assert "k has shape (2, 3, 2, 4)" in shapes
+        assert "fast_weights over 2 ranks: backend 'reference' is not available" in backend
