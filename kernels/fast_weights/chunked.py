@@ -83,6 +83,11 @@ def chunked(
     if layout.unread is not None:
         first = apply_weights(initial, q.transpose(1, 2)).transpose(1, 2)
         o = torch.where(layout.unread[..., None, None], first, o)
+    if not layout.learns():
+        # Else gradients would be missing, on some ranks that reduce them and not on others.
+        idle = (x for x in (k, v, learning_rates, momentum, *initial) if x is not None)
+        nothing = sum(x.flatten()[0].to(o.dtype) for x in idle)
+        o = torch.where(torch.zeros((), dtype=torch.bool, device=o.device), nothing, o)
     return o, state
 
 

@@ -67,6 +67,12 @@ class Layout(NamedTuple):
     carried: Tensor | None  # (S, B) bool: it continues the open chunk of the state
     unread: Tensor | None  # (B, T) bool: positions that read the initial weights, in no slot
 
+    def learns(self) -> bool:
+        """Whether some token reads weights that were updated in the row."""
+        if self.read is self.write:
+            return True
+        return any(self.write.busy[:-1]) and any(self.read.busy[self.write.busy.index(True) + 1 :])
+
     def share(self, rank: int, size: int) -> Layout:
         """The same chunks, with only the positions `rank`, `rank + size`, ... of every row."""
         own, width = slice(rank, None, size), self.read.index.shape[2]

@@ -44,3 +44,12 @@ def test_orthogonalised_steps_under_layouts(layout: Layout, schedule: str) -> No
     results = run_ranks(train_all, layout.size, [Run(sizes, layout, schedule)])
     ranks = [found[0] for found in results]
     assert not compare(ranks, train(Run(sizes, Layout())), TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2), Layout(dp_replicate=2), Layout(cp=2)])
+def test_rows_without_a_full_chunk(layout: Layout) -> None:
+    """Only the first row has one: elsewhere weights are read and never updated."""
+    sizes = config(chunk_size=13, update="gradient")
+    results = run_ranks(train_all, layout.size, [Run(sizes, layout)])
+    ranks = [found[0] for found in results]
+    assert not compare(ranks, train(Run(sizes, Layout())), 1e-10)

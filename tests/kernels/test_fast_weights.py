@@ -419,6 +419,18 @@ def test_one_chunk_is_a_fixed_network(backend: str, update: str) -> None:
         raise AssertionError("the first chunk has changed nothing")
 
 
+@pytest.mark.parametrize("lengths", ((7,), (4, 3), (8,)))
+@pytest.mark.parametrize("opened", (None, (0, 0)))
+def test_every_input_has_a_gradient(
+    opened: tuple[int, int] | None, lengths: tuple[int, ...]
+) -> None:
+    """Also where no token reads what a chunk has taught: ranks reduce the same gradients."""
+    case = packed(make(sum(lengths), open_tokens=opened), lengths)
+    inputs = [x.requires_grad_() for x in case.tensors()[:8]]
+    o, _ = case.run(chunk_size=8, backend="chunked")
+    assert all(g is not None for g in torch.autograd.grad(o.sum(), inputs, allow_unused=True))
+
+
 @every_update
 @every_order
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
