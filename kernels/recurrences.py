@@ -1,5 +1,6 @@
 """Each recurrence with what other ranks must know of it: a linear one's summary (what a stretch
-of tokens does to any state), a nonlinear one's state before a document."""
+of tokens does to any state), a nonlinear one's state before a document, or that its steps are sums
+over tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
+from rondo.kernels.fast_weights import fast_weights
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.memory_context import fresh_context, memory_context
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
@@ -40,3 +42,7 @@ CHAINS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 """Nonlinear operator -> function of the operator's own tensors and options that gives its state
 before a document: a tuple of numbers `(B, H, ...)` and integers `(B,)`."""
+
+SUMS: frozenset[Callable[..., Any]] = frozenset({fast_weights})
+"""Nonlinear operators whose steps are sums over the tokens of a chunk: with their argument `share`
+ranks each add up a part of every chunk."""

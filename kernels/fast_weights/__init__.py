@@ -6,6 +6,7 @@ chunk of tokens: towards giving the values of the chunk when asked with its keys
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from rondo.kernels.backend import choose
 from rondo.kernels.fast_weights.checks import (
+    check_ids,
     check_options,
     check_state,
     check_tokens,
     check_weights,
 )
-from rondo.kernels.fast_weights.chunked import chunked
+from rondo.kernels.fast_weights.chunked import Share, chunked
 from rondo.kernels.fast_weights.inner import apply_weights, gradient_sum, update_weights
 from rondo.kernels.fast_weights.newton_schulz import newton_schulz
 from rondo.kernels.fast_weights.reference import reference
@@ -31,6 +33,7 @@ from rondo.kernels.fast_weights.state import (
 __all__ = [
     "FastWeightState",
     "FastWeights",
+    "Share",
     "apply_weights",
     "fast_weight_state_shapes",
     "fast_weights",
@@ -55,6 +58,7 @@ def fast_weights(
     initial_state: FastWeightState | None = None,
     segment_ids: Tensor | None = None,
     chunk_size: int = 2048,
+    share: Share | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, FastWeightState]:
     """Reads `f_W(q) = down (SiLU(gate q) * up q)`, and trains W by a step a chunk of tokens:
@@ -83,8 +87,12 @@ def fast_weights(
             position 0. Calls may be cut anywhere; with "update_then_apply", tokens of a chunk
             that is cut do not see the part in the later call.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
-        chunk_size: tokens between two updates.
-        backend: "auto", "reference" or "chunked".
+        chunk_size: tokens between two updates. It is part of the model, and a state belongs to
+            the chunk_size that it was made with.
+        share: which of the tokens these are when ranks share them; then `segment_ids` `(B, P T)`
+            is that of all P ranks' tokens, weights and `initial_state` are the same on all, the
+            state returned too, and each has its part of their gradients. None: all of them.
+        backend: "auto", "reference" or "chunked"; "chunked" for a share.
 
     Returns:
         o `(B, T, H, V)` in the dtype of `v`, and the state after the last position, float32
@@ -95,17 +103,22 @@ def fast_weights(
         ValueError: a shape, dtype or option does not fit.
     """
     weights = FastWeights(*weights)
-    check_tokens(q, k, v, learning_rates, momentum, segment_ids)
+    check_tokens(q, k, v, learning_rates, momentum)
+    check_ids(segment_ids, v.shape[0], v.shape[1] * (1 if share is None else share.size))
     check_weights(k, v, weights)
     check_options(update, order, chunk_size)
     if initial_state is not None:
-        check_state(initial_state, v.shape[0], weights, momentum is not None)
-    run = choose("fast_weights", backend, _IMPLEMENTATIONS, v.device)
+        check_state(initial_state, v.shape[0], weights, momentum is not None, chunk_size)
+    if share is None:
+        run = choose("fast_weights", backend, _IMPLEMENTATIONS, v.device)
+    else:
+        of_share = {"chunked": functools.partial(chunked, share=share)}
+        run = choose(f"fast_weights over {share.size} ranks", backend, of_share, v.device)
     wide = torch.promote_types(v.dtype, torch.float32)
     state = None if initial_state is None else initial_state.to(wide)
     momentum = None if momentum is None else momentum.to(wide)
-    initial, rates = weights.map(lambda w: w.to(wide)), learning_rates.to(wide)
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    rates, q, k = learning_rates.to(wide), q.to(v.dtype), k.to(v.dtype)
+    initial = weights.map(lambda w: w.to(wide))
     options = (update, order, chunk_size)
     with _full_precision(v.device):
         return run(q, k, v, rates, initial, momentum, state, segment_ids, options)

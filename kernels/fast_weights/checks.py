@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rondo.kernels.fast_weights.state import (
@@ -20,7 +21,6 @@ def check_tokens(
     v: Tensor,
     learning_rates: Tensor,
     momentum: Tensor | None,
-    segment_ids: Tensor | None,
 ) -> None:
     """Raises ValueError for sequences that do not fit together."""
     for name, x in (("k", k), ("v", v)):
@@ -35,14 +35,18 @@ def check_tokens(
     _expect("learning_rates", learning_rates, "(B, T, H, 3)", (*tokens, 3))
     if momentum is not None:
         _expect("momentum", momentum, "(B, T, H)", tokens)
+
+
+def check_ids(segment_ids: Tensor | None, batch: int, time: int) -> None:
+    """Raises ValueError for anything but integers `(B, T)`."""
     if segment_ids is not None and (
-        tuple(segment_ids.shape) != tokens[:2]
+        tuple(segment_ids.shape) != (batch, time)
         or segment_ids.is_floating_point()
         or segment_ids.is_complex()
     ):
         raise ValueError(
             f"segment_ids has shape {tuple(segment_ids.shape)} and dtype {segment_ids.dtype}, "
-            f"expected integers (B, T) = {tokens[:2]}"
+            f"expected integers (B, T) = {(batch, time)}"
         )
 
 
@@ -69,7 +73,11 @@ def check_options(update: str, order: str, chunk_size: int) -> None:
 
 
 def check_state(
-    state: FastWeightState, batch: int, weights: FastWeights, has_momentum: bool
+    state: FastWeightState,
+    batch: int,
+    weights: FastWeights,
+    has_momentum: bool,
+    chunk_size: int,
 ) -> None:
     """Raises ValueError for a state that other weights or options have left."""
     heads, hidden, key_dim = weights.gate.shape
@@ -85,6 +93,11 @@ def check_state(
                 f"initial_state.{name} has shape {actual}, expected {expected} "
                 f"{'with' if has_momentum else 'without'} momentum"
             )
+    if _values_are_known(state.count) and state.count.max() >= chunk_size:
+        raise ValueError(
+            f"initial_state.count has {int(state.count.max())} tokens of an open chunk: the state "
+            f"was made with another chunk_size than {chunk_size}"
+        )
 
 
 def _expect(name: str, x: Tensor, letters: str, shape: tuple[int, ...]) -> None:
@@ -93,3 +106,8 @@ def _expect(name: str, x: Tensor, letters: str, shape: tuple[int, ...]) -> None:
             f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected floating point "
             f"{letters} = {shape}"
         )
+
+
+def _values_are_known(x: Tensor) -> bool:
+    """Whether looking at the values of `x` costs nothing; a subclass (fake) may have none."""
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()

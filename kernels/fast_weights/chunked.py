@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,21 @@ from torch import Tensor
 
 from rondo.kernels.fast_weights.inner import apply_weights, gradient_sum, update_weights
 from rondo.kernels.fast_weights.layout import Layout, make_layout
+from rondo.kernels.fast_weights.newton_schulz import newton_schulz
 from rondo.kernels.fast_weights.state import FastWeights, FastWeightState, first_state
+
+
+class Share(NamedTuple):
+    """Which tokens one of `size` ranks has: the positions `rank`, `rank + size`, ... of every row.
+    So each has its part of every chunk, wherever documents begin."""
+
+    rank: int
+    size: int
+    total: Callable[[Tensor], Tensor]
+    """The sum over ranks, whose backward pass is a sum over ranks."""
+    divide: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+    """A function of each matrix of a `(B, H, ., .)` that all ranks have alike: each computes some,
+    all get all."""
 
 
 class _Chunk(NamedTuple):
@@ -49,20 +65,29 @@ def chunked(
     state: FastWeightState | None,
     segment_ids: Tensor | None,
     options: tuple[str, str, int],
+    share: Share | None = None,
 ) -> tuple[Tensor, FastWeightState]:
     """Checked arguments of `fast_weights`; options: update, order, chunk_size."""
     update, order, chunk = options
     apply_first = order == "apply_then_update"
     count = None if state is None else state.count
-    layout = make_layout(v.shape[:2], chunk, apply_first, segment_ids, count, v.device)
+    shape = v.shape[0], v.shape[1] * (1 if share is None else share.size)
+    layout = make_layout(shape, chunk, apply_first, segment_ids, count, v.device)
+    if share is not None:
+        layout = layout.share(share.rank, share.size)
     if state is None:
         state = first_state(initial, v.shape[0], momentum is not None)
-    chunks = _gather(q, k, v, learning_rates, momentum, state, layout)
-    slots, state = _train(chunks, initial, state, layout, update, apply_first)
+    chunks = _gather(q, k, v, learning_rates, momentum, state, layout, share)
+    slots, state = _train(chunks, initial, state, layout, share, update, apply_first)
     o = _scatter(slots, layout)
     if layout.unread is not None:
         first = apply_weights(initial, q.transpose(1, 2)).transpose(1, 2)
         o = torch.where(layout.unread[..., None, None], first, o)
+    if not layout.learns():
+        # Else gradients would be missing, on some ranks that reduce them and not on others.
+        idle = (x for x in (k, v, learning_rates, momentum, *initial) if x is not None)
+        nothing = sum(x.flatten()[0].to(o.dtype) for x in idle)
+        o = torch.where(torch.zeros((), dtype=torch.bool, device=o.device), nothing, o)
     return o, state
 
 
@@ -74,19 +99,21 @@ def _gather(
     momentum: Tensor | None,
     state: FastWeightState,
     layout: Layout,
+    share: Share | None,
 ) -> list[_Chunk]:
     write = layout.write
-    filled = write.filled[:, :, None, :, None]
-    rates = torch.where(filled, write.take(learning_rates), 0.0)
-    mean = total = (None,) * len(rates)
+    mean = total = (None,) * len(write.index)
     if momentum is not None and state.momentum_sum is not None:
-        sums = torch.where(filled, write.take(momentum.unsqueeze(-1)), 0.0).sum((-2, -1))
+        sums = write.take(momentum.unsqueeze(-1)).sum((-2, -1))
+        if share is not None:
+            sums = share.total(sums)
         if layout.carried is not None:
             sums = sums + torch.where(layout.carried.unsqueeze(-1), state.momentum_sum, 0.0)
         total = sums.unbind()
         mean = (sums / layout.count.clamp_min(1).unsqueeze(-1)).unbind()
     # Indexed one by one, every slot would get a gradient as large as all of them together.
-    tokens = (x.unbind() for x in (layout.read.take(q), write.take(k), write.take(v), rates))
+    slots = layout.read.take(q), *(write.take(x) for x in (k, v, learning_rates))
+    tokens = (x.unbind() for x in slots)
     return [_Chunk(*parts) for parts in zip(*tokens, mean, total, strict=True)]
 
 
@@ -103,6 +130,7 @@ def _train(
     initial: FastWeights,
     state: FastWeightState,
     layout: Layout,
+    share: Share | None,
     update: str,
     apply_first: bool,
 ) -> tuple[Tensor, FastWeightState]:
@@ -110,17 +138,19 @@ def _train(
     weights, carried, buffer = state.matrices(chunks[0].k.shape[-1])
     inner, outputs, last = _Inner(weights, buffer), [], len(chunks) - 1
     fresh = _Inner(initial, None if buffer is None else buffer.map(torch.zeros_like))
-    gradient = carried
+    gradient, orthogonalise = carried, newton_schulz
+    if share is not None:
+        orthogonalise = functools.partial(share.divide, newton_schulz)
     for n, chunk in enumerate(chunks):
         if apply_first:
             outputs.append(_read(inner.weights, chunk, layout.read.busy[n]))
         if layout.fresh is not None:
             inner = fresh.where(layout.fresh[n], inner)
-        gradient = _gradient(inner.weights, carried, chunk, layout, n)
+        gradient = _gradient(inner.weights, carried, chunk, layout, share, n)
         after = inner
         if layout.write.busy[n] and not (apply_first and n == last):
             args = inner.weights, gradient, initial, inner.buffer, chunk.momentum, update
-            after = _Inner(*update_weights(*args))
+            after = _Inner(*update_weights(*args, orthogonalise))
         if not apply_first:
             outputs.append(_read(after.weights, chunk, layout.read.busy[n]))
         if n < last:
@@ -139,12 +169,19 @@ def _read(weights: FastWeights, chunk: _Chunk, busy: bool) -> Tensor:
 
 
 def _gradient(
-    weights: FastWeights, carried: FastWeights, chunk: _Chunk, layout: Layout, n: int
+    weights: FastWeights,
+    carried: FastWeights,
+    chunk: _Chunk,
+    layout: Layout,
+    share: Share | None,
+    n: int,
 ) -> FastWeights:
     """Summed over the chunk of slot n, with what its tokens before the row have left."""
     if not layout.write.busy[n]:
         return weights.map(torch.zeros_like)
     gradient = gradient_sum(weights, chunk.k, chunk.v, chunk.rates)
+    if share is not None:
+        gradient = FastWeights.unpack(share.total(gradient.pack()), chunk.k.shape[-1])
     if layout.carried is None:
         return gradient
     mask = layout.carried[n, :, None, None, None]

@@ -1,7 +1,8 @@
 """One chunk of the inner training loop: the sum of gradients, the update, the application.
 
 Three functions, because only the first adds up over tokens: ranks that share the tokens of a chunk
-sum what `gradient_sum` returns (and the momenta) over each other, and then update and apply alone.
+sum what `gradient_sum` returns (and the momenta) over each other, and then update and apply alone;
+they may divide the matrices to orthogonalise.
 
 Letters in shapes: B batch, H heads, C tokens of a chunk, K, V and F widths of keys, values and the
 hidden layer. Queries are read by products in their own dtype; all that changes the weights is
@@ -10,6 +11,8 @@ of the largest up to the others, so that in bfloat16 it would make noise as larg
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -63,6 +66,7 @@ def update_weights(
     buffer: FastWeights | None,
     momentum: Tensor | None,
     update: str,
+    orthogonalise: Callable[[Tensor], Tensor] = newton_schulz,
 ) -> tuple[FastWeights, FastWeights | None]:
     """The weights after a chunk, and the momentum buffer: `m <- momentum m + gradient`,
     `W <- N(W + m)` or, for "muon", `W <- N(W + newton_schulz(m))`; without momentum m is the
@@ -73,6 +77,7 @@ def update_weights(
         initial: `(H, ...)`, whose rows set the norms.
         momentum: `(B, H)`, the mean over the chunk.
         update: "muon" or "gradient".
+        orthogonalise: how `newton_schulz` of matrices `(B, H, ., .)` is computed.
     """
     step = gradient
     if momentum is not None and buffer is not None:
@@ -80,7 +85,7 @@ def update_weights(
         buffer = buffer.map(lambda m, g: decay * m + g, gradient)
         step = buffer
     if update == "muon":
-        step = step.map(newton_schulz)
+        step = step.map(orthogonalise)
     return weights.map(torch.add, step).map(restore_norms, initial), buffer
 
 

@@ -27,6 +27,7 @@ from rondo.kernels.segments import (
     first_document,
     last_document,
 )
+from rondo.kernels.tiles import has_numbers
 
 
 class Slots(NamedTuple):
@@ -37,10 +38,21 @@ class Slots(NamedTuple):
     busy: list[bool]  # S: some row has a position there
 
     def take(self, x: Tensor) -> Tensor:
-        """`(B, T, H, D)` to `(S, B, H, W, D)`; what is not filled is some token of the row."""
+        """`(B, T, H, D)` to `(S, B, H, W, D)`, zero where there is no position."""
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         slots = x.flatten(0, 1).index_select(0, (self.index + rows * x.shape[1]).flatten())
+        # Whatever else stood there would be multiplied by zeros, which a NaN survives.
+        slots = slots.masked_fill_(~self.filled.flatten()[:, None, None], 0.0)
         return slots.unflatten(0, self.index.shape).transpose(2, 3).contiguous()
+
+    def share(self, rank: int, size: int) -> Slots:
+        """Of the same slots the positions `rank`, `rank + size`, ..., which become 0, 1, ..."""
+        width = self.index.shape[2]
+        every = torch.arange(0, width, size, device=self.index.device)
+        place = every + (rank - self.index[..., :1]) % size  # a slot holds positions in a row
+        last = width - 1
+        index, filled = (x.gather(2, place.clamp_max(last)) for x in (self.index, self.filled))
+        return Slots(index // size, filled & (place <= last), self.busy)
 
 
 class Layout(NamedTuple):
@@ -54,6 +66,23 @@ class Layout(NamedTuple):
     fresh: Tensor | None  # (S, B) bool: it starts a document other than that of the state
     carried: Tensor | None  # (S, B) bool: it continues the open chunk of the state
     unread: Tensor | None  # (B, T) bool: positions that read the initial weights, in no slot
+
+    def learns(self) -> bool:
+        """Whether some token reads weights that were updated in the row."""
+        if self.read is self.write:
+            return True
+        return any(self.write.busy[:-1]) and any(self.read.busy[self.write.busy.index(True) + 1 :])
+
+    def share(self, rank: int, size: int) -> Layout:
+        """The same chunks, with only the positions `rank`, `rank + size`, ... of every row."""
+        own, width = slice(rank, None, size), self.read.index.shape[2]
+        slot, place = self.source[:, own] // width, self.source[:, own] % width
+        return self._replace(
+            write=self.write.share(rank, size),
+            read=self.read.share(rank, size),
+            source=slot * -(-width // size) + place // size,
+            unread=None if self.unread is None else self.unread[:, own],
+        )
 
 
 class _Positions(NamedTuple):
@@ -92,7 +121,7 @@ def _fill(slot: Tensor, place: Tensor, slots: int, width: int, plain: bool) -> S
 
 
 def _values_are_known(x: Tensor) -> bool:
-    return x.device.type != "meta" and not torch.compiler.is_compiling()
+    return x.device.type != "meta" and has_numbers() and not torch.compiler.is_compiling()
 
 
 def _by_window(ids: Tensor, at: _Positions, chunk: int, slots: int) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from rondo.kernels import attend_prefix, attention
 from rondo.kernels.rope import rope_table, rotate
+from rondo.models import kv_cache
 from rondo.models.config import ModelConfig
 from rondo.models.init import normal, parameter
 from rondo.models.layers import Linear, RMSNorm
-from rondo.models.mixer import Mixer, SequenceContext, State, get, split_heads
+from rondo.models.mixer import Mixer, SequenceContext, State, split_heads
 from rondo.models.registry import MIXERS
 
 
@@ -124,11 +125,11 @@ class AttentionHeads(Mixer):
                 dtype=torch.promote_types(q.dtype, torch.float32),
             )
             q, k = rotate(q, *table), rotate(k, *table)
-        segments, key_segments, state = self._extend(k, v, ctx.segment_ids, state)
+        cache, segments, key_segments = kv_cache.extend(state, k, v, ctx.segment_ids)
         found = self.attend(
             q,
-            state["k"],
-            state["v"],
+            cache["k"],
+            cache["v"],
             window=self.options.window,
             segment_ids=segments,
             key_segment_ids=key_segments,
@@ -137,42 +138,15 @@ class AttentionHeads(Mixer):
         o, lse = (found, None) if isinstance(found, Tensor) else found
         if lse is not None and self.options.persistent_tokens > 0:
             o, lse = attend_prefix(unrotated, *self._persistent(o.dtype), o, lse)
-        return HeadsRead(o, lse, unrotated), self._trim(state)
+        window = self.options.window
+        return HeadsRead(o, lse, unrotated), cache if window is None else kv_cache.trim(
+            cache, window
+        )
 
     def _persistent(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Persistent keys and values `(persistent_tokens, num_kv_heads, head_dim)`."""
         k, v = (x.transpose(0, 1).to(dtype) for x in (self.persistent_k, self.persistent_v))
         return self.k_norm(k) if self.options.qk_norm else k, v
-
-    def _extend(
-        self, k: Tensor, v: Tensor, segment_ids: Tensor | None, state: State | None
-    ) -> tuple[Tensor | None, Tensor | None, State]:
-        """Puts the cache in front of `k`, `v`; returns the ids of queries and of keys, and the
-        longer cache. Cached positions of earlier documents get an id no query has."""
-        after = {"k": k, "v": v}
-        if segment_ids is not None:
-            after["live"] = segment_ids == segment_ids[:, -1:]
-        if state is None:
-            return segment_ids, segment_ids, after
-        after = {**after, "k": torch.cat([state["k"], k], 1), "v": torch.cat([state["v"], v], 1)}
-        live = get(state, "live")
-        if segment_ids is None and live is None:
-            return None, None, after
-        if segment_ids is None:
-            segment_ids = torch.zeros(k.shape[:2], dtype=torch.long, device=k.device)
-        if live is None:
-            live = torch.ones(state["k"].shape[:2], dtype=torch.bool, device=k.device)
-        first = segment_ids[:, :1]
-        keys = torch.cat([torch.where(live, first, first - 1), segment_ids], 1)
-        after["live"] = keys == segment_ids[:, -1:]
-        return segment_ids, keys, after
-
-    def _trim(self, state: State) -> State:
-        """Keeps what later queries can still see."""
-        if self.options.window is None:
-            return state
-        start = max(0, state["k"].shape[1] - (self.options.window - 1))
-        return {name: value[:, start:] for name, value in state.items()}
 
     def state_shapes(
         self, batch: int, length: int

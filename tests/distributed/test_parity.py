@@ -38,6 +38,8 @@ OPTIONS = {
         "window": 9,
         "persistent_tokens": 3,
     },
+    # Orthogonalised steps, less exact than the rest, are in test_lact.py.
+    "lact": {"num_heads": 4, "chunk_size": 5, "init_rank": 4, "update": "gradient"},
     "groups": {"kind": "mamba2", "head_dim": 8, "state_dim": 4, "num_groups": 2},
 }
 MIXED = [*MIXERS, "grouped", "toy+toy_router", "groups+toy_router", "toy"]

@@ -282,6 +282,21 @@ def test_documents_do_not_leak(order: str) -> None:
         raise AssertionError("the first document did not notice its own change")
 
 
+@every_order
+def test_what_is_not_a_number_stays_in_its_document(order: str) -> None:
+    case = packed(make(20, dtype=torch.float32), (11, 9))
+    broken = [x.clone() for x in case.tensors()]
+    for x in broken:
+        if x.shape[:2] == (2, 20):
+            x[:, 0] = torch.nan
+    o, *state = case.flat(order=order, chunk_size=4)
+    o2, *state2 = case.flat(*broken, order=order, chunk_size=4)
+    torch.testing.assert_close(o2[:, 11:], o[:, 11:], rtol=0, atol=0)
+    torch.testing.assert_close(state2, state, rtol=0, atol=0)
+    if o2[:, 0].isfinite().any():
+        raise AssertionError("the first document did not notice")
+
+
 @every_update
 @every_backend
 def test_cut_anywhere_equals_whole(backend: str, update: str) -> None:
@@ -402,6 +417,18 @@ def test_one_chunk_is_a_fixed_network(backend: str, update: str) -> None:
     o, _ = case.run(update=update, chunk_size=8, backend=backend)
     if torch.isclose(o[:, 8], static(case)[:, 8]).all():
         raise AssertionError("the first chunk has changed nothing")
+
+
+@pytest.mark.parametrize("lengths", ((7,), (4, 3), (8,)))
+@pytest.mark.parametrize("opened", (None, (0, 0)))
+def test_every_input_has_a_gradient(
+    opened: tuple[int, int] | None, lengths: tuple[int, ...]
+) -> None:
+    """Also where no token reads what a chunk has taught: ranks reduce the same gradients."""
+    case = packed(make(sum(lengths), open_tokens=opened), lengths)
+    inputs = [x.requires_grad_() for x in case.tensors()[:8]]
+    o, _ = case.run(chunk_size=8, backend="chunked")
+    assert all(g is not None for g in torch.autograd.grad(o.sum(), inputs, allow_unused=True))
 
 
 @every_update
@@ -601,6 +628,13 @@ def test_tensors_without_numbers() -> None:
     o, state = meta._replace(ids=case.ids.to("meta")).run(chunk_size=4)
     if o.shape != case.v.shape or state.weights.shape != (2, HEADS, HIDDEN, 2 * K + V):
         raise AssertionError(f"{o.shape}, {state.weights.shape}")
+
+
+def test_a_state_of_another_chunk_size() -> None:
+    case = make(5, open_tokens=(1, 4))
+    case.run(chunk_size=5)
+    with pytest.raises(ValueError, match=r"4 tokens of an open chunk.*another chunk_size than 4"):
+        case.run(chunk_size=4)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,18 @@ VARIANTS = [
     Case("titans_memory", {"head_dim": 16, "depth": 1, "chunk_size": 5}),
     Case("titans_mac", {"head_dim": 16, "segment_size": 10, "chunk_size": 5, "depth": 1}),
     Case("titans_mag", {"head_dim": 16, "window": None, "persistent_tokens": 0, "depth": 3}),
+    Case(
+        "lact",
+        {
+            "num_fast_heads": 2,
+            "chunk_size": 20,
+            "window": 7,
+            "update": "gradient",
+            "momentum": False,
+            "qk_norm": False,
+            "expansion": 1.5,
+        },
+    ),
 ]
 SMALL = {
     "attention": {"num_heads": 2},
@@ -30,6 +42,7 @@ SMALL = {
     "titans_memory": {"head_dim": 8},
     "titans_mac": {"head_dim": 8, "segment_size": 48, "persistent_tokens": 3},
     "titans_mag": {"head_dim": 8, "window": 20, "persistent_tokens": 3},
+    "lact": {"num_heads": 2, "num_fast_heads": 2, "chunk_size": 32, "init_rank": 4},
 }
 CASES = [Case(name, SMALL.get(name, {})) for name in MIXERS] + VARIANTS
 

@@ -56,6 +56,19 @@ def test_collectives_of_sharded_parameters() -> None:
     assert len(first_rank(layout).traffic) == 3
 
 
+def test_collectives_of_fast_weights() -> None:
+    """Over sequence-parallel ranks: sums of every chunk, the open one too, and one of momenta."""
+    chunk, layout = 16, Layout(cp=2)
+    planned = job(layout, pattern=["lact"])
+    planned.model.config.mixers["lact"] = {"chunk_size": chunk, "num_heads": 4}
+    found = plan_ranks(planned)[0].traffic[Collective("all-reduce", "cp", "activations")]
+    chunks = LENGTH // chunk + 1
+    heads, width = 4, 64 // 4
+    sums = 4 * MICRO * heads * (chunks * width * 3 * width + chunks)
+    passes = 2 * MICRO_BATCHES * LAYERS
+    assert found == pytest.approx((passes * (chunks + 1), passes * sums))
+
+
 def test_collectives_of_tensor_parallel_ranks() -> None:
     layout = Layout(tp=2)
     half = MICRO * LENGTH * 64 * 4 / 2  # bytes of hidden states that come from the other rank
