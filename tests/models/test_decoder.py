@@ -15,7 +15,7 @@ OPTIONS = {
     "mamba2": {"head_dim": 16, "state_dim": 8},
     "retnet": {"num_heads": 2},
     "hgrn2": {"head_dim": 8},
-    "lact": {"num_heads": 2, "num_fast_heads": 2, "chunk_size": 32},
+    "lact": {"num_heads": 2, "chunk_size": 16},
 }
 
 
