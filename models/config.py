@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import re
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from rondo.errors import UserError
 from rondo.models.registry import FFNS, MIXERS, ROUTERS, Registry
 
 _PRESETS = Path(__file__).parent / "presets"
+_OPTION_TYPES = (int, float, bool, str, type(None))
 _ENTRY = re.compile(r"(?P<mixer>[\w.-]+)(\+(?P<ffn>[\w.-]+))?(\*(?P<count>[1-9]\d*))?")
 
 
@@ -136,28 +139,29 @@ def read_options(cls: type, values: Mapping[str, Any], place: str) -> Any:
     """The options `cls` from a mapping that stands at `place`. Raises UserError as `make_options`;
     a field whose metadata says `zero` may be 0."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
     for key, value in values.items():
         where = f"{place}.{key}"
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where}: unknown option{hint} (known: {', '.join(fields)})")
-        _check_option(where, value, fields[key])
+        _check_option(where, value, types[key], zero=fields[key].metadata.get("zero", False))
     return cls(**values)
 
 
-def _check_option(where: str, value: Any, option: dataclasses.Field[Any]) -> None:
-    annotation = str(option.type)
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
-    allowed = [kinds[part.strip()] for part in annotation.split("|")]
-    number_as_bool = isinstance(value, bool) and "bool" not in annotation
-    if number_as_bool or not any(isinstance(value, kind) for kind in allowed):
-        raise UserError(f"{where}: expected {annotation}, got {value!r}")
+def _check_option(where: str, value: Any, want: Any, *, zero: bool) -> None:
+    allowed = typing.get_args(want) or (want,)
+    if unknown := [kind for kind in allowed if kind not in _OPTION_TYPES]:
+        raise TypeError(f"{where}: options are of {_OPTION_TYPES}, not of {unknown[0]}")
+    accepted = (*allowed, int) if float in allowed else allowed
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
+        raise UserError(f"{where}: expected {inspect.formatannotation(want)}, got {value!r}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if option.metadata.get("zero") and not 0 <= value < math.inf:
+    if zero and not 0 <= value < math.inf:
         raise UserError(f"{where}: must be a finite number, 0 or more, got {value!r}")
-    if not option.metadata.get("zero") and not 0 < value < math.inf:
+    if not zero and not 0 < value < math.inf:
         raise UserError(f"{where}: must be a finite number above 0, got {value!r}")
 
 
