@@ -48,9 +48,9 @@ def take_loads(parts: Sequence[Decoder], ranks: Ranks) -> dict[int, Tensor]:
 @torch.no_grad()
 def move_biases(parts: Sequence[Decoder], loads: dict[int, Tensor]) -> None:
     """Moves each expert's bias in the choice by `bias_rate` towards an even load
-    (arXiv 2408.15664)."""
+    (arXiv 2408.15664), unless routers are frozen."""
     for layer, mixture in mixtures(parts).items():
-        if mixture.balance_bias is not None:
+        if mixture.balance_bias is not None and not mixture.options.freeze_router:
             chosen = loads[layer][:-1]
             towards = (chosen.mean() - chosen).sign().to(mixture.balance_bias)
             mixture.balance_bias.add_(towards, alpha=mixture.options.bias_rate)

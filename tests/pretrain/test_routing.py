@@ -109,6 +109,13 @@ def test_biases_move_towards_an_even_load() -> None:
     assert summary == {"moe/drop_ratio": 0.5, "moe/max_load": 2.5}
 
 
+def test_biases_of_frozen_routers_stay() -> None:
+    ours = model(bias_rate=0.01, freeze_router=True)
+    mixtures(ours.parts)[1].load.copy_(torch.tensor([5, 1, 0, 2, 4]))
+    move_biases(ours.parts, take_loads(ours.parts, ALONE))
+    assert not any(mixture.balance_bias.any() for mixture in mixtures(ours.parts).values())
+
+
 def test_balancing_by_bias_evens_the_load() -> None:
     ours, given = model(bias_rate=0.02, balance_loss=0.0), batch()
     layers = mixtures(ours.parts)
