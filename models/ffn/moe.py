@@ -51,7 +51,7 @@ class MoEOptions:
     """Weight of the shared experts' sum."""
     capacity_factor: float | None = None
     """An expert takes at most so many times its even share of a sequence's choices, those of
-    highest weight; the others get nothing from it. None: all it is sent."""
+    highest probability; the others get nothing from it. None: all it is sent."""
     balance_loss: float = field(default=0.01, metadata={"zero": True})
     """Coefficient of the load-balance loss."""
     z_loss: float = field(default=0.0, metadata={"zero": True})
@@ -60,7 +60,7 @@ class MoEOptions:
     """Balances without a loss: after a step, each expert's bias in the choice moves by so much
     towards an even load (arXiv 2408.15664)."""
     freeze_router: bool = False
-    """Keep the routers as they are, what layers share of them included."""
+    """Keep the routers as they are, what layers share of them and biases in the choice included."""
 
 
 @FFNS.register("moe")
