@@ -87,9 +87,12 @@ def router_gradients(
     model: ParallelModel, batches: Sequence[MicroBatch], valid: float
 ) -> dict[str, float]:
     """Norm of the gradient of all routers' parameters, from the cross-entropy alone
-    (`router_grad_norm/tokens`) and from the auxiliary losses alone (`.../auxiliary`), over `valid`
-    tokens. Costs two steps' forward and backward passes; clears gradients and loads. Collective."""
-    weights = {"tokens": (1.0, 0.0), "auxiliary": (0.0, 1.0)}
+    (`router_grad_norm/tokens`) and, where there are any, from the auxiliary losses alone
+    (`.../auxiliary`), over `valid` targets. Costs a step's forward and backward passes for each;
+    clears gradients and loads. Collective."""
+    weights = {"tokens": (1.0, 0.0)}
+    if model.parts[0].loss_weights:
+        weights["auxiliary"] = (0.0, 1.0)
     found = {}
     for source, (tokens, auxiliary) in weights.items():
         with _weighing(model.parts, tokens, auxiliary):

@@ -347,10 +347,8 @@ class Trainer:
         """What routers do, in a model with mixtures of experts."""
         information = self.recipe.logging.router_information
         found = routing(self.model, batches, information=information)
-        if self.model.auxiliary:
-            valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
-            found |= router_gradients(self.model, batches, self.ranks.sum(valid)[0])
-        return found
+        valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
+        return found | router_gradients(self.model, batches, self.ranks.sum(valid)[0])
 
     def _greet(self, origin: Path | None) -> None:
         show_choices(self.metrics.say)

@@ -94,6 +94,29 @@ def test_gradients_by_source_add_up() -> None:
         assert square > 0
 
 
+@pytest.mark.parametrize("sizes", [[2], [1, 1]])
+def test_auxiliary_losses_are_means_over_all_tokens(sizes: list[int]) -> None:
+    """Also over those without a target, however the step is cut."""
+    given, ours = batch(), model(balance_loss=2.0, z_loss=0.5)
+    given = given._replace(targets=given.targets.clone())
+    given.targets[0, 3:] = -100
+    parts = zip(*(tensor.split(sizes) for tensor in given), strict=True)
+    ours.forward_backward([MicroBatch(*tensors) for tensors in parts])
+    plain: Decoder = ours.parts[0]
+    out = plain(given.tokens, segment_ids=given.segment_ids)
+    loss = plain.hidden_loss(out.hidden, given.targets) / 15
+    loss = loss + (2.0 * out.aux["balance_loss"] + 0.5 * out.aux["z_loss"]) / 24
+    params = dict(plain.named_parameters())
+    for name, grad in zip(params, torch.autograd.grad(loss, [*params.values()]), strict=True):
+        torch.testing.assert_close(params[name].grad / 15, grad, msg=name)
+
+
+def test_without_auxiliary_losses_the_tokens_gradient_remains() -> None:
+    found = router_gradients(model(balance_loss=0.0), [batch()], 24)
+    assert found.keys() == {"router_grad_norm/tokens"}
+    assert found["router_grad_norm/tokens"] > 0
+
+
 def test_biases_move_towards_an_even_load() -> None:
     ours = model(bias_rate=0.01, balance_loss=0.0)
     mixture = mixtures(ours.parts)[1]
@@ -204,6 +227,8 @@ def test_looking_at_routers_does_not_move_them(tmp_path: Path) -> None:
     for every in (0, 1):
         more = [f"--name=every{every}", f"--logging.norms_every={every}"]
         assert train(load_recipe("rmoe-tiny", [*options, *more])) == 0
+        lines = (tmp_path / f"runs/every{every}/metrics.jsonl").read_text().splitlines()
+        assert ("router_grad_norm/tokens" in json.loads(lines[0])) == bool(every)
         saved = load(tmp_path / f"runs/every{every}/checkpoints/step-000000004")
         biases.append([mixture.balance_bias for mixture in mixtures([saved]).values()])
     assert all(torch.equal(a, b) for a, b in zip(*biases, strict=True))
