@@ -166,7 +166,9 @@ def _check_option(where: str, value: Any, want: Any, *, zero: bool) -> None:
 
 
 def problems(config: ModelConfig) -> list[str]:
-    """Everything that makes `config` impossible; each starts with its key."""
+    """Everything that makes `config` impossible; each starts with its key. Options must be known
+    and of their types wherever they are given; whether they fit the model is asked of what the
+    pattern uses."""
     found = [
         f"model.{key}: must be at least {least}, got {getattr(config, key)}"
         for key, least in (("vocab_size", 0), ("dim", 1), ("num_layers", 1), ("ffn_dim", 0))
@@ -181,24 +183,31 @@ def problems(config: ModelConfig) -> list[str]:
         layers = config.layers()
     except UserError as error:
         return [*found, str(error)]
-    used = {entry.split("+")[0].split("*")[0] for entry in config.pattern}
-    for name in config.mixers.keys() - used - MIXERS.keys():
-        if "kind" not in config.mixers[name]:
-            found.append(f"model.mixers.{name}: {MIXERS.unknown(name)}")
-    found += _unknown("ffns", config.ffns, FFNS) + _unknown("routers", config.routers, ROUTERS)
+    for key, registry in (("mixers", MIXERS), ("ffns", FFNS), ("routers", ROUTERS)):
+        found += _option_problems(f"model.{key}", getattr(config, key), registry)
     if found:
         return found
     for spec in {repr(spec): spec for spec in layers}.values():
-        try:
-            options = make_options(spec.mixer, spec.options, spec.name)
-            reasons = MIXERS[spec.mixer].problems(config, options)
-            found += [f"model.mixers.{spec.name}.{reason}" for reason in reasons]
-        except UserError as error:
-            found.append(str(error))
+        options = make_options(spec.mixer, spec.options, spec.name)
+        reasons = MIXERS[spec.mixer].problems(config, options)
+        found += [f"model.mixers.{spec.name}.{reason}" for reason in reasons]
     for name in sorted({spec.ffn for spec in layers} - {"none"}):
         found += FFNS[name].problems(config)
     return found
 
 
-def _unknown(key: str, given: Mapping[str, Any], registry: Registry) -> list[str]:
-    return [f"model.{key}.{name}: {registry.unknown(name)}" for name in given.keys() - registry]
+def _option_problems(
+    key: str, given: Mapping[str, Mapping[str, Any]], registry: Registry
+) -> list[str]:
+    found = []
+    for name, values in given.items():
+        options, kind = dict(values), name
+        if registry is MIXERS:
+            kind = str(options.pop("kind", name))
+        try:
+            if kind not in registry:
+                raise UserError(f"{key}.{name}: {registry.unknown(kind)}")
+            read_options(registry[kind].Options, options, f"{key}.{name}")
+        except UserError as error:
+            found.append(str(error))
+    return found

@@ -15,7 +15,7 @@ import torch
 from rondo.errors import UserError
 from rondo.kernels.backend import show_choices
 from rondo.kernels.segments import document_positions
-from rondo.models import Decoder, ModelConfig
+from rondo.models import FFNS, Decoder, ModelConfig
 from rondo.models.loading import find_checkpoint
 from rondo.models.mixer import Cost
 from rondo.parallel.build import PRECISIONS, ParallelModel
@@ -128,6 +128,9 @@ class Trainer:
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
         )
+        ffns = {spec.ffn for spec in self.config.layers()} - {"none"}
+        losses = [(ffn, loss) for ffn in ffns for loss in FFNS[ffn].losses(self.config)]
+        self.loss_names = {loss: f"{ffn}/{loss}" for ffn, loss in losses}
         self.tokens_per_step = recipe.data.global_batch_size * length
         self.cost = model_cost(self.config, length)
         self.flops_per_token = 3 * self.cost.flops  # backward costs twice forward
@@ -219,7 +222,7 @@ class Trainer:
             "skipped_steps": self.state["skipped_steps"],
             "seconds": seconds,
             **{
-                f"moe/{name}": value / self.tokens_per_step
+                self.loss_names[name]: value / self.tokens_per_step
                 for name, value in zip(model.auxiliary, added, strict=True)
             },
             **load_summary(self.loads),

@@ -387,6 +387,13 @@ def test_cost_is_counted() -> None:
         ({"routers": {"rmoe": {"cell": "gruu"}}}, ["model.routers.rmoe.cell", "gru", "'gruu'"]),
         ({"routers": {"rmoe": {"width": 3}}}, ["model.routers.rmoe.width", "dim"]),
         ({"routers": {"rmo": {}}}, ["model.routers.rmo", "did you mean 'rmoe'"]),
+        # Used by nothing:
+        ({"routers": {"mlp": {"width": 3}}}, ["model.routers.mlp.width", "dim"]),
+        ({"ffn": "swiglu", "ffns": {"moe": {"top_k": "2"}}}, ["ffns.moe.top_k", "int", "'2'"]),
+        ({"ffns": {"swiglu": {"dim": 3}}}, ["model.ffns.swiglu.dim: unknown option"]),
+        ({"mixers": {"mamba2": {"heads": 3}}}, ["model.mixers.mamba2.heads", "head_dim"]),
+        ({"mixers": {"wide": {"kind": "mamba"}}}, ["mixers.wide", "did you mean 'mamba2'"]),
+        ({"mixers": {"wide": {"kind": "gla", "dims": 3}}}, ["model.mixers.wide.dims"]),
     ],
 )
 def test_impossible_options_are_named(changes: dict, words: list[str]) -> None:
