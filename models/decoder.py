@@ -221,10 +221,18 @@ class Decoder(nn.Module):
 
     def float32_names(self) -> set[str]:
         """Names of the parameters that are never cast to a lower precision."""
+        return self._declared("float32_parameters")
+
+    def optional_names(self) -> set[str]:
+        """Names of the buffers that the model may have or not, by its options; a model that is
+        trained on may begin without them."""
+        return self._declared("optional_buffers")
+
+    def _declared(self, attribute: str) -> set[str]:
         return {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self.named_modules()
-            for name in getattr(module, "float32_parameters", ())
+            for name in getattr(module, attribute, ())
         }
 
 

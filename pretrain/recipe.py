@@ -93,7 +93,8 @@ class CheckpointConfig:
     resume: str = "auto"
     """'auto' goes on from the newest valid checkpoint of the run folder; a path (of a checkpoint
     or of a run) is where to start from while the run folder has none; 'never' refuses to run in
-    a folder that has one."""
+    a folder that has one. The run's own checkpoint must be of the same model and optimizer; another
+    run's may differ in which parameters are trained and whether experts are balanced by bias."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
     signal: str = "SIGUSR1"

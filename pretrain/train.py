@@ -20,6 +20,7 @@ from rondo.models.loading import find_checkpoint
 from rondo.models.mixer import Cost
 from rondo.parallel.build import PRECISIONS, ParallelModel
 from rondo.parallel.checkpoint import (
+    Changes,
     Checkpointer,
     copy_to_twins,
     model_tensors,
@@ -294,16 +295,24 @@ class Trainer:
             {"model/config.json": config, **tokenizer},
         )
 
-    def _resume(self, initial: Path | None) -> Path | None:
-        """Loads the newest checkpoint of the run folder, else `initial`; returns what it loaded."""
-        path = self.checkpointer.newest() or initial
+    def _resume(self, initial: Path | None) -> list[str]:
+        """Loads the newest checkpoint of the run folder, else `initial`; returns what to say of it.
+
+        The run's own checkpoint must be of the same model to the last tensor. That of another run
+        may differ in what is trained and in optional buffers (`Checkpointer.changes`)."""
+        own = self.checkpointer.newest()
+        path = own or initial
         if path is None:
-            return None
+            return []
         tensors = {
             "model": model_tensors(self.model.parts),
             "optimizer": optimizer_tensors(self.model.parts, self.optimizers),
         }
-        state = self.checkpointer.load(path, tensors)
+        if own is not None:
+            changes = Changes({}, {})
+        else:
+            changes = self.checkpointer.changes(path, tensors, optional_names(self.config))
+        state = self.checkpointer.load(path, changes.stored(tensors), dropped=changes.dropped)
         copy_to_twins(self.model.parts, self.optimizers)
         if state["data"] != self.state["data"]:
             raise UserError(
@@ -313,7 +322,8 @@ class Trainer:
         if state["step"] > self.recipe.steps:
             raise UserError(f"steps: {self.recipe.steps}, but {path} is after step {state['step']}")
         self.state = state
-        return path
+        lines = [f"going on after step {state['step']}, from {path}", str(changes)]
+        return [line for line in lines if line]
 
     def _batches(self, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Steps from `start` on with this rank's micro-batches."""
@@ -353,7 +363,7 @@ class Trainer:
         valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
         return found | router_gradients(self.model, batches, self.ranks.sum(valid)[0])
 
-    def _greet(self, origin: Path | None) -> None:
+    def _greet(self, origin: list[str]) -> None:
         show_choices(self.metrics.say)
         cost, layout = self.cost, self.ranks.layout
         used = active_parameters(self.config)
@@ -366,8 +376,8 @@ class Trainer:
             f"{f' ({shape})' if shape else ''}, {self.peak_flops / 1e9:,.0f} GFLOP/s of matrix "
             "products"
         )
-        if origin is not None:
-            self.metrics.say(f"going on after step {self.state['step']}, from {origin}")
+        for line in origin:
+            self.metrics.say(line)
 
     def _part(self, extra: dict[str, float]) -> None:
         """The closing words of a finished run."""
@@ -406,6 +416,12 @@ def active_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model that take part in one token's forward pass."""
     with torch.device("meta"):
         return Decoder(config).active_parameters()
+
+
+def optional_names(config: ModelConfig) -> set[str]:
+    """`Decoder.optional_names` of the whole model."""
+    with torch.device("meta"):
+        return Decoder(config).optional_names()
 
 
 def _due(step: int, every: int) -> bool:

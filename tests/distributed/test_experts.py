@@ -100,3 +100,24 @@ def test_any_division_of_experts_loads_any_other(tmp_path: Path) -> None:
     for name, other in LOADED.items():
         found = run_ranks(save_or_load, other.layout.size, other, str(tmp_path), "adamw", 5, False)
         assert set(found) == {digest}, name
+
+
+def test_other_routers_options_load_under_any_layout(tmp_path: Path) -> None:
+    """Frozen, and with biases that the checkpoint lacks; stages have other layers' names."""
+    trained = Run(config("rmoe"), Layout(), precision="float32")
+    save_or_load(trained, str(tmp_path), "adamw", 4, True)
+    frozen = config("frozen")
+    frozen.ffns["moe"] |= {"shared_experts": 1, "bias_rate": 0.1}
+    expected = save_or_load(
+        Run(frozen, Layout(), precision="float32"), str(tmp_path), "adamw", 5, False
+    )
+    found = run_ranks(
+        save_or_load,
+        4,
+        Run(frozen, Layout(pp=2, dp_shard=2), "interleaved", "float32", ep=2),
+        str(tmp_path),
+        "adamw",
+        6,
+        False,
+    )
+    assert set(found) == {expected}
