@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rondo.models import Decoder
+from rondo.models import Decoder, ModelConfig
+from rondo.models.ffn.moe import MoE
 from rondo.parallel import data_parallel
 from rondo.parallel.build import ParallelModel
 from rondo.parallel.load import mixtures, take_loads
@@ -93,11 +94,11 @@ def router_gradients(
     weights = {"tokens": (1.0, 0.0)}
     if model.parts[0].loss_weights:
         weights["auxiliary"] = (0.0, 1.0)
-    found = {}
+    found, of_routers = {}, _of_routers(model.config)
     for source, (tokens, auxiliary) in weights.items():
         with _weighing(model.parts, tokens, auxiliary):
             model.forward_backward(batches)
-        norm = data_parallel.gradient_norm(model.parts, model.ranks, model.stages, _of_router)
+        norm = data_parallel.gradient_norm(model.parts, model.ranks, model.stages, of_routers)
         found[f"router_grad_norm/{source}"] = norm / max(1, valid)
         for part in model.parts:
             part.zero_grad()
@@ -105,8 +106,11 @@ def router_gradients(
     return found
 
 
-def _of_router(name: str) -> bool:
-    return ".router." in f".{name}"
+def _of_routers(config: ModelConfig) -> Callable[[str], bool]:
+    """Whether a name is that of a router's parameter, or of one that routers share."""
+    with torch.device("meta"):
+        shared = tuple(f"shared.{name}." for name in MoE.shared_modules(config))
+    return lambda name: ".ffn.router." in name or name.startswith(shared)
 
 
 class _weighing:
