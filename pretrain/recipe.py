@@ -121,7 +121,8 @@ class LoggingConfig:
     """Steps between per-layer activation and state norms and, in mixtures of experts, what routers
     do (loads, entropy, balance, gradients by source); 0 switches them off."""
     router_information: bool = False
-    """With the norms, also the mutual information of the routers of neighbouring mixtures."""
+    """With the norms, also the mutual information of the routers of neighbouring mixtures, and how
+    alike the weights of experts are."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rondo.models import Decoder, ModelConfig
 from rondo.models.ffn.moe import MoE
 from rondo.parallel import data_parallel
 from rondo.parallel.build import ParallelModel
+from rondo.parallel.checkpoint import model_tensors
 from rondo.parallel.load import mixtures, take_loads
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain.probe import gather_sums
@@ -82,6 +84,26 @@ def mutual_information(a: Tensor, b: Tensor, bins: int = BINS) -> float:
     alone = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
     known = joint > 0
     return float((joint[known] * (joint[known] / alone[known]).log()).sum())
+
+
+@torch.no_grad()
+def expert_similarity(model: ParallelModel) -> dict[str, float]:
+    """`expert_similarity/<layer>`: mean cosine of the weights of two experts, over all pairs of a
+    mixture (arXiv 2408.06793). Gathers one matrix of all experts at a time. Collective."""
+    tensors, sums = model_tensors(model.parts), dict[str, tuple[float, int]]()
+    for layer, mixture in mixtures(model.parts).items():
+        products = torch.zeros((), dtype=torch.float64, device=model.ranks.device)
+        for name, _ in mixture.experts.named_parameters():
+            weight = tensors[f"blocks.{layer}.ffn.experts.{name}"]
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            products = products + (whole.flatten(1) @ whole.flatten(1).T).double()
+        norms = products.diagonal().sqrt()
+        cosines = products / (norms[:, None] * norms)
+        count = len(cosines) * (len(cosines) - 1)
+        if count:
+            mean = float(cosines.sum() - len(cosines)) / count
+            sums[f"expert_similarity/{layer:02d}"] = mean, 1
+    return {name: total / count for name, (total, count) in gather_sums(sums).items()}
 
 
 def router_gradients(

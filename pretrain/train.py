@@ -50,7 +50,7 @@ from rondo.pretrain.optim import build_optimizers, set_learning_rate
 from rondo.pretrain.parse import dump_recipe
 from rondo.pretrain.probe import layer_norms
 from rondo.pretrain.recipe import Recipe
-from rondo.pretrain.routing import router_gradients, routing
+from rondo.pretrain.routing import expert_similarity, router_gradients, routing
 from rondo.pretrain.schedules import factor
 from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.validate import validate
@@ -360,6 +360,8 @@ class Trainer:
         """What routers do, in a model with mixtures of experts."""
         information = self.recipe.logging.router_information
         found = routing(self.model, batches, information=information)
+        if information:
+            found |= expert_similarity(self.model)
         valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
         return found | router_gradients(self.model, batches, self.ranks.sum(valid)[0])
 

@@ -20,6 +20,7 @@ from rondo.parallel.mesh import Layout, Ranks, make_mesh
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
+from rondo.pretrain.routing import expert_similarity
 from rondo.tests.toys import registered
 
 VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 5
@@ -79,8 +80,9 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def train_one(run: Run) -> dict[str, Any]:
-    """Losses, gradients of the first step, gradient norms, and parameters and biases of the choice
-    of experts after `STEPS` steps, by name and whole; of a pipeline this rank's names."""
+    """Losses, gradients of the first step, gradient norms, similarities of experts, and parameters
+    and biases of the choice of experts after `STEPS` steps, by name and whole; of a pipeline this
+    rank's names."""
     rank, size, mesh = 0, 1, None
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -117,6 +119,7 @@ def train_one(run: Run) -> dict[str, Any]:
             each.zero_grad()
         move_biases(model.parts, take_loads(model.parts, ranks))
     result["evaluated"] = ranks.sum(model.evaluate(batches).item() * ranks.counts)[0] / valid
+    result["similarity"] = list(expert_similarity(model).values())
     result["parameters"] = named(model, lambda param: param.detach())
     for part in model.parts:
         buffers = dict(part.named_buffers())

@@ -19,7 +19,12 @@ from rondo.parallel.mesh import Ranks
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.metrics import heat_map
-from rondo.pretrain.routing import mutual_information, router_gradients, routing
+from rondo.pretrain.routing import (
+    expert_similarity,
+    mutual_information,
+    router_gradients,
+    routing,
+)
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -63,6 +68,16 @@ def test_entropy_and_balance_are_their_formulas() -> None:
             expected = mutual_information(seen[layer - 1], seen[layer])
             assert found[f"router_information/{label}"] == pytest.approx(expected)
     assert "router_information/00" not in found
+
+
+def test_similarity_of_experts_is_the_mean_cosine_of_pairs() -> None:
+    ours = model()
+    experts = mixtures(ours.parts)[2].experts
+    flat = torch.cat([weight.detach().flatten(1) for weight in experts.parameters()], 1)
+    pairs = [torch.cosine_similarity(flat[i], flat[j], 0) for i in range(4) for j in range(i)]
+    found = expert_similarity(ours)
+    assert found.keys() == {f"expert_similarity/{layer:02d}" for layer in range(3)}
+    assert found["expert_similarity/02"] == pytest.approx(float(torch.stack(pairs).mean()))
 
 
 def test_mutual_information() -> None:
@@ -196,6 +211,7 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
         assert [sum(shares) for shares in row["expert_load"]] == pytest.approx([1, 1])
         for name in ("router_entropy/00", "router_outer/01"):
             assert row[name] > 0
+        assert -1 < row["expert_similarity/01"] < 1
         assert row["router_information/01"] >= 0 and row["router_inner/00"] >= 1
         assert row["router_grad_norm/tokens"] > 0 and row["router_grad_norm/auxiliary"] > 0
     saved = load(tmp_path / "runs/rmoe-tiny/checkpoints/step-000000004", dtype=torch.bfloat16)
