@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import re
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from rondo.errors import UserError
 from rondo.models.registry import FFNS, MIXERS, ROUTERS, Registry
 
 _PRESETS = Path(__file__).parent / "presets"
+_OPTION_TYPES = (int, float, bool, str, type(None))
 _ENTRY = re.compile(r"(?P<mixer>[\w.-]+)(\+(?P<ffn>[\w.-]+))?(\*(?P<count>[1-9]\d*))?")
 
 
@@ -137,33 +140,36 @@ def read_options(cls: type, values: Mapping[str, Any], place: str) -> Any:
     """The options `cls` from a mapping that stands at `place`. Raises UserError as `make_options`;
     a field whose metadata says `zero` may be 0."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
     for key, value in values.items():
         where = f"{place}.{key}"
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where}: unknown option{hint} (known: {', '.join(fields)})")
-        _check_option(where, value, fields[key])
+        _check_option(where, value, types[key], zero=fields[key].metadata.get("zero", False))
     return cls(**values)
 
 
-def _check_option(where: str, value: Any, option: dataclasses.Field[Any]) -> None:
-    annotation = str(option.type)
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
-    allowed = [kinds[part.strip()] for part in annotation.split("|")]
-    number_as_bool = isinstance(value, bool) and "bool" not in annotation
-    if number_as_bool or not any(isinstance(value, kind) for kind in allowed):
-        raise UserError(f"{where}: expected {annotation}, got {value!r}")
+def _check_option(where: str, value: Any, want: Any, *, zero: bool) -> None:
+    allowed = typing.get_args(want) or (want,)
+    if unknown := [kind for kind in allowed if kind not in _OPTION_TYPES]:
+        raise TypeError(f"{where}: options are of {_OPTION_TYPES}, not of {unknown[0]}")
+    accepted = (*allowed, int) if float in allowed else allowed
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
+        raise UserError(f"{where}: expected {inspect.formatannotation(want)}, got {value!r}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if option.metadata.get("zero") and not 0 <= value < math.inf:
+    if zero and not 0 <= value < math.inf:
         raise UserError(f"{where}: must be a finite number, 0 or more, got {value!r}")
-    if not option.metadata.get("zero") and not 0 < value < math.inf:
+    if not zero and not 0 < value < math.inf:
         raise UserError(f"{where}: must be a finite number above 0, got {value!r}")
 
 
 def problems(config: ModelConfig) -> list[str]:
-    """Everything that makes `config` impossible; each starts with its key."""
+    """Everything that makes `config` impossible; each starts with its key. Options must be known
+    and of their types wherever they are given; whether they fit the model is asked of what the
+    pattern uses."""
     found = [
         f"model.{key}: must be at least {least}, got {getattr(config, key)}"
         for key, least in (("vocab_size", 0), ("dim", 1), ("num_layers", 1), ("ffn_dim", 0))
@@ -178,24 +184,31 @@ def problems(config: ModelConfig) -> list[str]:
         layers = config.layers()
     except UserError as error:
         return [*found, str(error)]
-    used = {entry.split("+")[0].split("*")[0] for entry in config.pattern}
-    for name in config.mixers.keys() - used - MIXERS.keys():
-        if "kind" not in config.mixers[name]:
-            found.append(f"model.mixers.{name}: {MIXERS.unknown(name)}")
-    found += _unknown("ffns", config.ffns, FFNS) + _unknown("routers", config.routers, ROUTERS)
+    for key, registry in (("mixers", MIXERS), ("ffns", FFNS), ("routers", ROUTERS)):
+        found += _option_problems(f"model.{key}", getattr(config, key), registry)
     if found:
         return found
     for spec in {repr(spec): spec for spec in layers}.values():
-        try:
-            options = make_options(spec.mixer, spec.options, spec.name)
-            reasons = MIXERS[spec.mixer].problems(config, options)
-            found += [f"model.mixers.{spec.name}.{reason}" for reason in reasons]
-        except UserError as error:
-            found.append(str(error))
+        options = make_options(spec.mixer, spec.options, spec.name)
+        reasons = MIXERS[spec.mixer].problems(config, options)
+        found += [f"model.mixers.{spec.name}.{reason}" for reason in reasons]
     for name in sorted({spec.ffn for spec in layers} - {"none"}):
         found += FFNS[name].problems(config)
     return found
 
 
-def _unknown(key: str, given: Mapping[str, Any], registry: Registry) -> list[str]:
-    return [f"model.{key}.{name}: {registry.unknown(name)}" for name in given.keys() - registry]
+def _option_problems(
+    key: str, given: Mapping[str, Mapping[str, Any]], registry: Registry
+) -> list[str]:
+    found = []
+    for name, values in given.items():
+        options, kind = dict(values), name
+        if registry is MIXERS:
+            kind = str(options.pop("kind", name))
+        try:
+            if kind not in registry:
+                raise UserError(f"{key}.{name}: {registry.unknown(kind)}")
+            read_options(registry[kind].Options, options, f"{key}.{name}")
+        except UserError as error:
+            found.append(str(error))
+    return found

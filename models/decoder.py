@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         specs = config.layers()
         ffns = [FFNS[name] for name in dict.fromkeys(spec.ffn for spec in specs) if name != "none"]
         self.carried = {n: width for ffn in ffns for n, width in ffn.carried(config).items()}
-        self.token_weight = 1.0
+        self.token_weight = self.auxiliary_weight = 1.0
         self.loss_weights = {n: weight for ffn in ffns for n, weight in ffn.losses(config).items()}
         self.embedding: Embedding | None = None
         if self.first or (self.last and config.tie_embeddings):
@@ -184,8 +184,11 @@ class Decoder(nn.Module):
         return self.cross_entropy(hidden, self.output_weight, targets, reduction=reduction)
 
     def auxiliary_loss(self, aux: dict[str, Tensor]) -> Tensor | float:
-        """The weighted sum of an output's `aux`, to be added to the summed cross-entropy."""
-        return sum((weight * aux[name] for name, weight in self.loss_weights.items()), 0.0)
+        """The weighted sum of an output's `aux`, to be added to the summed cross-entropy. Where
+        only `n` of `m` tokens have a target and the whole is divided by n, an `auxiliary_weight` of
+        n / m makes it a mean over all tokens."""
+        weights = {n: self.auxiliary_weight * w for n, w in self.loss_weights.items()}
+        return sum((weight * aux[name] for name, weight in weights.items()), 0.0)
 
     def total_loss(self, nats: Tensor, aux: dict[str, Tensor]) -> Tensor:
         """What training minimises: the summed cross-entropy and the auxiliary losses."""
@@ -218,10 +221,18 @@ class Decoder(nn.Module):
 
     def float32_names(self) -> set[str]:
         """Names of the parameters that are never cast to a lower precision."""
+        return self._declared("float32_parameters")
+
+    def optional_names(self) -> set[str]:
+        """Names of the buffers that the model may have or not, by its options; a model that is
+        trained on may begin without them."""
+        return self._declared("optional_buffers")
+
+    def _declared(self, attribute: str) -> set[str]:
         return {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self.named_modules()
-            for name in getattr(module, "float32_parameters", ())
+            for name in getattr(module, attribute, ())
         }
 
 

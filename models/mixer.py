@@ -125,6 +125,11 @@ class Mixer(nn.Module):
         return module_cost(self, flops=self.operator_flops(length), state_bytes=state_bytes)
 
 
+@dataclass
+class NoOptions:
+    """No hyper-parameters."""
+
+
 class ChannelMixer(nn.Module):
     """Base of the channel mixers: `forward(x)` works on each token `(B, T, dim)` by itself.
 
@@ -133,6 +138,8 @@ class ChannelMixer(nn.Module):
     gets their values, by name: `forward(x, carry, shared) -> (y, carry)`.
     """
 
+    Options: ClassVar[type] = NoOptions
+    """A dataclass of its hyper-parameters, for what stands under its name in `config.ffns`."""
     sharding: ClassVar[dict[str, str]]
     """As `Mixer.sharding`."""
 
@@ -170,6 +177,12 @@ class ChannelMixer(nn.Module):
     @classmethod
     def splits(cls, config: ModelConfig) -> dict[str, int]:
         """What can be divided among ranks, by name of the key that sets it."""
+        return {}
+
+    @classmethod
+    def undivided(cls, config: ModelConfig) -> dict[str, str]:
+        """What needs whole sequences, which sequence-parallel ranks divide: why, by name of the key
+        that asks for it."""
         return {}
 
     def cost(self, length: int) -> Cost:

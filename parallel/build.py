@@ -101,8 +101,13 @@ class ParallelModel:
             part.eval()
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Adds the gradients of the summed losses of `batches`, auxiliary ones included, and
-        completes them; returns this rank's share of the sum of cross-entropies (float64)."""
+        """Adds the gradients of the summed cross-entropy of `batches` and of the auxiliary losses,
+        and completes them; returns this rank's share of the sum of cross-entropies (float64).
+
+        Divided by the number of targets of all ranks, these are the gradients of the mean over
+        targets and of the auxiliary losses' means over all tokens, targets or not: experts take
+        every token."""
+        self._weigh_auxiliary(batches)
         if self.ranks.layout.pp > 1:
             pipeline = self._piped(batches)
             nats, aux = pipeline.run(batches), pipeline.aux
@@ -131,6 +136,15 @@ class ParallelModel:
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients, the same on every rank."""
         return data_parallel.gradient_norm(self.parts, self.ranks, self.stages)
+
+    def _weigh_auxiliary(self, batches: Sequence[MicroBatch]) -> None:
+        if not self.parts[0].loss_weights:
+            return
+        targets = [batch.targets for batch in batches] if self.ranks.counts else []
+        valid = float(sum((each >= 0).sum() for each in targets))
+        valid, tokens = self.ranks.sum(valid, sum(each.numel() for each in targets))
+        for part in self.parts:
+            part.auxiliary_weight = valid / tokens
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Cross-entropy of the whole model, summed over tokens; auxiliary losses in `_aux`."""

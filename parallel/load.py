@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rondo.models import FFNS, Decoder
-from rondo.models.ffn.moe import MoE, moe_options
+from rondo.models import Decoder
+from rondo.models.ffn.moe import MoE, mixture_layers, moe_options
 from rondo.parallel.mesh import Ranks
 
 
@@ -29,8 +29,7 @@ def take_loads(parts: Sequence[Decoder], ranks: Ranks) -> dict[int, Tensor]:
     call, over all ranks, and how many of these choices were dropped. Collective; the same on every
     rank. Blocks that are recomputed may count twice: only shares mean something then."""
     config = parts[0].config
-    kinds = [None if spec.ffn == "none" else FFNS[spec.ffn] for spec in config.layers()]
-    layers = [i for i, kind in enumerate(kinds) if kind is not None and issubclass(kind, MoE)]
+    layers = mixture_layers(config)
     if not layers:
         return {}
     here = mixtures(parts)
@@ -48,9 +47,9 @@ def take_loads(parts: Sequence[Decoder], ranks: Ranks) -> dict[int, Tensor]:
 @torch.no_grad()
 def move_biases(parts: Sequence[Decoder], loads: dict[int, Tensor]) -> None:
     """Moves each expert's bias in the choice by `bias_rate` towards an even load
-    (arXiv 2408.15664)."""
+    (arXiv 2408.15664), unless routers are frozen."""
     for layer, mixture in mixtures(parts).items():
-        if mixture.balance_bias is not None:
+        if mixture.balance_bias is not None and not mixture.options.freeze_router:
             chosen = loads[layer][:-1]
             towards = (chosen.mean() - chosen).sign().to(mixture.balance_bias)
             mixture.balance_bias.add_(towards, alpha=mixture.options.bias_rate)

@@ -93,7 +93,8 @@ class CheckpointConfig:
     resume: str = "auto"
     """'auto' goes on from the newest valid checkpoint of the run folder; a path (of a checkpoint
     or of a run) is where to start from while the run folder has none; 'never' refuses to run in
-    a folder that has one."""
+    a folder that has one. The run's own checkpoint must be of the same model and optimizer; another
+    run's may differ in which parameters are trained and whether experts are balanced by bias."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
     signal: str = "SIGUSR1"
@@ -120,7 +121,8 @@ class LoggingConfig:
     """Steps between per-layer activation and state norms and, in mixtures of experts, what routers
     do (loads, entropy, balance, gradients by source); 0 switches them off."""
     router_information: bool = False
-    """With the norms, also the mutual information of the routers of neighbouring mixtures."""
+    """With the norms, also the mutual information of the routers of neighbouring mixtures, and how
+    alike the weights of experts are."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from rondo.models import Decoder
+from rondo.models import Decoder, ModelConfig
+from rondo.models.ffn.moe import MoE
 from rondo.parallel import data_parallel
 from rondo.parallel.build import ParallelModel
+from rondo.parallel.checkpoint import model_tensors
 from rondo.parallel.load import mixtures, take_loads
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain.probe import gather_sums
@@ -83,18 +86,41 @@ def mutual_information(a: Tensor, b: Tensor, bins: int = BINS) -> float:
     return float((joint[known] * (joint[known] / alone[known]).log()).sum())
 
 
+@torch.no_grad()
+def expert_similarity(model: ParallelModel) -> dict[str, float]:
+    """`expert_similarity/<layer>`: mean cosine of the weights of two experts, over all pairs of a
+    mixture (arXiv 2408.06793). Gathers one matrix of all experts at a time. Collective."""
+    tensors, sums = model_tensors(model.parts), dict[str, tuple[float, int]]()
+    for layer, mixture in mixtures(model.parts).items():
+        products = torch.zeros((), dtype=torch.float64, device=model.ranks.device)
+        for name, _ in mixture.experts.named_parameters():
+            weight = tensors[f"blocks.{layer}.ffn.experts.{name}"]
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            products = products + (whole.flatten(1) @ whole.flatten(1).T).double()
+        norms = products.diagonal().sqrt()
+        cosines = products / (norms[:, None] * norms)
+        count = len(cosines) * (len(cosines) - 1)
+        if count:
+            mean = float(cosines.sum() - len(cosines)) / count
+            sums[f"expert_similarity/{layer:02d}"] = mean, 1
+    return {name: total / count for name, (total, count) in gather_sums(sums).items()}
+
+
 def router_gradients(
     model: ParallelModel, batches: Sequence[MicroBatch], valid: float
 ) -> dict[str, float]:
     """Norm of the gradient of all routers' parameters, from the cross-entropy alone
-    (`router_grad_norm/tokens`) and from the auxiliary losses alone (`.../auxiliary`), over `valid`
-    tokens. Costs two steps' forward and backward passes; clears gradients and loads. Collective."""
-    weights = {"tokens": (1.0, 0.0), "auxiliary": (0.0, 1.0)}
-    found = {}
+    (`router_grad_norm/tokens`) and, where there are any, from the auxiliary losses alone
+    (`.../auxiliary`), over `valid` targets. Costs a step's forward and backward passes for each;
+    clears gradients and loads. Collective."""
+    weights = {"tokens": (1.0, 0.0)}
+    if model.parts[0].loss_weights:
+        weights["auxiliary"] = (0.0, 1.0)
+    found, of_routers = {}, _of_routers(model.config)
     for source, (tokens, auxiliary) in weights.items():
         with _weighing(model.parts, tokens, auxiliary):
             model.forward_backward(batches)
-        norm = data_parallel.gradient_norm(model.parts, model.ranks, model.stages, _of_router)
+        norm = data_parallel.gradient_norm(model.parts, model.ranks, model.stages, of_routers)
         found[f"router_grad_norm/{source}"] = norm / max(1, valid)
         for part in model.parts:
             part.zero_grad()
@@ -102,8 +128,11 @@ def router_gradients(
     return found
 
 
-def _of_router(name: str) -> bool:
-    return ".router." in f".{name}"
+def _of_routers(config: ModelConfig) -> Callable[[str], bool]:
+    """Whether a name is that of a router's parameter, or of one that routers share."""
+    with torch.device("meta"):
+        shared = tuple(f"shared.{name}." for name in MoE.shared_modules(config))
+    return lambda name: ".ffn.router." in name or name.startswith(shared)
 
 
 class _weighing:

@@ -15,11 +15,12 @@ import torch
 from rondo.errors import UserError
 from rondo.kernels.backend import show_choices
 from rondo.kernels.segments import document_positions
-from rondo.models import Decoder, ModelConfig
+from rondo.models import FFNS, Decoder, ModelConfig
 from rondo.models.loading import find_checkpoint
 from rondo.models.mixer import Cost
 from rondo.parallel.build import PRECISIONS, ParallelModel
 from rondo.parallel.checkpoint import (
+    Changes,
     Checkpointer,
     copy_to_twins,
     model_tensors,
@@ -49,7 +50,7 @@ from rondo.pretrain.optim import build_optimizers, set_learning_rate
 from rondo.pretrain.parse import dump_recipe
 from rondo.pretrain.probe import layer_norms
 from rondo.pretrain.recipe import Recipe
-from rondo.pretrain.routing import router_gradients, routing
+from rondo.pretrain.routing import expert_similarity, router_gradients, routing
 from rondo.pretrain.schedules import factor
 from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.validate import validate
@@ -128,6 +129,9 @@ class Trainer:
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
         )
+        ffns = {spec.ffn for spec in self.config.layers()} - {"none"}
+        losses = [(ffn, loss) for ffn in ffns for loss in FFNS[ffn].losses(self.config)]
+        self.loss_names = {loss: f"{ffn}/{loss}" for ffn, loss in losses}
         self.tokens_per_step = recipe.data.global_batch_size * length
         self.cost = model_cost(self.config, length)
         self.flops_per_token = 3 * self.cost.flops  # backward costs twice forward
@@ -219,7 +223,7 @@ class Trainer:
             "skipped_steps": self.state["skipped_steps"],
             "seconds": seconds,
             **{
-                f"moe/{name}": value / self.tokens_per_step
+                self.loss_names[name]: value / self.tokens_per_step
                 for name, value in zip(model.auxiliary, added, strict=True)
             },
             **load_summary(self.loads),
@@ -291,16 +295,24 @@ class Trainer:
             {"model/config.json": config, **tokenizer},
         )
 
-    def _resume(self, initial: Path | None) -> Path | None:
-        """Loads the newest checkpoint of the run folder, else `initial`; returns what it loaded."""
-        path = self.checkpointer.newest() or initial
+    def _resume(self, initial: Path | None) -> list[str]:
+        """Loads the newest checkpoint of the run folder, else `initial`; returns what to say of it.
+
+        The run's own checkpoint must be of the same model to the last tensor. That of another run
+        may differ in what is trained and in optional buffers (`Checkpointer.changes`)."""
+        own = self.checkpointer.newest()
+        path = own or initial
         if path is None:
-            return None
+            return []
         tensors = {
             "model": model_tensors(self.model.parts),
             "optimizer": optimizer_tensors(self.model.parts, self.optimizers),
         }
-        state = self.checkpointer.load(path, tensors)
+        if own is not None:
+            changes = Changes({}, {})
+        else:
+            changes = self.checkpointer.changes(path, tensors, optional_names(self.config))
+        state = self.checkpointer.load(path, changes.stored(tensors), dropped=changes.dropped)
         copy_to_twins(self.model.parts, self.optimizers)
         if state["data"] != self.state["data"]:
             raise UserError(
@@ -310,7 +322,8 @@ class Trainer:
         if state["step"] > self.recipe.steps:
             raise UserError(f"steps: {self.recipe.steps}, but {path} is after step {state['step']}")
         self.state = state
-        return path
+        lines = [f"going on after step {state['step']}, from {path}", str(changes)]
+        return [line for line in lines if line]
 
     def _batches(self, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Steps from `start` on with this rank's micro-batches."""
@@ -347,12 +360,12 @@ class Trainer:
         """What routers do, in a model with mixtures of experts."""
         information = self.recipe.logging.router_information
         found = routing(self.model, batches, information=information)
-        if self.model.auxiliary:
-            valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
-            found |= router_gradients(self.model, batches, self.ranks.sum(valid)[0])
-        return found
+        if information:
+            found |= expert_similarity(self.model)
+        valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
+        return found | router_gradients(self.model, batches, self.ranks.sum(valid)[0])
 
-    def _greet(self, origin: Path | None) -> None:
+    def _greet(self, origin: list[str]) -> None:
         show_choices(self.metrics.say)
         cost, layout = self.cost, self.ranks.layout
         used = active_parameters(self.config)
@@ -366,8 +379,8 @@ class Trainer:
             f"{f' ({shape})' if shape else ''}, {self.peak_flops / 1e9:,.0f} GFLOP/s of matrix "
             "products"
         )
-        if origin is not None:
-            self.metrics.say(f"going on after step {self.state['step']}, from {origin}")
+        for line in origin:
+            self.metrics.say(line)
 
     def _part(self, extra: dict[str, float]) -> None:
         """The closing words of a finished run."""
@@ -406,6 +419,12 @@ def active_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model that take part in one token's forward pass."""
     with torch.device("meta"):
         return Decoder(config).active_parameters()
+
+
+def optional_names(config: ModelConfig) -> set[str]:
+    """`Decoder.optional_names` of the whole model."""
+    with torch.device("meta"):
+        return Decoder(config).optional_names()
 
 
 def _due(step: int, every: int) -> bool:

@@ -20,6 +20,8 @@ class Choice(NamedTuple):
     """`(B, T, k)` int64, distinct in a token, the best first."""
     weights: Tensor
     """`(B, T, k)`: shares of their outputs."""
+    scores: Tensor
+    """`(B, T, k)`: their probabilities, of which the weights are made."""
 
 
 def choose(
@@ -29,12 +31,12 @@ def choose(
     but not in the weights. `renormalize`: make weights sum to 1."""
     ranked = probabilities if bias is None else probabilities.detach() + bias
     experts = ranked.topk(k, dim=-1).indices
-    weights = probabilities.gather(-1, experts)
+    weights = scores = probabilities.gather(-1, experts)
     if renormalize:
         # A bias may choose experts whose probability is rounded to zero.
         total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         weights = weights / total
-    return Choice(experts, weights)
+    return Choice(experts, weights, scores)
 
 
 def count_by_row(experts: Tensor, count: int) -> Tensor:
@@ -50,13 +52,14 @@ def whole_sequence(counts: Tensor) -> Tensor:
 
 
 def over_capacity(choice: Choice, count: int, factor: float) -> Tensor:
-    """`(B, T, k)` bool: choices beyond the `⌈factor · T k / N⌉` of highest weight that an expert
-    takes from a sequence."""
+    """`(B, T, k)` bool: choices beyond the `⌈factor · T k / N⌉` of highest score that an expert
+    takes from a sequence. Not of highest weight: renormalised, that of an unsure token's first
+    choice is as high as a sure one's."""
     _, time, k = choice.experts.shape
     room = math.ceil(factor * time * k / count)
-    by_weight = choice.weights.detach().flatten(1).argsort(dim=1, descending=True, stable=True)
-    grouped = choice.experts.flatten(1).gather(1, by_weight).argsort(dim=1, stable=True)
-    order = by_weight.gather(1, grouped)  # by expert, and in an expert by weight
+    by_score = choice.scores.detach().flatten(1).argsort(dim=1, descending=True, stable=True)
+    grouped = choice.experts.flatten(1).gather(1, by_score).argsort(dim=1, stable=True)
+    order = by_score.gather(1, grouped)  # by expert, and in an expert by score
     counts = count_by_row(choice.experts, count)
     starts = (counts.cumsum(1) - counts).gather(1, choice.experts.flatten(1).gather(1, order))
     place = torch.arange(time * k, device=order.device) - starts

@@ -119,6 +119,8 @@ def served(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped product takes these operands."""
     if x.shape[0] == 0 or 0 in weight.shape:
         return False
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return False  # its description for the compiler knows no other type (torch 2.13)
     if x.device.type == "cpu":
         return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     widths = (x.shape[1], *weight.shape[1:])

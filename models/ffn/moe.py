@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rondo.errors import UserError
 from rondo.kernels import swiglu
 from rondo.models.config import ModelConfig, read_options
 from rondo.models.ffn.dispatch import (
@@ -25,7 +24,7 @@ from rondo.models.layers import Linear
 from rondo.models.mixer import ChannelMixer, Cost, module_cost
 from rondo.models.registry import FFNS, ROUTERS
 
-BALANCE, Z = "balance_loss", "z_loss"
+NAME, BALANCE, Z = "moe", "balance_loss", "z_loss"
 
 
 @dataclass
@@ -51,7 +50,7 @@ class MoEOptions:
     """Weight of the shared experts' sum."""
     capacity_factor: float | None = None
     """An expert takes at most so many times its even share of a sequence's choices, those of
-    highest weight; the others get nothing from it. None: all it is sent."""
+    highest probability; the others get nothing from it. None: all it is sent."""
     balance_loss: float = field(default=0.01, metadata={"zero": True})
     """Coefficient of the load-balance loss."""
     z_loss: float = field(default=0.0, metadata={"zero": True})
@@ -60,10 +59,10 @@ class MoEOptions:
     """Balances without a loss: after a step, each expert's bias in the choice moves by so much
     towards an even load (arXiv 2408.15664)."""
     freeze_router: bool = False
-    """Keep the routers as they are, what layers share of them included."""
+    """Keep the routers as they are, what layers share of them and biases in the choice included."""
 
 
-@FFNS.register("moe")
+@FFNS.register(NAME)
 class MoE(ChannelMixer):
     """`y = Σ_{e in S} w_e E_e(x)`, with S the k experts of highest `g = softmax(router(x))` and w
     their g, renormalised (arXiv 2101.03961, 2408.06793). Softmax before selection, in float32.
@@ -84,12 +83,14 @@ class MoE(ChannelMixer):
     }
     float32_parameters: ClassVar = ("balance_bias",)
     """Never cast to a lower precision, whose steps could be larger than `bias_rate`."""
+    optional_buffers: ClassVar = ("balance_bias",)
+    """There with `bias_rate` only (`Decoder.optional_names`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.options = options = moe_options(config)
         inner = _expert_dim(config, options)
-        self.layers = sum(spec.ffn == "moe" for spec in config.layers())
+        self.layers = len(mixture_layers(config))
         self.router = ROUTERS[options.router](
             config, _router_options(config, options), options.num_experts
         )
@@ -139,24 +140,25 @@ class MoE(ChannelMixer):
     @classmethod
     def splits(cls, config: ModelConfig) -> dict[str, int]:
         options = moe_options(config)
-        key = "ffn_dim" if options.expert_dim is None else "ffns.moe.expert_dim"
+        key = "ffn_dim" if options.expert_dim is None else f"ffns.{NAME}.expert_dim"
         return {key: _expert_dim(config, options)}
 
     @classmethod
     def expert_counts(cls, config: ModelConfig) -> dict[str, int]:
-        return {"ffns.moe.num_experts": moe_options(config).num_experts}
+        return {f"ffns.{NAME}.num_experts": moe_options(config).num_experts}
+
+    @classmethod
+    def undivided(cls, config: ModelConfig) -> dict[str, str]:
+        if moe_options(config).capacity_factor is None:
+            return {}
+        return {f"ffns.{NAME}.capacity_factor": "counts whole sequences"}
 
     @classmethod
     def problems(cls, config: ModelConfig) -> list[str]:
-        place = "model.ffns.moe"
-        try:
-            options = moe_options(config)
-            if options.router not in ROUTERS:
-                return [f"{place}.router: {ROUTERS.unknown(options.router)}"]
-            router_options = _router_options(config, options)
-        except UserError as error:
-            return [str(error)]
-        found = ROUTERS[options.router].problems(router_options)
+        place, options = f"model.ffns.{NAME}", moe_options(config)
+        if options.router not in ROUTERS:
+            return [f"{place}.router: {ROUTERS.unknown(options.router)}"]
+        found = ROUTERS[options.router].problems(_router_options(config, options))
         found = [f"model.routers.{options.router}.{reason}" for reason in found]
         if options.top_k == 1 < options.num_experts and options.renormalize:
             found.append(
@@ -172,7 +174,8 @@ class MoE(ChannelMixer):
 
     def forward(
         self, x: Tensor, carry: Carry | None = None, shared: dict[str, Any] | None = None
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Carry]:
+        """`y` `(B, T, dim)` of `x`; and, where there is a `carry`, what is handed on of it."""
         logits, after = self.router(x, carry or {}, shared or {})
         probabilities = logits.softmax(-1)
         choice = choose(
@@ -228,13 +231,19 @@ class MoE(ChannelMixer):
 
 def moe_options(config: ModelConfig) -> MoEOptions:
     """The options of `moe` in `config`. Raises UserError on an impossible one."""
-    return read_options(MoEOptions, config.ffns.get("moe", {}), "model.ffns.moe")
+    return read_options(MoEOptions, config.ffns.get(NAME, {}), f"model.ffns.{NAME}")
 
 
-def _router_options(config: ModelConfig, options: Any) -> Any:
+def mixture_layers(config: ModelConfig) -> list[int]:
+    """The layers of `config` that have a mixture."""
+    kinds = [None if spec.ffn == "none" else FFNS[spec.ffn] for spec in config.layers()]
+    return [i for i, kind in enumerate(kinds) if kind is not None and issubclass(kind, MoE)]
+
+
+def _router_options(config: ModelConfig, options: MoEOptions) -> Any:
     values = config.routers.get(options.router, {})
     return read_options(ROUTERS[options.router].Options, values, f"model.routers.{options.router}")
 
 
-def _expert_dim(config: ModelConfig, options: Any) -> int:
+def _expert_dim(config: ModelConfig, options: MoEOptions) -> int:
     return options.expert_dim or max(1, config.inner_dim // options.top_k)

@@ -39,12 +39,14 @@ class Router(nn.Module):
 
     @classmethod
     def carried(cls, config: ModelConfig, options: Any, experts: int) -> dict[str, int]:
-        """As `ChannelMixer.carried`."""
+        """Name and width of what it hands up, as `ChannelMixer.carried`; `experts` is how many
+        scores it gives."""
         return {}
 
     @classmethod
     def shared_modules(cls, config: ModelConfig, options: Any) -> dict[str, nn.Module]:
-        """As `Mixer.shared_modules`."""
+        """Modules of weights that all layers share; `forward` gets what each module's `forward()`
+        returns, by name. Each names its `float32_parameters`."""
         return {}
 
     @classmethod

@@ -1,5 +1,6 @@
 """Checkpoints: asynchronous, atomic, checksummed, readable under any layout."""
 
+from rondo.parallel.checkpoint.changes import Changes
 from rondo.parallel.checkpoint.checkpointer import Checkpointer
 from rondo.parallel.checkpoint.collective import CheckpointError
 from rondo.parallel.checkpoint.state import (
@@ -10,6 +11,7 @@ from rondo.parallel.checkpoint.state import (
 )
 
 __all__ = [
+    "Changes",
     "CheckpointError",
     "Checkpointer",
     "copy_to_twins",

@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 
 from rondo.models import loading, manifest
 from rondo.parallel.checkpoint import files
+from rondo.parallel.checkpoint.changes import Changes, changes
 from rondo.parallel.checkpoint.collective import CheckpointError, Collective
 from rondo.parallel.checkpoint.staging import (
     StagedPlanner,
@@ -148,12 +149,29 @@ class Checkpointer:
             self._warned.add(path)
         return None
 
-    def load(self, path: Path, tensors: Tensors) -> dict[str, Any]:
+    def changes(self, path: Path, tensors: Tensors, optional: Collection[str]) -> Changes:
+        """How `tensors` differ in name from what is stored, where a run that starts from the
+        checkpoint of another may: in `optional` tensors of the model, and in what is trained."""
+        what = f"checkpoint {path}"
+        stored = self._ranks.first(
+            what, lambda: {part: set(loading.tensor_index(path / part)) for part in tensors}
+        )
+        return changes(stored, self._all_names(what, tensors), optional)
+
+    def _all_names(self, what: str, tensors: Tensors) -> dict[str, set[str]]:
+        """The names of all ranks' tensors, by part."""
+        names = self._ranks.each(what, lambda: {part: set(tensors[part]) for part in tensors})
+        return {part: set().union(*(of_rank[part] for of_rank in names)) for part in tensors}
+
+    def load(
+        self, path: Path, tensors: Tensors, *, dropped: Mapping[str, Collection[str]] | None = None
+    ) -> dict[str, Any]:
         """Fills `tensors` in place from a checkpoint written under any layout.
 
         Args:
             path: a checkpoint folder.
             tensors: by part and name, as for `save`; parts that are left out are not read.
+            dropped: names by part that may be stored and are not read (`changes`).
 
         Returns:
             The saved state.
@@ -166,8 +184,10 @@ class Checkpointer:
         path, what = Path(path), f"checkpoint {path}"
         if problem := self._damage(path):
             raise CheckpointError(f"{what}: {problem}")
-        names = self._ranks.each(what, lambda: {part: set(tensors[part]) for part in tensors})
-        state = self._ranks.each(what, lambda: self._compare(path, tensors, names))[0]
+        known = self._all_names(what, tensors)
+        for part, names in (dropped or {}).items():
+            known[part].update(names)
+        state = self._ranks.each(what, lambda: self._compare(path, tensors, known))[0]
         for part, by_name in tensors.items():
             with self._ranks.reporting(what):
                 dcp.load(
@@ -191,13 +211,12 @@ class Checkpointer:
         return next((problem for problem in problems if problem is not None), None)
 
     def _compare(
-        self, path: Path, tensors: Tensors, names: list[dict[str, set[str]]]
+        self, path: Path, tensors: Tensors, known: Mapping[str, set[str]]
     ) -> dict[str, Any]:
         """Checks that `tensors` are what is stored; returns the state."""
         for part, by_name in tensors.items():
-            known = set().union(*(of_rank[part] for of_rank in names))
             index = loading.tensor_index(path / part)
-            if problem := loading.difference(index, by_name, known):
+            if problem := loading.difference(index, by_name, known[part]):
                 raise CheckpointError(f"{part}: {problem}")
         return loading.read_json(path / STATE, _MAX_STATE_BYTES)
 

@@ -15,10 +15,12 @@ from rondo.models import ModelConfig
 from rondo.parallel.build import ParallelModel
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.data_parallel import scale_gradients
+from rondo.parallel.load import move_biases, take_loads
 from rondo.parallel.mesh import Layout, Ranks, make_mesh
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
+from rondo.pretrain.routing import expert_similarity
 from rondo.tests.toys import registered
 
 VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 5
@@ -38,6 +40,7 @@ class Run:
     compile: bool = False
     rows: int = ROWS
     time: int = TIME
+    packed: bool = True
 
 
 def data(run: Run) -> MicroBatch:
@@ -51,6 +54,8 @@ def data(run: Run) -> MicroBatch:
     starts[2:, run.time // 2] = 1
     starts[3:, [1, run.time // 4 + 1, run.time - 1]] = 1
     starts[4:, run.time // 4] = 1
+    if not run.packed:
+        starts.zero_()
     ids = starts.cumsum(1)
     targets = tokens[:, 1:].clone()
     targets[:, :-1][ids[:, 1:] != ids[:, :-1]] = -100
@@ -75,8 +80,9 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def train_one(run: Run) -> dict[str, Any]:
-    """Losses, gradients of the first step, gradient norms, and parameters after `STEPS` steps, by
-    name and whole; of a pipeline this rank's names."""
+    """Losses, gradients of the first step, gradient norms, similarities of experts, and parameters
+    and biases of the choice of experts after `STEPS` steps, by name and whole; of a pipeline this
+    rank's names."""
     rank, size, mesh = 0, 1, None
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -111,8 +117,14 @@ def train_one(run: Run) -> dict[str, Any]:
         for each in optimizers:
             each.step()
             each.zero_grad()
+        move_biases(model.parts, take_loads(model.parts, ranks))
     result["evaluated"] = ranks.sum(model.evaluate(batches).item() * ranks.counts)[0] / valid
+    result["similarity"] = list(expert_similarity(model).values())
     result["parameters"] = named(model, lambda param: param.detach())
+    for part in model.parts:
+        buffers = dict(part.named_buffers())
+        biases = {name: buffers[name] for name in part.optional_names() & buffers.keys()}
+        result["parameters"] |= {name: bias.numpy().copy() for name, bias in biases.items()}
     return result
 
 

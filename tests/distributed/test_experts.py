@@ -21,6 +21,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "scores": {"moe": {"router": "xmoe_gru", "balance_loss": 0.0}},
     "frozen": {"moe": {"router": "rmoe", "freeze_router": True}},
 }
+# Options of the router, of the mixture: smaller models, many in one process group.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lstm": ({"dim": 12, "cell": "lstm"}, {"router": "rmoe"}),
+    "alpha": ({"dim": 12, "passing": "none", "alpha": 0.5}, {"router": "rmoe"}),
+    "shared_projection": ({"dim": 12, "shared_projection": True}, {"router": "rmoe"}),
+    "hyper": ({"dim": 12}, {"router": "hyper"}),
+    "cosine": ({}, {"router": "cosine"}),
+    "mlp": ({"dim": 12}, {"router": "mlp"}),
+    "xmoe": ({"dim": 6}, {"router": "xmoe", "bias_rate": 0.1}),
+    "random": ({}, {"router": "random"}),
+    "capacity": ({}, {"router": "linear", "capacity_factor": 0.75, "bias_rate": 0.1}),
+}
 # Ranks, expert-parallel ranks, schedule, activation checkpointing.
 LAYOUTS = {
     "ep2": (Layout(dp_shard=2), 2, "1f1b", "selective"),
@@ -40,8 +52,21 @@ LAYOUTS = {
 
 
 def config(model: str) -> ModelConfig:
-    """Dense layers first and between mixtures."""
+    """Dense layers first and between mixtures; of a variant, between mixtures."""
     options = {"num_experts": 4, "top_k": 2, "expert_dim": 24, "balance_loss": 0.5}
+    if model in VARIANTS:
+        of_router, more = VARIANTS[model]
+        return ModelConfig(
+            vocab_size=VOCAB,
+            dim=32,
+            num_layers=4,
+            pattern=["attention+moe*2", "attention"],
+            mixers={"attention": {"num_heads": 4}},
+            ffn_dim=48,
+            ffns={"moe": {**options, **more}},
+            routers={more["router"]: of_router},
+            init_std=0.1,
+        )
     return ModelConfig(
         vocab_size=VOCAB,
         dim=32,
@@ -58,20 +83,31 @@ def config(model: str) -> ModelConfig:
     )
 
 
+def packed(model: str) -> bool:
+    """Whether rows may have several documents: a token that begins two of them has the same
+    probabilities in both, and which one exceeds the capacity is up to rounding."""
+    return model != "capacity"
+
+
 @functools.cache
 def alone(model: str, rows: int) -> dict[str, Any]:
     """What one process gets."""
-    return train(Run(config(model), Layout(), rows=rows))
+    return train(Run(config(model), Layout(), rows=rows, packed=packed(model)))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_equals_one_process(name: str) -> None:
     layout, ep, schedule, checkpointing = LAYOUTS[name]
-    chosen = list(MODELS) if name in ("ep4", "ep2-pp2") else ["rmoe"]
+    chosen = {
+        "ep4": [*MODELS, "capacity"],
+        "ep2-pp2": [*MODELS, *VARIANTS],
+        "ep2-tp2": ["rmoe", *VARIANTS],
+        "ep2-cp2": ["rmoe", "linear"],
+    }.get(name, ["rmoe"])
     rows = 9 if layout.data_size == 3 else 8
+    options = {"checkpointing": checkpointing, "ep": ep, "rows": rows}
     runs = [
-        Run(config(model), layout, schedule, checkpointing=checkpointing, ep=ep, rows=rows)
-        for model in chosen
+        Run(config(model), layout, schedule, packed=packed(model), **options) for model in chosen
     ]
     results = run_ranks(train_all, layout.size, runs, timeout=600)
     wrong = []
@@ -100,3 +136,24 @@ def test_any_division_of_experts_loads_any_other(tmp_path: Path) -> None:
     for name, other in LOADED.items():
         found = run_ranks(save_or_load, other.layout.size, other, str(tmp_path), "adamw", 5, False)
         assert set(found) == {digest}, name
+
+
+def test_other_routers_options_load_under_any_layout(tmp_path: Path) -> None:
+    """Frozen, and with biases that the checkpoint lacks; stages have other layers' names."""
+    trained = Run(config("rmoe"), Layout(), precision="float32")
+    save_or_load(trained, str(tmp_path), "adamw", 4, True)
+    frozen = config("frozen")
+    frozen.ffns["moe"] |= {"shared_experts": 1, "bias_rate": 0.1}
+    expected = save_or_load(
+        Run(frozen, Layout(), precision="float32"), str(tmp_path), "adamw", 5, False
+    )
+    found = run_ranks(
+        save_or_load,
+        4,
+        Run(frozen, Layout(pp=2, dp_shard=2), "interleaved", "float32", ep=2),
+        str(tmp_path),
+        "adamw",
+        6,
+        False,
+    )
+    assert set(found) == {expected}

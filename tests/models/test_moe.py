@@ -233,12 +233,23 @@ def test_one_expert_with_a_weight_of_one_is_refused() -> None:
     assert not problems(config(top_k=1, renormalize=False))
 
 
-def test_capacity_drops_the_lowest_weights() -> None:
+def test_capacity_drops_the_lowest_scores() -> None:
     experts = torch.tensor([[[0], [0], [0], [1]], [[1], [1], [1], [1]]])
-    weights = torch.tensor([[[0.2], [0.9], [0.5], [0.1]], [[0.4], [0.3], [0.6], [0.2]]])
-    dropped = over_capacity(Choice(experts, weights), 2, 1.0)  # room for 2 in each sequence
+    scores = torch.tensor([[[0.2], [0.9], [0.5], [0.1]], [[0.4], [0.3], [0.6], [0.2]]])
+    choice = Choice(experts, torch.ones(2, 4, 1), scores)
+    dropped = over_capacity(choice, 2, 1.0)  # room for 2 in each sequence
     assert dropped[..., 0].tolist() == [[True, False, False, False], [False, True, False, True]]
-    assert not over_capacity(Choice(experts, weights), 2, 2.0).any()
+    assert not over_capacity(choice, 2, 2.0).any()
+
+
+def test_capacity_keeps_the_surest_tokens() -> None:
+    """Renormalised, the unsure token's first choice weighs more: 0.68 against 0.6."""
+    g = torch.tensor([[[0.3, 0.14, 0.14, 0.14, 0.14, 0.14], [0.6, 0.4, 0.0, 0.0, 0.0, 0.0]]])
+    for renormalize in (True, False):
+        choice = choose(g, 2, renormalize=renormalize)
+        dropped = over_capacity(choice, 6, 1.0)  # room for one
+        assert choice.experts[..., 0].tolist() == [[0, 0]]
+        assert dropped[..., 0].tolist() == [[True, False]]
 
 
 def test_dropped_choices_add_nothing() -> None:
@@ -376,6 +387,13 @@ def test_cost_is_counted() -> None:
         ({"routers": {"rmoe": {"cell": "gruu"}}}, ["model.routers.rmoe.cell", "gru", "'gruu'"]),
         ({"routers": {"rmoe": {"width": 3}}}, ["model.routers.rmoe.width", "dim"]),
         ({"routers": {"rmo": {}}}, ["model.routers.rmo", "did you mean 'rmoe'"]),
+        # Used by nothing:
+        ({"routers": {"mlp": {"width": 3}}}, ["model.routers.mlp.width", "dim"]),
+        ({"ffn": "swiglu", "ffns": {"moe": {"top_k": "2"}}}, ["ffns.moe.top_k", "int", "'2'"]),
+        ({"ffns": {"swiglu": {"dim": 3}}}, ["model.ffns.swiglu.dim: unknown option"]),
+        ({"mixers": {"mamba2": {"heads": 3}}}, ["model.mixers.mamba2.heads", "head_dim"]),
+        ({"mixers": {"wide": {"kind": "mamba"}}}, ["mixers.wide", "did you mean 'mamba2'"]),
+        ({"mixers": {"wide": {"kind": "gla", "dims": 3}}}, ["model.mixers.wide.dims"]),
     ],
 )
 def test_impossible_options_are_named(changes: dict, words: list[str]) -> None:

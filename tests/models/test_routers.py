@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from rondo.models import ROUTERS, Decoder, ModelConfig, SequenceContext
 from rondo.models.ffn.cells import GATES, CellWeights, SharedCell, step
 from rondo.models.ffn.moe import BALANCE
-from rondo.models.ffn.router import Projection, Router, project
+from rondo.models.ffn.router import project
 from rondo.models.ffn.routers.rmoe import SCORES, STATE
-from rondo.models.layers import at_least_float32
 from rondo.parallel.checkpointing import checkpoint_block
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
@@ -274,30 +272,3 @@ def test_frozen_routers_stay() -> None:
         optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == before.keys() - frozen
-
-
-@dataclass
-class NormOptions:
-    """Hyper-parameters of `norm`."""
-
-    power: float = 1.0
-    """Exponent of the token's norm."""
-
-
-def test_a_new_router_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NormRouter(Router):
-        """Scales linear scores by a power of the token's norm."""
-
-        Options = NormOptions
-
-        def __init__(self, config: ModelConfig, options: Any, experts: int) -> None:
-            super().__init__(config, options, experts)
-            self.scores = Projection(config.dim, experts, std=config.init_std)
-
-        def forward(self, x: Tensor, carry: Any, shared: Any) -> tuple[Tensor, Any]:
-            norm = at_least_float32(x).norm(dim=-1, keepdim=True)
-            return self.scores(x) * norm**self.options.power, carry
-
-    monkeypatch.setitem(ROUTERS, "norm", NormRouter)
-    test_every_router("norm")
-    assert decoder("norm", power=0.5).blocks["0"].ffn.router.options.power == 0.5

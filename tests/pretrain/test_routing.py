@@ -19,7 +19,12 @@ from rondo.parallel.mesh import Ranks
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.metrics import heat_map
-from rondo.pretrain.routing import mutual_information, router_gradients, routing
+from rondo.pretrain.routing import (
+    expert_similarity,
+    mutual_information,
+    router_gradients,
+    routing,
+)
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -65,6 +70,16 @@ def test_entropy_and_balance_are_their_formulas() -> None:
     assert "router_information/00" not in found
 
 
+def test_similarity_of_experts_is_the_mean_cosine_of_pairs() -> None:
+    ours = model()
+    experts = mixtures(ours.parts)[2].experts
+    flat = torch.cat([weight.detach().flatten(1) for weight in experts.parameters()], 1)
+    pairs = [torch.cosine_similarity(flat[i], flat[j], 0) for i in range(4) for j in range(i)]
+    found = expert_similarity(ours)
+    assert found.keys() == {f"expert_similarity/{layer:02d}" for layer in range(3)}
+    assert found["expert_similarity/02"] == pytest.approx(float(torch.stack(pairs).mean()))
+
+
 def test_mutual_information() -> None:
     x = (torch.arange(10_000) % 100 + 0.5) / 100
     assert mutual_information(x, x) == pytest.approx(math.log(100))
@@ -94,6 +109,29 @@ def test_gradients_by_source_add_up() -> None:
         assert square > 0
 
 
+@pytest.mark.parametrize("sizes", [[2], [1, 1]])
+def test_auxiliary_losses_are_means_over_all_tokens(sizes: list[int]) -> None:
+    """Also over those without a target, however the step is cut."""
+    given, ours = batch(), model(balance_loss=2.0, z_loss=0.5)
+    given = given._replace(targets=given.targets.clone())
+    given.targets[0, 3:] = -100
+    parts = zip(*(tensor.split(sizes) for tensor in given), strict=True)
+    ours.forward_backward([MicroBatch(*tensors) for tensors in parts])
+    plain: Decoder = ours.parts[0]
+    out = plain(given.tokens, segment_ids=given.segment_ids)
+    loss = plain.hidden_loss(out.hidden, given.targets) / 15
+    loss = loss + (2.0 * out.aux["balance_loss"] + 0.5 * out.aux["z_loss"]) / 24
+    params = dict(plain.named_parameters())
+    for name, grad in zip(params, torch.autograd.grad(loss, [*params.values()]), strict=True):
+        torch.testing.assert_close(params[name].grad / 15, grad, msg=name)
+
+
+def test_without_auxiliary_losses_the_tokens_gradient_remains() -> None:
+    found = router_gradients(model(balance_loss=0.0), [batch()], 24)
+    assert found.keys() == {"router_grad_norm/tokens"}
+    assert found["router_grad_norm/tokens"] > 0
+
+
 def test_biases_move_towards_an_even_load() -> None:
     ours = model(bias_rate=0.01, balance_loss=0.0)
     mixture = mixtures(ours.parts)[1]
@@ -107,6 +145,13 @@ def test_biases_move_towards_an_even_load() -> None:
     )
     summary = load_summary({1: loads[1]})
     assert summary == {"moe/drop_ratio": 0.5, "moe/max_load": 2.5}
+
+
+def test_biases_of_frozen_routers_stay() -> None:
+    ours = model(bias_rate=0.01, freeze_router=True)
+    mixtures(ours.parts)[1].load.copy_(torch.tensor([5, 1, 0, 2, 4]))
+    move_biases(ours.parts, take_loads(ours.parts, ALONE))
+    assert not any(mixture.balance_bias.any() for mixture in mixtures(ours.parts).values())
 
 
 def test_balancing_by_bias_evens_the_load() -> None:
@@ -166,6 +211,7 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
         assert [sum(shares) for shares in row["expert_load"]] == pytest.approx([1, 1])
         for name in ("router_entropy/00", "router_outer/01"):
             assert row[name] > 0
+        assert -1 < row["expert_similarity/01"] < 1
         assert row["router_information/01"] >= 0 and row["router_inner/00"] >= 1
         assert row["router_grad_norm/tokens"] > 0 and row["router_grad_norm/auxiliary"] > 0
     saved = load(tmp_path / "runs/rmoe-tiny/checkpoints/step-000000004", dtype=torch.bfloat16)
@@ -197,6 +243,8 @@ def test_looking_at_routers_does_not_move_them(tmp_path: Path) -> None:
     for every in (0, 1):
         more = [f"--name=every{every}", f"--logging.norms_every={every}"]
         assert train(load_recipe("rmoe-tiny", [*options, *more])) == 0
+        lines = (tmp_path / f"runs/every{every}/metrics.jsonl").read_text().splitlines()
+        assert ("router_grad_norm/tokens" in json.loads(lines[0])) == bool(every)
         saved = load(tmp_path / f"runs/every{every}/checkpoints/step-000000004")
         biases.append([mixture.balance_bias for mixture in mixtures([saved]).values()])
     assert all(torch.equal(a, b) for a, b in zip(*biases, strict=True))

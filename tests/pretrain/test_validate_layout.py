@@ -93,6 +93,7 @@ def test_all_problems_come_at_once() -> None:
         (8, ["--parallel.pp=2", "--parallel.tp=2", "--parallel.cp=2"]),
         (4, ["--parallel.dp_replicate=2", "--parallel.tp=2"]),
         (None, ["--parallel.pp=2", "--parallel.pipeline_schedule=zero_bubble"]),
+        (2, ["--parallel.cp=2", "--model.ffns={moe: {capacity_factor: 1.0}}"]),  # in no layer
     ],
 )
 def test_what_fits_is_accepted(ranks: int | None, options: list[str]) -> None:
