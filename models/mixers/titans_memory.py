@@ -35,8 +35,9 @@ class TitansMemoryOptions:
     chunk_size: int = 16
     """Tokens whose gradients are taken at the same weights. Part of the model: another size is
     another model."""
-    max_learning_rate: float = 0.1
-    """Upper end of a token's learning rate."""
+    max_learning_rate: float = 1.0
+    """Upper end of the step that the tokens of a chunk take together, were their keys the same, as
+    a share of the way to the minimum."""
     max_update: float = 10.0
     """Limit of the norm of a token's gradient of a matrix."""
     max_weight: float = 100.0
@@ -49,10 +50,12 @@ class LearningHeads(Mixer):
     """What all layers with a neural memory have: the weights that a document's memory begins with,
     and per token and head
 
-        θ = max_learning_rate σ(W_θ x + b_θ)    η = σ(W_η x + b_η)    1 - α = σ(W_α x + b_α)
+        η = σ(W_η x + b_η)    1 - α = σ(W_α x + b_α)    θ = ρ σ(W_θ x + b_θ) (1 - η) / (2 C)
 
-    which begin about (1 - η) / (2 chunk_size), 0.7 and 0.98: were all keys of a chunk the same, the
-    steps of its tokens, momentum included, would together go as far as one to the minimum.
+    with ρ `max_learning_rate` and C `chunk_size`; they begin about 0.7, 0.98 and 0.15 ρ / (2 C).
+    Gradients of a chunk are taken at the same weights, the loss bends by 2 along a unit key, and
+    momentum makes of a step 1 / (1 - η): were all keys of a chunk the same, a memory of one layer
+    would overshoot from ρ = 1 on and run away from 2 on.
     """
 
     Options: ClassVar[type] = TitansMemoryOptions
@@ -67,9 +70,7 @@ class LearningHeads(Mixer):
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__(config, options, layer)
         self.num_heads, self.head_dim = memory_sizes(config, options)
-        momentum = 0.85
-        rate = first_rate(options, momentum)
-        for name, start in (("rate", rate), ("momentum", momentum), ("decay", 4.0)):
+        for name, start in (("rate", 0.0), ("momentum", 0.85), ("decay", 4.0)):
             setattr(self, f"{name}_proj", Linear(config.dim, self.num_heads, std=config.init_std))
             setattr(self, f"{name}_bias", parameter((self.num_heads,), constant(start)))
         # How often a limit kept the memory in bounds.
@@ -94,7 +95,8 @@ class LearningHeads(Mixer):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """θ, ln η and ln(1 - α), each `(B, T, heads)`, at least float32."""
         rate, momentum, decay = (self._scores(name, x) for name in ("rate", "momentum", "decay"))
-        rate = self.options.max_learning_rate * rate.sigmoid()
+        step = self.options.max_learning_rate / (2 * self.options.chunk_size)
+        rate = step * rate.sigmoid() * (-momentum).sigmoid()
         return rate, F.logsigmoid(momentum), F.logsigmoid(decay)
 
     def _scores(self, name: str, x: Tensor) -> Tensor:
@@ -230,14 +232,6 @@ class Memory(nn.Module):
 
     def forward(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f"layer_{i}") for i in range(len(self.shapes)))
-
-
-def first_rate(options: TitansMemoryOptions, momentum: float) -> float:
-    """b_θ at first, for b_η `momentum`: the loss of a chunk has a curvature of at most 2 chunk_size
-    along unit keys, and momentum makes of a step 1 / (1 - η)."""
-    stable = 1 / (1 + math.exp(momentum)) / (2 * options.chunk_size)
-    share = min(0.5, stable / options.max_learning_rate)
-    return math.log(share / (1 - share))
 
 
 def layer_shapes(dim: int, options: TitansMemoryOptions) -> list[tuple[int, int]]:
