@@ -5,8 +5,10 @@
 Forward and backward in float32 of all inputs, with the limits of `neural_memory` on both sides.
 `peer` is the same function as one would first write it (`straightforward` below); it and, with
 `--loop`, the token loop take turns with ours in one process. A ratio is the median over rounds of
-their time over ours in the same round. Every peer's outputs and gradients are compared with ours
-before anything is timed. `--peaks`: peak memory, each side in a process of its own.
+their time over ours in the same round; `processor_ratio` counts processor seconds, which on one
+thread (OMP_NUM_THREADS=1) other work on the machine changes least. Every peer's outputs and
+gradients are compared with ours before anything is timed. `--peaks`: peak memory, each side in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -185,22 +187,29 @@ def run(contest: Contest, peer: Forward, rounds: int) -> dict[str, Any]:
     difference = compare(*(one() for one in steps))
     if difference > 1e-3:
         raise AssertionError(f"{contest.name}: {peer.__name__} differs by {difference}")
-    seconds: list[list[float]] = [[], []]
+    wall, work = ([[], []], [[], []])
     for _ in range(rounds):
-        for one, taken in zip(steps, seconds, strict=True):
-            began = time.perf_counter()
+        for i, one in enumerate(steps):
+            began = time.perf_counter(), time.process_time()
             one()
-            taken.append(time.perf_counter() - began)
+            wall[i].append(time.perf_counter() - began[0])
+            work[i].append(time.process_time() - began[1])
     tokens = contest.batch * contest.time
     return {
         "contest": contest.name,
         **asdict(contest),
+        "threads": torch.get_num_threads(),
         "peer": peer.__name__,
-        "our_tokens_per_second": tokens / statistics.median(seconds[0]),
-        "their_tokens_per_second": tokens / statistics.median(seconds[1]),
-        "ratio": statistics.median(b / a for a, b in zip(*seconds, strict=True)),
+        "our_tokens_per_second": tokens / statistics.median(wall[0]),
+        "their_tokens_per_second": tokens / statistics.median(wall[1]),
+        "ratio": _ratio(wall),
+        "processor_ratio": _ratio(work),
         "difference": difference,
     }
+
+
+def _ratio(seconds: list[list[float]]) -> float:
+    return statistics.median(b / a for a, b in zip(*seconds, strict=True))
 
 
 SIDES: dict[str, Forward] = {f.__name__: f for f in (ours, straightforward, token_loop)}

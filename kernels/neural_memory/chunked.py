@@ -21,6 +21,7 @@ from rondo.kernels.neural_memory.loop import Loop
 from rondo.kernels.neural_memory.plan import Plan
 
 
+@torch.compiler.disable  # it would unroll the chunks: one graph break
 def neural_memory(
     tokens: list[Tensor],
     initial: Matrices,

@@ -79,6 +79,35 @@ def test_chunks_equal_the_token_loop(depth: int, time: int, chunk: int) -> None:
             assert_ratio("memory", a, b, 1e-10)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_limits_act_alike_in_packed_rows(depth: int) -> None:
+    """Outputs, states, all gradients and the count, with a state, documents and both limits."""
+    inputs, limits = operands(23, depth), {"chunk_size": 4, "max_update": 0.8, "max_weight": 1.5}
+    values, done = neural_memory(
+        *operands(3, depth, seed=4)[:6], tuple(inputs[6:]), chunk_size=4
+    ).state
+    found, counts = [], []
+    for backend in ("reference", "chunked"):
+
+        def of(values: Tensor, *x: Tensor, backend: str = backend) -> list[Tensor]:
+            output = neural_memory(
+                *x[:6],
+                tuple(x[6:]),
+                initial_state=MemoryState(values, done),
+                segment_ids=documents(23),
+                backend=backend,
+                **limits,
+            )
+            counts.append(output.limited)
+            return [output.o, output.state.values]
+
+        outputs, grads = gradients(of, [values, *inputs])
+        found.append([*outputs, *grads])
+    assert torch.equal(counts[0], counts[-1]) and counts[0].sum() > 0
+    for a, b in zip(found[1], found[0], strict=True):
+        assert_ratio("limited memory", a, b, 1e-10)
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_gradcheck(backend: str, depth: int) -> None:
