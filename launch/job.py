@@ -23,6 +23,7 @@ from rondo.launch.ranks import as_exit_code, free_port
 from rondo.launch.supervise import STOPPED, Outcome, Supervisor, say
 
 _HEALTH_SECONDS = 180.0
+_SILENT = "no answer to the health check"
 
 
 class Job:
@@ -53,8 +54,10 @@ class Job:
     def run(self) -> int:
         """Runs the job to its end; returns its exit code."""
         known = self.folder.outcome(self.options.launch)
+        if self.folder.stop_file.exists():
+            known = "stopped"
         if known in FINAL:
-            say(f"an earlier job of this launch ended as {known}: nothing to do")
+            say(f"this launch has ended already ({known}): nothing to do")
             return 0
         with Lock(self.folder.launch / "lock", self.id):
             outcome = self.supervisor.run()
@@ -84,7 +87,7 @@ class Job:
                 process.terminate()
                 said, _ = process.communicate()
         found = dict(line.split("\t", 1) for line in said.splitlines() if "\t" in line)
-        answers = {node: found.get(node, "no answer to the health check") for node in self.nodes}
+        answers = {node: found.get(node, _SILENT) for node in self.nodes}
         return {node: answer for node, answer in answers.items() if answer != "healthy"}
 
     def _without(self, bad: dict[str, str]) -> Outcome:
@@ -92,18 +95,22 @@ class Job:
         if self.supervisor.signals:
             return Outcome("interrupted", STOPPED)  # the signal ended the check
         launch, saved = self.options.launch, self.folder.saved_step()
+        if set(bad.values()) == {_SILENT} and len(bad) == len(self.nodes):
+            bad = {}  # rather srun's fault than theirs
         self.folder.record("bad nodes", launch=launch, nodes=bad, saved=saved)
         named = "; ".join(f"{node}: {problem}" for node, problem in bad.items())
+        named = named or "srun could not check any node"
         if len(bad) == len(self.nodes) > 1:
             return Outcome("failed", 1, f"every node failed its health check: {named}")
         before = [row for row in self.folder.events("bad nodes", launch) if row["saved"] == saved]
         if len(before) > self.options.retries:
             return Outcome("failed", 1, f"bad nodes in {len(before)} starts in a row: {named}")
-        return Outcome("interrupted", STOPPED, f"bad node, excluded from now on: {named}")
+        return Outcome("interrupted", STOPPED, f"to go on without bad nodes: {named}")
 
     def _go_on(self) -> None:
         """Sees to it that the run goes on: this job again, or the next one of its chain."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what requeueing sends to this process
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # requeueing sends the first
+            signal.signal(number, signal.SIG_IGN)
         later = [job for job in self.folder.jobs(self.options.launch) if int(job) > int(self.id)]
         if self.options.requeue and self._may_requeue():
             slurm.call("scontrol", "requeue", self.id)
@@ -112,9 +119,9 @@ class Job:
         bad = self.folder.events("bad nodes", self.options.launch)
         names = {node for row in bad for node in row["nodes"]}
         names |= set(filter(None, self.options.exclude.split(",")))
-        if bad:
+        if any(row["nodes"] for row in bad):
+            nodes = ",".join(sorted(names))
             for job in later:
-                nodes = ",".join(sorted(names))
                 slurm.call("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
 
     def _may_requeue(self) -> bool:

@@ -36,21 +36,23 @@ class Lock:
 
     def __init__(self, path: Path, job: str = "") -> None:
         self.path, self.job = path, job
+        self._owner = _owner(job)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         own = self.path.with_name(f"lock.{uuid.uuid4().hex}")
-        own.write_text(json.dumps(_owner(self.job)))
+        own.write_text(json.dumps(self._owner))
         try:
-            while not self._link(own):
+            while not _link(own, self.path):
                 owner = read_owner(self.path)
                 if owner is not None and is_alive(owner, self.path, self.job):
                     raise UserError(f"{self.path} is held by {describe(owner)}")
-                self._bury(owner)
+                if owner is not None and self._succeed(owner, own):
+                    break
         finally:
-            own.unlink()
+            own.unlink(missing_ok=True)
         self._thread.start()
         return self
 
@@ -62,28 +64,35 @@ class Lock:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
+        if read_owner(self.path) == self._owner:  # not if it was taken for dead
+            self.path.unlink()
 
-    def _link(self, own: Path) -> bool:
+    def _succeed(self, owner: dict[str, Any], own: Path) -> bool:
+        """Puts `own` in the place of a dead owner's lock; False if another was faster."""
+        token = self.path.with_name(f"lock.after-{owner['id']}")
+        if not _link(own, token):  # of several that try, one may, and no other until it has
+            raise UserError(f"another launcher is taking {self.path} over; if none is, rm {token}")
         try:
-            os.link(own, self.path)  # atomic on network file systems too
-        except FileExistsError:
-            return False
-        return True
-
-    def _bury(self, owner: dict[str, Any] | None) -> None:
-        """Removes a dead owner's lock, and no other's: of several that try, one renames it."""
-        grave = self.path.with_name(f"lock.{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(grave)
-            if read_owner(grave) != owner:
-                self._link(grave)  # someone was faster and holds it: put it back
-            grave.unlink()
+            if read_owner(self.path) != owner:
+                return False
+            own.replace(self.path)
+            return True
+        finally:
+            token.unlink()
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Whether `target` did not exist and is `source` now; atomic on network file systems too."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    return True
 
 
 def read_owner(path: Path) -> dict[str, Any] | None:
@@ -116,8 +125,13 @@ def describe(owner: dict[str, Any]) -> str:
 
 
 def _owner(job: str) -> dict[str, Any]:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": _start_time(pid), "job": job}
+    return {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+        "job": job,
+    }
 
 
 def _start_time(pid: int) -> int | None:

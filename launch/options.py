@@ -142,6 +142,25 @@ def _add_slurm(parser: Parser) -> None:
         "itself: for sites where jobs may not be requeued (default: 1)",
     )
     add("--interface", metavar="NAME", help="network interface for NCCL and gloo, such as ib0")
+    add(
+        "--min-memory",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="memory that must be free on a node (default: 4)",
+    )
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, as in --sbatch=--constraint=h100; can be given several "
+        "times",
+    )
+    _add_container(add)
+
+
+def _add_container(add: Callable[..., object]) -> None:
     add("--container", metavar="IMAGE", help="run the ranks in a container of this image")
     add(
         "--runtime",
@@ -161,21 +180,6 @@ def _add_slurm(parser: Parser) -> None:
         "--python",
         metavar="PATH",
         help="interpreter of the ranks (default: this one; in a container python3)",
-    )
-    add(
-        "--min-memory",
-        type=float,
-        default=4.0,
-        metavar="GIB",
-        help="memory that must be free on a node (default: 4)",
-    )
-    add(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="any other option of sbatch, as in --sbatch=--constraint=h100; can be given several "
-        "times",
     )
 
 

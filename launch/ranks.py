@@ -153,7 +153,8 @@ class TorchrunRanks:
 
 def torchrun(options: Sequence[str], rank: Sequence[str]) -> list[str]:
     """torchrun's command line."""
-    return [*_WORKER, "torch.distributed.run", "--max-restarts=0", *options, *rank[1:]]
+    program = [*_WORKER, "torch.distributed.run", "--max-restarts=0", *options, "-m"]
+    return [*program, "--", *rank[2:]]  # else torchrun takes some of the rank's options for its own
 
 
 def _send(pid: int, number: signal.Signals) -> None:

@@ -38,8 +38,7 @@ def main(words: Sequence[str]) -> int:
         options, overrides = parse_launch(words)
     except SystemExit:  # after --help
         return 0
-    folder = RunFolder(run_folder(options.recipe, overrides))
-    _check(options, overrides)
+    folder = RunFolder(_check(options, overrides) or run_folder(options.recipe, overrides))
     return {"local": _local, "torchrun": _torchrun, "slurm": _slurm}[options.kind](
         options, overrides, folder
     )
@@ -173,17 +172,18 @@ def _bundled() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
 
 
-def _check(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Reads the recipe as the ranks will, where what that takes is installed."""
+def _check(options: argparse.Namespace, overrides: list[str]) -> Path | None:
+    """Reads the recipe as the ranks will, where what that takes is installed; its run folder."""
     missing = [name for name in ("torch", "yaml") if importlib.util.find_spec(name) is None]
     if missing:
-        say(f"the recipe is not checked: {' and '.join(missing)} not installed here")
-        return
+        say(f"the recipe is not checked: no {' and no '.join(missing)} here")
+        return None
     from rondo.pretrain.parse import load_recipe
 
     nodes = getattr(options, "nodes", 1)
     processes = options.processes or getattr(options, "gpus", 0) or 1
-    load_recipe(options.recipe, overrides, world_size=nodes * processes)
+    recipe = load_recipe(options.recipe, overrides, world_size=nodes * processes)
+    return Path(recipe.output_dir) / recipe.name
 
 
 def _threads(processes: int) -> dict[str, str]:

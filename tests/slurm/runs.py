@@ -34,13 +34,18 @@ class Run:
 
     def __init__(self, cluster: Cluster, home: Path, data: Path) -> None:
         self.cluster, self.home, self.data = cluster, home, data
-        self.folder = RunFolder(home / "runs" / "tiny")
+        self.name = "tiny"
         self.environment = {
             **cluster.environment,
             "PYTHONPATH": str(ROOT / ".typing"),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(self.home / "runs" / self.name)
 
     def rondo(self, *words: str) -> str:
         """What a command of rondo prints."""
@@ -59,7 +64,8 @@ class Run:
     def launch(self, *options: str) -> list[str]:
         """Submits the run on two nodes; returns the ids of its jobs."""
         words = ["launch", "slurm", "tiny", "--nodes=2", "--time=10", f"--python={sys.executable}"]
-        overrides = [*SMALL, f"--data.folder={self.data}", f"--evals.every={self._mark}"]
+        overrides = [*SMALL, f"--name={self.name}", f"--data.folder={self.data}"]
+        overrides.append(f"--evals.every={self._mark}")
         return self.rondo(*words, *options, "--", *overrides).split()
 
     @property

@@ -96,8 +96,9 @@ def test_cancelled(run: Run, straight: Run) -> None:
 
 
 def test_a_process_of_one_node_dies(run: Run, straight: Run) -> None:
-    """The ranks start again within the job, from the last checkpoint."""
-    run.launch()
+    """The ranks start again within the job, from the last checkpoint; whatever the run's name."""
+    run.name = 'it\'s 100%j "#1" $HOME'
+    run.launch("--sbatch=--comment=a 'b' #c", '--env=SPACES=two  "spaces"')
     run.wait_for_rows(6)
     ranks = run.ranks()
     victim = ranks[max(ranks)]
@@ -109,6 +110,9 @@ def test_a_process_of_one_node_dies(run: Run, straight: Run) -> None:
     assert failure["code"] in (1, 137)  # of the survivor, of the victim
     assert "going on after step" in _log(run, 1)
     assert run.rows() == straight.rows()
+    facts = run.cluster.run("scontrol", "show", "job", *run.folder.jobs())
+    assert f"JobName={run.name}\n" in facts and "Comment=a 'b' #c" in facts
+    assert "starting again (1/3)" in run.batch_log(*run.folder.jobs())
 
 
 def test_stopped_and_gone_on_in_a_chain(run: Run, straight: Run) -> None:
@@ -124,7 +128,7 @@ def test_stopped_and_gone_on_in_a_chain(run: Run, straight: Run) -> None:
     first, second = run.launch("--chain=2")
     run.wait_for_outcome("done")
     run.wait("second job", lambda: (run.folder.launch / f"job-{second}.log").exists())
-    run.wait("word", lambda: "ended as done: nothing to do" in run.batch_log(second))
+    run.wait("word", lambda: "has ended already (done): nothing to do" in run.batch_log(second))
     assert len(run.folder.events("start")) == 2
     assert run.rows() == straight.rows()
 
