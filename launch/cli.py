@@ -68,6 +68,27 @@ def _train(words: list[str]) -> int:
     return train(words, "rondo train")
 
 
+def _launch(words: list[str]) -> int:
+    """Start a recipe on this machine, with torchrun or with SLURM, and keep it going."""
+    from rondo.launch.start import main as launch
+
+    return launch(words)
+
+
+def _status(words: list[str]) -> int:
+    """List runs: state, steps, loss, speed, goodput, jobs."""
+    from rondo.launch.status import main as status
+
+    return status(words)
+
+
+def _stop(words: list[str]) -> int:
+    """End a run after a checkpoint, wherever it runs."""
+    from rondo.launch.stop import main as stop
+
+    return stop(words)
+
+
 def _plan(words: list[str]) -> int:
     """Lay a recipe out on any number of GPUs without having them: memory, traffic, time."""
     from rondo.pretrain.plan import main as plan
@@ -90,6 +111,9 @@ def _generate(words: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "train": _train,
+    "launch": _launch,
+    "status": _status,
+    "stop": _stop,
     "plan": _plan,
     "generate": _generate,
 }

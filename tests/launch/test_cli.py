@@ -14,7 +14,7 @@ import pytest
 
 from rondo import errors
 from rondo.errors import UserError, run_command
-from rondo.launch.cli import main
+from rondo.launch.cli import _COMMANDS, main
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.typed import leaves
 
@@ -79,7 +79,7 @@ def test_help_of_train_lists_every_key_with_type_default_and_meaning(capsys):
 def test_help(words, capsys):
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert all(f"  {command} " in text for command in ("prepare", "train", "plan", "generate"))
+    assert all(f"  {command} " in text for command in _COMMANDS)
 
 
 def test_help_of_other_commands(capsys):
@@ -100,7 +100,7 @@ def test_a_mistyped_command_gives_the_nearest(capsys):
     out, err = capsys.readouterr()
     assert err == (
         "rondo: error: unknown command 'trian'; did you mean train? "
-        "(commands: prepare, train, plan, generate)\n"
+        "(commands: prepare, train, launch, status, stop, plan, generate)\n"
     )
     assert out == ""
 
@@ -158,7 +158,7 @@ class Refuse:
             raise ImportError(f"imported {name}")
 
 sys.meta_path.insert(0, Refuse())
-from rondo.launch.cli import main
+from rondo.launch.cli import _COMMANDS, main
 assert main(["--help"]) == 0 and main(["nope"]) == 2
 extra = {name.partition(".")[0] for name in sys.modules} - {"rondo", *sys.stdlib_module_names}
 assert not {"torch", "yaml", "numpy", "jsonargparse"} & extra, extra
