@@ -8,6 +8,7 @@ from rondo.kernels.cross_entropy import linear_cross_entropy
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.neural_memory import neural_memory
+from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from rondo.kernels.pointwise import swiglu
 from rondo.kernels.rope import rope
@@ -30,6 +31,7 @@ __all__ = [
     "linear_scan",
     "linear_scan_summary",
     "neural_memory",
+    "newton_rnn",
     "rms_norm",
     "rope",
     "short_conv",
