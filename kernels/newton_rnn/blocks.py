@@ -1,130 +1,90 @@
-"""Small matrices, one a channel, as lists of tensors; one entry is a plain factor."""
+"""Small matrices, one a channel: `(N, N, B, T, W)`, and vectors `(N, B, T, W)`.
+
+N is the number of a cell's state variables: for one, a matrix is a plain factor.
+"""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rondo.kernels.newton_rnn.cells import Block, State
 from rondo.kernels.scan.chunked import scan as diagonal_scan
 
 
-def product(a: Block, b: Block) -> Block:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix a b."""
-    columns = list(zip(*b, strict=True))
-    return [[_dot(row, column) for column in columns] for row in a]
+    total = a[:, :1] * b[:1]
+    for j in range(1, len(a)):
+        total.addcmul_(a[:, j : j + 1], b[j : j + 1])
+    return total
 
 
-def apply(a: Block, x: State) -> State:
+def apply(a: Tensor, x: Tensor) -> Tensor:
     """The vector a x."""
-    return [_dot(row, x) for row in a]
+    return product(a, x.unsqueeze(1)).squeeze(1)
 
 
-def transposed(a: Block) -> Block:
-    """The transposed matrix."""
-    return [list(column) for column in zip(*a, strict=True)]
+def accumulate(total: Tensor, a: Tensor, x: Tensor) -> None:
+    """Adds a x to a vector, in place."""
+    for column, y in zip(a.unbind(1), x, strict=True):
+        total.addcmul_(column, y)
 
 
-def added(x: State, y: State) -> State:
-    """x + y."""
-    return [a + b for a, b in zip(x, y, strict=True)]
-
-
-def less(x: State, y: State) -> State:
-    """x - y."""
-    return [a - b for a, b in zip(x, y, strict=True)]
-
-
-def across(a: Block, reverse: bool = False) -> Block:
-    """The product `(B, 1, W)` of matrices `(B, T, W)`, the first one rightmost (in reverse, the
-    last one)."""
-    while (time := a[0][0].shape[1]) > 1:
-        odd = at(a, slice(time - time % 2, time))
-        early, late = at(a, slice(0, time - 1, 2)), at(a, slice(1, time, 2))
-        a = joined(product(early, late) if reverse else product(late, early), odd)
+def across(a: Tensor, reverse: bool = False) -> Tensor:
+    """`(N, N, B, 1, W)`: the product over time, the first one rightmost (in reverse, the last)."""
+    while (time := a.shape[3]) > 1:
+        early, late = a[:, :, :, : time - 1 : 2], a[:, :, :, 1::2]
+        pairs = product(early, late) if reverse else product(late, early)
+        a = torch.cat((pairs, a[:, :, :, time - time % 2 :]), 3)
     return a
 
 
-def joined(a: Block, b: Block) -> Block:
-    """The chunks `(B, chunks, W)` of a, then those of b."""
-    if b[0][0].shape[1] == 0:
-        return a
-    return [
-        [torch.cat(pair, 1) for pair in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)
-    ]
-
-
-def each(function: functools.partial[Tensor], a: Block) -> Block:
-    """`function` of every entry."""
-    return [[function(entry) for entry in row] for row in a]
-
-
-def flushed(a: Block) -> Block:
+def flushed(a: Tensor) -> Tensor:
     """Without what is so small that its products would lose their normal form: a processor takes
-    a hundred times as long for those, and they say nothing any more."""
-    least = torch.finfo(a[0][0].dtype).tiny ** 0.5
-    return each(functools.partial(F.hardshrink, lambd=least), a)
+    many times as long for those, and they say nothing any more."""
+    return F.hardshrink(a, torch.finfo(a.dtype).tiny ** 0.5)
 
 
-def scan(a: Block, b: State, first: State, reverse: bool = False) -> State:
-    """`x_t = a_t x_{t-1} + b_t` for entries `(B, T, W)`, with `first` `(B, 1, W)` before; or, in
-    reverse, `x_t = a_{t+1} x_{t+1} + b_t`, with `first` added to the last position."""
-    if b[0].shape[1] == 0:
+def scan(a: Tensor, b: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
+    """`x_t = a_t x_{t-1} + b_t` with `first` `(N, B, 1, W)` before position 0; or, in reverse,
+    `x_t = a_{t+1} x_{t+1} + b_t` with `first` added to the last position."""
+    if b.shape[2] == 0:
         return b
     if len(b) == 1:
-        return [diagonal_scan(a[0][0], b[0], first[0][:, 0], reverse)]
-    return _block_scan(a, b, first, reverse)
-
-
-def _block_scan(a: Block, b: State, first: State, reverse: bool) -> State:
-    """As the diagonal scan: all chunks step together from zero and find products on the way, the
-    states at their borders follow each other, and every position adds what its border brings."""
-    time = b[0].shape[1]
-    chunk = -(-time // math.isqrt(time))
+        return diagonal_scan(a[0, 0], b[0], first[0, :, 0], reverse).unsqueeze(0)
     if reverse:
-        a = [[F.pad(x[:, 1:], (0, 0, 0, 1)) for x in row] for row in a]
-        b = [torch.cat((x[:, :-1], x[:, -1:] + y), 1) for x, y in zip(b, first, strict=True)]
-        first = [torch.zeros_like(x) for x in first]
-    steps = range(chunk)[::-1] if reverse else range(chunk)
-    x = [_chunked(y, chunk) for y in b]
-    states = [[y[:, :, t] for y in x] for t in range(chunk)]
-    y = [[_chunked(y, chunk) for y in row] for row in a]
-    products = [[[z[:, :, t] for z in row] for row in y] for t in range(chunk)]
-    for previous, t in itertools.pairwise(steps):
-        states[t] = added(states[t], apply(products[t], states[previous]))
-        products[t] = product(products[t], products[previous])
-    borders = _borders(products[steps[-1]], states[steps[-1]], first, reverse)
-    found = [added(states[t], apply(products[t], borders)) for t in range(chunk)]
-    return [torch.stack(y, 2).flatten(1, 2)[:, :time] for y in zip(*found, strict=True)]
+        return _block_scan(a, b, first)
+    first = apply(a[:, :, :, :1], first)
+    return _block_scan(a.flip(3).roll(1, 3), b.flip(2), first).flip(2)
 
 
-def _borders(a: Block, b: State, first: State, reverse: bool) -> State:
-    """`(B, chunks, W)`: what comes to each chunk from the one before (in reverse, after) it."""
-    count = b[0].shape[1]
-    found = [first]
-    for t in range(count - 1, 0, -1) if reverse else range(count - 1):
-        here = slice(t, t + 1)
-        found.append(added(apply(at(a, here), found[-1]), [x[:, here] for x in b]))
-    return [torch.cat(x[::-1] if reverse else x, 1) for x in zip(*found, strict=True)]
-
-
-def _chunked(x: Tensor, chunk: int) -> Tensor:
-    """`(B, chunks, chunk, W)`, with zeros behind."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk))
-
-
-def at(a: Block, places: slice) -> Block:
-    """Some of the matrices `(B, T, W)`."""
-    return [[x[:, places] for x in row] for row in a]
-
-
-def _dot(row: list[Tensor] | tuple[Tensor, ...], column: State | tuple[Tensor, ...]) -> Tensor:
-    total = row[0] * column[0]
-    for x, y in zip(row[1:], column[1:], strict=True):
-        total.addcmul_(x, y)
-    return total
+def _block_scan(a: Tensor, b: Tensor, last: Tensor) -> Tensor:
+    """`x_t = a_{t+1} x_{t+1} + b_t`, as the diagonal scan does it: all chunks step together from
+    zero and find products on the way, what goes from chunk to chunk follows, and every position
+    adds what comes to its chunk."""
+    time = b.shape[2]
+    chunk = 2 ** (math.isqrt(time - 1).bit_length())
+    short = -time % chunk
+    x = F.pad(b, (0, 0, 0, short)) if short else b.clone()
+    x[:, :, time - 1] += last[:, :, 0]
+    a = F.pad(a, (0, 0, 0, short)) if short else a
+    a, x = a.unflatten(3, (-1, chunk)), x.unflatten(2, (-1, chunk))
+    factors, states = a.unbind(4), x.unbind(3)
+    products = []
+    for t in range(chunk - 2, -1, -1):
+        accumulate(states[t], factors[t + 1], states[t + 1])
+        products.append(product(factors[t + 1], products[-1]) if products else factors[t + 1])
+    incoming = torch.zeros_like(states[0])
+    for c in range(incoming.shape[2] - 1, 0, -1):
+        here = slice(c, c + 1)
+        start = states[0][:, :, here].clone()
+        if products:
+            accumulate(start, products[-1][:, :, :, here], incoming[:, :, here])
+        incoming[:, :, c - 1 : c] = apply(factors[0][:, :, :, here], start)
+    states[-1].add_(incoming)
+    for t, through in enumerate(reversed(products)):
+        accumulate(states[t], through, incoming)
+    return x.flatten(2, 3)[:, :, :time]

@@ -1,7 +1,8 @@
 """The two cells of ParaRNN (arXiv 2510.21450): a step, its Jacobian, and gradients through it.
 
 Every channel sees its own state only. Gates are what the inputs contribute, `B x + b`; weights are
-what a channel's own state is multiplied by. Tensors are `(..., W)` for W channels, weights `(W,)`.
+what a channel's own state is multiplied by. States are `(N, B, P, W)` for N variables, P positions
+and W channels; gates `(B, P, W)` each, weights `(W,)` each.
 """
 
 from __future__ import annotations
@@ -12,23 +13,18 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-State = list[Tensor]
-"""The variables of a channel, one tensor each."""
-Block = list[list[Tensor]]
-"""A matrix a channel: `[row][column]`."""
-
-_sigmoid_backward = torch.ops.aten.sigmoid_backward
-_tanh_backward = torch.ops.aten.tanh_backward
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 class Linear(NamedTuple):
     """A step and all about it to first order."""
 
-    state: State
-    jacobian: Block
-    """The derivative of the next state by the state."""
+    state: Tensor
+    jacobian: Tensor
+    """`(N, N, B, P, W)`: the derivative of the next state by the state."""
     tape: Any
-    """What `Cell.pull` needs to know of the step."""
+    """What `Cell.pull` needs to know of the step; it may use it up."""
 
 
 class Cell(Protocol):
@@ -37,17 +33,21 @@ class Cell(Protocol):
     variables: int
     """State variables a channel; the last one is the output."""
 
-    def step(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> State:
+    def step(self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """The next state."""
         ...
 
-    def linearize(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Linear:
+    def linearize(
+        self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> Linear:
         """The next state and its derivatives."""
         ...
 
-    def pull(self, tape: Any, grads: State, totals: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Gradients of the gates, from those of the next state. Those of the weights are added to
-        `totals`, `(..., W)` each, not yet summed over positions."""
+    def pull(
+        self, tape: Any, grads: Tensor, totals: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> None:
+        """Writes the gradients of the gates to `out`, from those of the next state. Those of the
+        weights are added to `totals`, `(B, P, W)` each, not yet summed over positions."""
         ...
 
 
@@ -58,36 +58,39 @@ class ParaGRU:
     gates: ClassVar = ("z", "r", "n")
     weights: ClassVar = ("a_z", "a_r", "a_n")
 
-    def step(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> State:
-        z, _, _, n = self._gates(state[0], gates, weights)
-        return [torch.lerp(state[0], n, z)]
-
-    def linearize(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Linear:
+    def step(self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         (h,), (a_z, a_r, a_n) = state, weights
-        z, r, reset, n = self._gates(h, gates, weights)
-        # Derivatives of h' by the three pre-activations.
-        by_z, by_n = _sigmoid_backward(n - h, z), _tanh_backward(z, n)
-        by_reset = by_n * a_n
-        by_r = _sigmoid_backward(by_reset * h, r)
-        slope = by_reset.mul_(r).addcmul_(by_z, a_z).addcmul_(by_r, a_r).add_(1.0).sub_(z)
-        return Linear([torch.lerp(h, n, z)], [[slope]], (h, reset, by_z, by_r, by_n))
+        z = torch.addcmul(gates[0], h, a_z).sigmoid_()
+        reset = torch.addcmul(gates[1], h, a_r).sigmoid_().mul_(h)
+        n = torch.addcmul(gates[2], reset, a_n, out=reset).tanh_()
+        return torch.lerp(h, n, z, out=n).unsqueeze(0)
 
-    def pull(self, tape: Any, grads: State, totals: Sequence[Tensor]) -> Sequence[Tensor]:
-        h, reset, *slopes = tape
-        found = [slope.mul_(grads[0]) for slope in slopes]
-        for total, at, x in zip(totals, found, (h, h, reset), strict=True):
-            total.addcmul_(at, x)
-        return found
-
-    @staticmethod
-    def _gates(
-        h: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z, r, h r and n."""
-        z = torch.addcmul(gates[0], h, weights[0]).sigmoid_()
-        r = torch.addcmul(gates[1], h, weights[1]).sigmoid_()
+    def linearize(
+        self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> Linear:
+        (h,), (a_z, a_r, a_n) = state, weights
+        z = torch.addcmul(gates[0], h, a_z).sigmoid_()
+        r = torch.addcmul(gates[1], h, a_r).sigmoid_()
         reset = h * r
-        return z, r, reset, torch.addcmul(gates[2], reset, weights[2]).tanh_()
+        n = torch.addcmul(gates[2], reset, a_n).tanh_()
+        # Derivatives of h' by the three pre-activations; a tensor is used again once it is read.
+        by_z = n - h
+        by_n = _tanh_backward(z, n, grad_input=torch.empty_like(n))
+        after = torch.lerp(h, n, z, out=n)
+        _sigmoid_backward(by_z, z, grad_input=by_z)
+        slope = by_n * a_n
+        by_r = slope * h
+        _sigmoid_backward(by_r, r, grad_input=by_r)
+        slope.mul_(r).addcmul_(by_z, a_z).addcmul_(by_r, a_r).add_(1.0).sub_(z)
+        return Linear(after.unsqueeze(0), slope[None, None], (h, reset, by_z, by_r, by_n))
+
+    def pull(
+        self, tape: Any, grads: Tensor, totals: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> None:
+        h, reset, *slopes = tape
+        for total, slope, at, x in zip(totals, slopes, out, (h, h, reset), strict=True):
+            torch.mul(slope, grads[0], out=at)
+            total.addcmul_(at, x)
 
 
 class ParaLSTM:
@@ -101,39 +104,52 @@ class ParaLSTM:
     gates: ClassVar = ("f", "o", "z")
     weights: ClassVar = ("a_f", "a_o", "a_z", "c_f", "c_o")
 
-    def step(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> State:
-        _, _, c, o, t = self._gates(state, gates, weights)
-        return [c, o * t]
-
-    def linearize(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Linear:
+    def step(self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         (c, h), (a_f, a_o, a_z, c_f, c_o) = state, weights
-        f, z, after, o, t = self._gates(state, gates, weights)
-        # Derivatives of c' by the pre-activations of f and z, of h' by that of o and by c'.
-        by_f, by_z = _sigmoid_backward(c - z, f), _tanh_backward(1.0 - f, z)
-        by_o = _sigmoid_backward(t, o)
-        by_c = _tanh_backward(o, t).addcmul_(by_o, c_o)
-        c_c = torch.addcmul(f, by_f, c_f)
-        c_h = (by_f * a_f).addcmul_(by_z, a_z)
-        jacobian = [[c_c, c_h], [by_c * c_c, (by_o * a_o).addcmul_(by_c, c_h)]]
-        return Linear([after, o * t], jacobian, (c, h, after, by_c, by_f, by_o, by_z))
+        next_state = c.new_empty(state.shape)
+        f = torch.addcmul(gates[0], h, a_f).addcmul_(c, c_f).sigmoid_()
+        z = torch.addcmul(gates[2], h, a_z).tanh_()
+        after = torch.lerp(z, c, f, out=next_state[0])
+        o = torch.addcmul(gates[1], h, a_o, out=z).addcmul_(after, c_o).sigmoid_()
+        torch.mul(o, torch.tanh(after, out=f), out=next_state[1])
+        return next_state
 
-    def pull(self, tape: Any, grads: State, totals: Sequence[Tensor]) -> Sequence[Tensor]:
-        (c, h, after, by_c, by_f, by_o, by_z), (at_c, at_h) = tape, grads
-        at_c = by_c.mul_(at_h).add_(at_c)
-        at_f, at_o, at_z = by_f.mul_(at_c), by_o.mul_(at_h), by_z.mul_(at_c)
+    def linearize(
+        self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> Linear:
+        (c, h), (a_f, a_o, a_z, c_f, c_o) = state, weights
+        next_state = c.new_empty(state.shape)
+        jacobian = c.new_empty(2, *state.shape)
+        (c_c, c_h), (h_c, h_h) = jacobian
+        f = torch.addcmul(gates[0], h, a_f).addcmul_(c, c_f).sigmoid_()
+        z = torch.addcmul(gates[2], h, a_z).tanh_()
+        after = torch.lerp(z, c, f, out=next_state[0])
+        o = torch.addcmul(gates[1], h, a_o).addcmul_(after, c_o).sigmoid_()
+        by_o = torch.tanh(after)
+        torch.mul(o, by_o, out=next_state[1])
+        # Derivatives of c' by the pre-activations of f and z, of h' by that of o and by c'; a
+        # tensor is used again once it is read.
+        by_c = _tanh_backward(o, by_o, grad_input=torch.empty_like(o))
+        _sigmoid_backward(by_o, o, grad_input=by_o)
+        by_c.addcmul_(by_o, c_o)
+        by_f = torch.sub(c, z, out=o)
+        _sigmoid_backward(by_f, f, grad_input=by_f)
+        torch.addcmul(f, by_f, c_f, out=c_c)
+        by_z = _tanh_backward(f.neg_().add_(1.0), z, grad_input=f)
+        torch.mul(by_f, a_f, out=c_h).addcmul_(by_z, a_z)
+        torch.mul(by_c, c_c, out=h_c)
+        torch.mul(by_o, a_o, out=h_h).addcmul_(by_c, c_h)
+        return Linear(next_state, jacobian, (c, h, after, by_c, by_f, by_o, by_z))
+
+    def pull(
+        self, tape: Any, grads: Tensor, totals: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> None:
+        c, h, after, by_c, by_f, by_o, by_z = tape
+        at_c = by_c.mul_(grads[1]).add_(grads[0])
+        at_f, at_o, at_z = out
+        torch.mul(by_f, at_c, out=at_f)
+        torch.mul(by_o, grads[1], out=at_o)
+        torch.mul(by_z, at_c, out=at_z)
         sources = ((at_f, h), (at_o, h), (at_z, h), (at_f, c), (at_o, after))
         for total, (at, x) in zip(totals, sources, strict=True):
             total.addcmul_(at, x)
-        return at_f, at_o, at_z
-
-    @staticmethod
-    def _gates(
-        state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """f, z, c', o and tanh(c')."""
-        (c, h), (a_f, a_o, a_z, c_f, c_o) = state, weights
-        f = torch.addcmul(gates[0], h, a_f).addcmul_(c, c_f).sigmoid_()
-        z = torch.addcmul(gates[2], h, a_z).tanh_()
-        after = torch.lerp(z, c, f)
-        o = torch.addcmul(gates[1], h, a_o).addcmul_(after, c_o).sigmoid_()
-        return f, z, after, o, after.tanh()

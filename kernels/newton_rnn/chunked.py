@@ -77,12 +77,12 @@ class _Newton(torch.autograd.Function):
         first: Tensor,
     ) -> tuple[Tensor, ...]:
         rows = Rows(cell, gates, weights, bias, starts, size)
-        found = solve(rows, [x.unsqueeze(1) for x in first.unbind(1)], policy, neighbours)
+        found = solve(rows, first.transpose(0, 1).unsqueeze(2), policy, neighbours)
         ctx.cell, ctx.neighbours = cell, neighbours
-        ctx.save_for_backward(gates, weights, bias, starts, *found.before, *found.states)
+        ctx.save_for_backward(gates, weights, bias, starts, found.before, found.states)
         ctx.mark_non_differentiable(*found.health)
         ctx.set_materialize_grads(False)
-        last = torch.stack([x[:, -1] for x in found.states], 1)
+        last = found.states[:, :, -1].transpose(0, 1).contiguous()
         return found.states[-1], last, *found.health
 
     @staticmethod
@@ -92,13 +92,13 @@ class _Newton(torch.autograd.Function):
                 "newton_rnn has first derivatives only: its gradient cannot be taken with "
                 "create_graph=True; use backend='reference'"
             )
-        gates, weights, bias, starts, *saved = ctx.saved_tensors
-        before, states = saved[: ctx.cell.variables], saved[ctx.cell.variables :]
+        gates, weights, bias, starts, before, states = ctx.saved_tensors
         rows = Rows(ctx.cell, gates, weights, bias, starts, gates.shape[1])
         at_output, at_last = grads[:2]
-        last = [torch.zeros_like(x) for x in before]
-        if at_last is not None:
-            last = [x.unsqueeze(1) for x in at_last.unbind(1)]
-        found = gradients(Solution(rows, states, before, at_output), last, ctx.neighbours)
-        at_first = torch.cat(found.first, 1)
+        if at_last is None:
+            at_last = torch.zeros_like(before)
+        else:
+            at_last = at_last.transpose(0, 1).unsqueeze(2)
+        found = gradients(Solution(rows, states, before, at_output), at_last, ctx.neighbours)
+        at_first = found.before.squeeze(2).transpose(0, 1)
         return (*[None] * 4, found.gates, found.weights, found.bias, None, at_first)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rondo.kernels.newton_rnn.cells import Linear, State
+from rondo.kernels.newton_rnn.cells import Linear
 
 
 class FunctionCell:
@@ -24,29 +24,36 @@ class FunctionCell:
             raise ValueError(f"variables is {variables}, expected at least 1")
         self.function, self.variables = function, variables
 
-    def step(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> State:
-        return list(self._call(gates, weights)(*state))
+    def step(self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        return torch.stack(self._call(gates, weights)(*state.unbind(0)))
 
-    def linearize(self, state: State, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Linear:
+    def linearize(
+        self, state: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> Linear:
         """Forward mode: one tangent for each variable gives that column of every channel."""
         columns, after = [], ()
         for i in range(self.variables):
-            tangents = tuple(torch.full_like(x, float(i == j)) for j, x in enumerate(state))
-            after, column, *_ = torch.func.jvp(self._call(gates, weights), tuple(state), tangents)
-            columns.append(column)
-        jacobian = [list(row) for row in zip(*columns, strict=True)]
-        return Linear(list(after), jacobian, (state, gates, weights))
+            tangents = torch.zeros_like(state)
+            tangents[i] = 1.0
+            after, column, *_ = torch.func.jvp(
+                self._call(gates, weights), state.unbind(0), tangents.unbind(0)
+            )
+            columns.append(torch.stack(column))
+        return Linear(torch.stack(after), torch.stack(columns, 1), (state, gates, weights))
 
-    def pull(self, tape: Any, grads: State, totals: Sequence[Tensor]) -> Sequence[Tensor]:
+    def pull(
+        self, tape: Any, grads: Tensor, totals: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> None:
         state, gates, weights = tape
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in gates]
             leaves += [w.detach().expand_as(state[0]).requires_grad_() for w in weights]
             after = self.step(state, leaves[: len(gates)], leaves[len(gates) :])
         found = torch.autograd.grad(after, leaves, grads, materialize_grads=True)
+        for at, grad in zip(out, found[: len(gates)], strict=True):
+            at.copy_(grad)
         for total, grad in zip(totals, found[len(gates) :], strict=True):
             total += grad
-        return found[: len(gates)]
 
     def check(self, gates: Tensor, weights: Tensor) -> None:
         """Calls the function for the first position of `(B, T, G, W)`.
@@ -55,12 +62,13 @@ class FunctionCell:
         returns for a channel depends on another one's state.
         """
         inputs = gates[:1, :1].to(weights.dtype).expand(2, 2, -1, -1).unbind(2)
-        zero = [torch.zeros_like(inputs[0]) for _ in range(self.variables)]
-        poisoned = [x.clone() for x in zero]
-        for x in poisoned:
-            x[0, 0, 0] = torch.nan
+        zero = inputs[0].new_zeros(self.variables, *inputs[0].shape)
+        poisoned = zero.clone()
+        poisoned[:, 0, 0, 0] = torch.nan
         with torch.no_grad():
-            plain, other = (self.step(x, inputs, weights.unbind(0)) for x in (zero, poisoned))
+            plain, other = (
+                self._call(inputs, weights.unbind(0))(*x.unbind(0)) for x in (zero, poisoned)
+            )
         for x, y, like in zip(plain, other, zero, strict=True):
             if x.shape != like.shape or x.dtype != like.dtype:
                 raise ValueError(

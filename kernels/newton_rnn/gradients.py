@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.newton_rnn import blocks
-from rondo.kernels.newton_rnn.cells import Linear, State
+from rondo.kernels.newton_rnn.cells import Linear
 from rondo.kernels.newton_rnn.neighbours import Neighbours, state_of, summary, vector
 from rondo.kernels.newton_rnn.sweeps import Rows
 from rondo.kernels.tiles import tiles
@@ -29,10 +29,10 @@ class Solution(NamedTuple):
     """States at every position, and what the loss says of them."""
 
     rows: Rows
-    states: State
-    """`(B, T, W)`."""
-    first: State
-    """`(B, 1, W)`, before position 0."""
+    states: Tensor
+    """`(N, B, T, W)`."""
+    before: Tensor
+    """`(N, B, 1, W)`, before position 0."""
     at_output: Tensor | None
     """`(B, T, W)`: the gradient of the last variable."""
 
@@ -40,73 +40,77 @@ class Solution(NamedTuple):
         """The steps of consecutive positions; none crosses into a document."""
         rows, start = self.rows, part.start
         if start > 0:
-            before = [x[:, start - 1 : part.stop - 1] for x in self.states]
+            before = self.states[:, :, start - 1 : part.stop - 1]
         else:
-            pairs = zip(self.first, self.states, strict=True)
-            before = [torch.cat((x, y[:, : part.stop - 1]), 1) for x, y in pairs]
+            before = torch.cat((self.before, self.states[:, :, : part.stop - 1]), 2)
         before = rows.within(part, before)
         found = rows.cell.linearize(before, rows.inputs(part), rows.weights.unbind(0))
-        return found._replace(jacobian=[rows.within(part, row) for row in found.jacobian])
+        # A gradient goes back by the transposed matrix.
+        return found._replace(jacobian=rows.within(part, found.jacobian).transpose(0, 1))
 
-    def given(self, part: slice) -> State:
-        """g, `(B, t, W)`."""
-        zero = [torch.zeros_like(x[:, part]) for x in self.states]
-        if self.at_output is None:
-            return zero
-        return [*zero[:-1], self.at_output[:, part].to(zero[0].dtype)]
+    def given(self, part: slice) -> Tensor:
+        """g, `(N, B, t, W)`."""
+        if self.at_output is not None and len(self.states) == 1:
+            return self.at_output[:, part].unsqueeze(0)
+        found = torch.zeros_like(self.states[:, :, part])
+        if self.at_output is not None:
+            found[-1] = self.at_output[:, part]
+        return found
 
 
 class Gradients(NamedTuple):
-    """In the shapes of `Rows`; `first` is `(B, 1, W)`."""
+    """In the shapes of `Rows`; `before` is `(N, B, 1, W)`."""
 
     gates: Tensor
     weights: Tensor
     bias: Tensor | None
-    first: State
+    before: Tensor
 
 
-def gradients(solution: Solution, last: State, neighbours: Neighbours | None = None) -> Gradients:
-    """Gradients of everything; `last` `(B, 1, W)` is that of the state after the row."""
+def gradients(solution: Solution, last: Tensor, neighbours: Neighbours | None = None) -> Gradients:
+    """Gradients of everything; `last` `(N, B, 1, W)` is that of the state after the row."""
     rows = solution.rows
-    parts = _parts(solution)
+    parts = _parts(rows.gates)
     if neighbours is not None:
         last = _from_neighbours(solution, parts, last, neighbours)
     at_gates = torch.empty_like(rows.gates)
-    longest = [torch.zeros_like(x) for x in solution.given(parts[0])[:1]]
-    totals = [torch.zeros_like(*longest) for _ in rows.weights]
-    biases = [torch.zeros_like(*longest) for _ in range(rows.gates.shape[2])]
+    longest = solution.states[0][:, parts[0]].shape
+    totals = rows.weights.new_zeros(len(rows.weights), *longest)
+    biases = None if rows.bias is None else rows.weights.new_zeros(len(rows.bias), *longest)
     for part in reversed(parts):
         _, jacobian, tape = solution.linear(part)
-        jacobian = blocks.transposed(jacobian)
         at = blocks.scan(jacobian, solution.given(part), last, reverse=True)
-        last = blocks.apply(blocks.at(jacobian, slice(1)), [x[:, :1] for x in at])
-        here = slice(at[0].shape[1])
-        found = rows.cell.pull(tape, at, [x[:, here] for x in totals])
-        for i, grad in enumerate(found):
-            at_gates[:, part, i] = grad
-            if rows.bias is not None:
-                biases[i][:, here] += grad
-    weights, bias = (torch.stack([x.sum((0, 1)) for x in each]) for each in (totals, biases))
-    return Gradients(at_gates, weights, None if rows.bias is None else bias, last)
+        last = blocks.apply(jacobian[:, :, :, :1], at[:, :, :1])
+        here, out = slice(at.shape[2]), at_gates[:, part].unbind(2)
+        if at_gates.dtype != at.dtype:
+            out = at.new_empty(len(out), *at.shape[1:]).unbind(0)
+        rows.cell.pull(tape, at, totals[:, :, here].unbind(0), out)
+        if at_gates.dtype != at.dtype:
+            at_gates[:, part] = torch.stack(out, 2)
+        if biases is not None:
+            for total, grad in zip(biases, out, strict=True):
+                total[:, here] += grad
+    bias = None if biases is None else biases.sum((1, 2))
+    return Gradients(at_gates, totals.sum((1, 2)), bias, last)
 
 
-def _parts(solution: Solution) -> list[slice]:
+def _parts(gates: Tensor) -> list[slice]:
     """Tiles of the time; a short one comes last."""
-    batch, time, _, width = solution.rows.gates.shape
-    if solution.rows.gates.device.type != "cpu":
+    batch, time, _, width = gates.shape
+    if gates.device.type != "cpu":
         return [slice(0, time)]
     return [tile.times for tile in tiles((1, time, batch * width), TILE, LEAST)]
 
 
 def _from_neighbours(
-    solution: Solution, parts: list[slice], last: State, neighbours: Neighbours
-) -> State:
+    solution: Solution, parts: list[slice], last: Tensor, neighbours: Neighbours
+) -> Tensor:
     """The gradient that comes to the end of this stretch, when `last` comes to the last one's."""
-    out, through = [torch.zeros_like(x) for x in last], []
+    out, through = torch.zeros_like(last), []
     for part in reversed(parts):
-        jacobian = blocks.transposed(solution.linear(part).jacobian)
+        jacobian = solution.linear(part).jacobian
         at = blocks.scan(jacobian, solution.given(part), out, reverse=True)
-        out = blocks.apply(blocks.at(jacobian, slice(1)), [x[:, :1] for x in at])
+        out = blocks.apply(jacobian[:, :, :, :1], at[:, :, :1])
         through.append(blocks.across(jacobian, reverse=True))
     whole = functools.reduce(lambda late, early: blocks.product(early, late), through)
     return state_of(neighbours.after(summary(whole, out), vector(last)))

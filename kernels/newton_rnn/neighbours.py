@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from rondo.kernels.newton_rnn.cells import Block, State
 from rondo.kernels.summary import DiagonalSummary, MatrixSummary
 
 Summary = DiagonalSummary | MatrixSummary
@@ -38,23 +36,18 @@ class Neighbours(Protocol):
         ...
 
 
-def summary(transition: Block, state: State) -> Summary:
-    """Of entries `(B, 1, W)`."""
+def summary(transition: Tensor, state: Tensor) -> Summary:
+    """Of a matrix `(N, N, B, 1, W)` and a vector `(N, B, 1, W)`."""
     if len(state) == 1:
-        return DiagonalSummary(transition[0][0][:, 0], state[0][:, 0])
-    rows = [torch.stack([x[:, 0] for x in row], -1) for row in transition]
-    return MatrixSummary(torch.stack(rows, -2), vector(state))
+        return DiagonalSummary(transition[0, 0, :, 0], state[0, :, 0])
+    return MatrixSummary(transition[:, :, :, 0].permute(2, 3, 0, 1), vector(state))
 
 
-def vector(state: State) -> Tensor:
-    """A state of entries `(B, 1, W)` in one tensor."""
-    if len(state) == 1:
-        return state[0][:, 0]
-    return torch.stack([x[:, 0] for x in state], -1).unsqueeze(-1)
+def vector(state: Tensor) -> Tensor:
+    """A state `(N, B, 1, W)` in the shape of a summary's."""
+    return state[0, :, 0] if len(state) == 1 else state.permute(1, 3, 0, 2)
 
 
-def state_of(x: Tensor) -> State:
+def state_of(x: Tensor) -> Tensor:
     """The inverse of `vector`."""
-    if x.dim() == 2:
-        return [x.unsqueeze(1)]
-    return [y.unsqueeze(1) for y in x[..., 0].unbind(-1)]
+    return x[None, :, None] if x.dim() == 2 else x.permute(2, 0, 3, 1)

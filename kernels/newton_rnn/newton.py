@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.newton_rnn import blocks
-from rondo.kernels.newton_rnn.cells import Block, State
 from rondo.kernels.newton_rnn.neighbours import Neighbours, state_of, summary, vector
 from rondo.kernels.newton_rnn.sweeps import Rows, Sweep, forward
 from rondo.kernels.tiles import has_numbers
@@ -59,19 +58,18 @@ class Health(NamedTuple):
 class Found(NamedTuple):
     """A solution."""
 
-    states: State
-    """`(B, T, W)`."""
-    before: State
-    """`(B, 1, W)`, the state before this stretch."""
+    states: Tensor
+    """`(N, B, T, W)`."""
+    before: Tensor
+    """`(N, B, 1, W)`, the state before this stretch."""
     health: Health
 
 
-def solve(rows: Rows, first: State, policy: Policy, neighbours: Neighbours | None = None) -> Found:
-    """The states that follow `first` `(B, 1, W)`. Here alone it is decided how to go on."""
+def solve(rows: Rows, first: Tensor, policy: Policy, neighbours: Neighbours | None = None) -> Found:
+    """The states that follow `first` `(N, B, 1, W)`. Here alone it is decided how to go on."""
     borders = guess(rows, first, neighbours)
-    if neighbours is None and (borders[0].shape[1] == 1 or not has_numbers()):
-        states = forward(rows, borders, False).states
-        return Found(states, first, no_iterations(rows.weights))
+    if neighbours is None and (borders.shape[2] == 1 or not has_numbers()):
+        return Found(forward(rows, borders, False).states, first, no_iterations(first))
     iterations, with_products, largest = 0, True, 0.0
     while True:
         sweep = forward(rows, borders, with_products)
@@ -89,17 +87,17 @@ def solve(rows: Rows, first: State, policy: Policy, neighbours: Neighbours | Non
         with_products = not with_products or not carried <= policy.tolerance * scale
         borders = following
     counts = (iterations, max(0, iterations - policy.expected), int(not solved))
-    health = _health((residual, residual / scale, largest), counts, first[0])
+    health = _health((residual, residual / scale, largest), counts, first)
     if solved:
-        return Found(sweep.states, [x[:, :1] for x in borders], health)
+        return Found(sweep.states, borders[:, :, :1], health)
     return Found(*sequential(rows, first, neighbours), health)
 
 
-def sequential(rows: Rows, first: State, neighbours: Neighbours | None) -> tuple[State, State]:
+def sequential(rows: Rows, first: Tensor, neighbours: Neighbours | None) -> tuple[Tensor, Tensor]:
     """The states in one chunk, and the one before them: each stretch after the one before it, in
     as many turns as there are stretches."""
     rows = rows._replace(size=rows.gates.shape[1])
-    before = _received(neighbours, [torch.zeros_like(x) for x in first], first)
+    before = _received(neighbours, torch.zeros_like(first), first)
     sweep = forward(rows, before, False)
     for _ in range(0 if neighbours is None else neighbours.count - 1):
         before = _received(neighbours, sweep.ends, first)
@@ -107,64 +105,62 @@ def sequential(rows: Rows, first: State, neighbours: Neighbours | None) -> tuple
     return sweep.states, before
 
 
-def guess(rows: Rows, first: State, neighbours: Neighbours | None) -> State:
-    """`(B, chunks, W)`: what the last position before a chunk makes of a zero state (as in
+def guess(rows: Rows, first: Tensor, neighbours: Neighbours | None) -> Tensor:
+    """`(N, B, chunks, W)`: what the last position before a chunk makes of a zero state (as in
     ParaRNN); of the first chunk `first`."""
-    zero = [torch.zeros_like(x) for x in first]
-    weights = rows.weights.unbind(0)
-    before = first
+    weights, before = rows.weights.unbind(0), first
     if neighbours is not None:
-        last = rows.cell.step(zero, rows.inputs(slice(-1, None)), weights)
-        before = _received(neighbours, last, first)
+        last = rows.inputs(slice(-1, None))
+        before = _received(
+            neighbours, rows.cell.step(torch.zeros_like(first), last, weights), first
+        )
     if rows.size >= rows.gates.shape[1]:
         return before
-    others = rows.cell.step(zero, rows.inputs(rows.ends()), weights)
-    return [torch.cat(pair, 1) for pair in zip(before, others, strict=True)]
+    gates = rows.inputs(rows.ends())
+    zero = torch.zeros_like(gates[0]).expand(len(first), *gates[0].shape)
+    return torch.cat((before, rows.cell.step(zero, gates, weights)), 2)
 
 
 def advance(
-    sweep: Sweep, borders: State, first: State, neighbours: Neighbours | None
-) -> tuple[State, Tensor]:
+    sweep: Sweep, borders: Tensor, first: Tensor, neighbours: Neighbours | None
+) -> tuple[Tensor, Tensor]:
     """The next borders after a sweep from `borders`, and what to judge by: the residual, the
     largest state, the largest correction that a chunk passed on, and the largest entry of a
     chunk's product. Without products, a border becomes the end of the chunk before it."""
-    ends, old = sweep.ends, [x[:, :1] for x in borders]
-    if sweep.products is None:
-        products = [[torch.zeros_like(x) for _ in ends] for x in ends]
-    else:  # one that has overflown says nothing
-        products = [[torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in row] for row in sweep.products]
-    gaps = blocks.less([x[:, :-1] for x in ends], [x[:, 1:] for x in borders])
-    change = [torch.zeros_like(x) for x in old]
+    ends, old, products = sweep.ends, borders[:, :, :1], sweep.products
+    if products is None:
+        products = torch.zeros_like(ends).expand(len(ends), *ends.shape)
+    products = _finite(products)  # one that has overflown says nothing
+    gaps = ends[:, :, :-1] - borders[:, :, 1:]
+    change = torch.zeros_like(old)
     if neighbours is not None:
-        end = [x[:, -1:] for x in blocks.added(ends, _carried(products, gaps, change))]
+        end = (ends + _carried(products, gaps, change))[:, :, -1:]
         through = blocks.across(products)
-        here = summary(through, blocks.less(end, blocks.apply(through, old)))
-        change = blocks.less(state_of(neighbours.before(here, vector(first))), old)
+        here = summary(through, end - blocks.apply(through, old))
+        change = state_of(neighbours.before(here, vector(first))) - old
     carried = _carried(products, gaps, change)
-    following = [
-        torch.cat((s + u, (e + more)[:, :-1]), 1)
-        for s, u, e, more in zip(old, change, ends, carried, strict=True)
-    ]
-    wrong = [torch.cat(pair, 1) for pair in zip(change, gaps, strict=True)]
-    figures = (wrong, ends, carried, [x for row in products for x in row])
-    return following, torch.stack([torch.stack(x).abs().amax() for x in figures])
+    following = torch.cat((old + change, (ends + carried)[:, :, :-1]), 2)
+    wrong = torch.cat((change, gaps), 2)
+    return following, torch.stack([x.abs().amax() for x in (wrong, ends, carried, products)])
 
 
-def _carried(products: Block, gaps: State, change: State) -> State:
-    """`(B, chunks, W)`: what each chunk hands on of its border's correction, of which the first
+def _carried(products: Tensor, gaps: Tensor, change: Tensor) -> Tensor:
+    """`(N, B, chunks, W)`: what each chunk hands on of its border's correction, of which the first
     is `change`."""
-    early = [[x[:, :-1] for x in row] for row in products]
-    corrections = blocks.scan(early, gaps, change)
-    corrections = [torch.cat(pair, 1) for pair in zip(change, corrections, strict=True)]
-    return [torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in blocks.apply(products, corrections)]
+    corrections = blocks.scan(products[:, :, :, :-1], gaps, change)
+    return _finite(blocks.apply(products, torch.cat((change, corrections), 2)))
 
 
-def _received(neighbours: Neighbours | None, ends: State, first: State) -> State:
-    """`first`, or the end `(B, 1, W)` of the stretch before."""
+def _received(neighbours: Neighbours | None, end: Tensor, first: Tensor) -> Tensor:
+    """`first`, or the end `(N, B, 1, W)` of the stretch before."""
     if neighbours is None:
         return first
-    nothing = [[torch.zeros_like(x) for _ in ends] for x in ends]
-    return state_of(neighbours.before(summary(nothing, ends), vector(first)))
+    nothing = torch.zeros_like(end).expand(len(end), *end.shape)
+    return state_of(neighbours.before(summary(nothing, end), vector(first)))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x, 0.0, 0.0, 0.0)
 
 
 def no_iterations(like: Tensor) -> Health:

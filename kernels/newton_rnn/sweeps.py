@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.newton_rnn import blocks
-from rondo.kernels.newton_rnn.cells import Block, Cell, State
+from rondo.kernels.newton_rnn.cells import Cell
 
 _FLUSH_EVERY = 4
 
@@ -42,57 +42,52 @@ class Rows(NamedTuple):
         return slice(self.size - 1, -1, self.size)
 
     def inputs(self, places: slice) -> Sequence[Tensor]:
-        """The gates at some places, `(B, places, W)` each."""
+        """The gates at some places, `(B, P, W)` each."""
         x = self.gates[:, places]
         if self.bias is not None:
             x = x + self.bias
         return x.to(self.weights.dtype).unbind(2)
 
-    def within(self, places: slice, x: State) -> State:
-        """`x` `(B, places, W)`, zero where a document begins."""
-        if self.starts is None:
-            return x
-        new = self.starts[:, places]
-        return [y.masked_fill(new, 0.0) for y in x]
+    def within(self, places: slice, x: Tensor) -> Tensor:
+        """`x` `(..., B, P, W)`, zero where a document begins."""
+        return x if self.starts is None else x.masked_fill(self.starts[:, places], 0.0)
 
 
 class Sweep(NamedTuple):
-    """What a forward pass finds."""
+    """What a pass finds."""
 
-    states: State
-    """`(B, T, W)`, at every position."""
-    ends: State
-    """`(B, chunks, W)`, those at the chunks' ends."""
-    products: Block | None
-    """The derivatives of the ends by the states that chunks began with."""
+    states: Tensor
+    """`(N, B, T, W)`, at every position."""
+    ends: Tensor
+    """`(N, B, chunks, W)`, those at the chunks' ends."""
+    products: Tensor | None
+    """`(N, N, B, chunks, W)`: the derivatives of the ends by the states that chunks began with."""
 
 
-def forward(rows: Rows, borders: State, with_products: bool) -> Sweep:
-    """Runs every chunk from its state in `borders` `(B, chunks, W)`."""
+def forward(rows: Rows, borders: Tensor, with_products: bool) -> Sweep:
+    """Runs every chunk from its state in `borders` `(N, B, chunks, W)`."""
     time, weights = rows.gates.shape[1], rows.weights.unbind(0)
-    found = [x.new_empty(len(x), time, x.shape[2]) for x in borders]
+    found = borders.new_empty(*borders.shape[:2], time, borders.shape[3])
     state, product, short = borders, None, None
     for step in range(min(rows.size, time)):
-        gates = rows.inputs(rows.at(step))
+        places = rows.at(step)
+        gates = rows.inputs(places)
         chunks = gates[0].shape[1]
-        if chunks < state[0].shape[1]:  # the last chunk has ended
-            state = [x[:, :chunks] for x in state]
+        if chunks < state.shape[2]:  # the last chunk has ended
+            state = state[:, :, :chunks]
             if product is not None:
-                product, short = (
-                    blocks.at(product, places) for places in (slice(chunks), slice(chunks, None))
-                )
-        state = rows.within(rows.at(step), state)
+                product, short = product[:, :, :, :chunks], product[:, :, :, chunks:]
+        state = rows.within(places, state)
         if with_products:
             state, jacobian, _ = rows.cell.linearize(state, gates, weights)
-            jacobian = [rows.within(rows.at(step), row) for row in jacobian]
+            jacobian = rows.within(places, jacobian)
             product = jacobian if product is None else blocks.product(jacobian, product)
             if step % _FLUSH_EVERY == 0:
                 product = blocks.flushed(product)
         else:
             state = rows.cell.step(state, gates, weights)
-        for whole, x in zip(found, state, strict=True):
-            whole[:, rows.at(step)] = x
+        found[:, :, places] = state
     if product is not None and short is not None:
-        product = blocks.joined(product, short)
-    ends = [torch.cat((x[:, rows.ends()], x[:, -1:]), 1) for x in found]
+        product = torch.cat((product, short), 3)
+    ends = torch.cat((found[:, :, rows.ends()], found[:, :, -1:]), 2)
     return Sweep(found, ends, product)

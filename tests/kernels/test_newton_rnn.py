@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -95,16 +94,18 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 def test_jacobians(name: str) -> None:
     """Against forward-mode differentiation of the paper's formulas and finite differences."""
     gates, weights, _, state = operands(name, 1, width=50)
-    variables = [state] if state.dim() == 2 else list(state.unbind(1))
-    inputs, rows = gates[:, 0].unbind(1), weights.unbind(0)
-    after, jacobian, _ = CELLS[name].linearize(variables, inputs, rows)
-    other, expected, _ = FUNCTIONS[name].linearize(variables, inputs, rows)
-    for i, j in itertools.product(range(len(variables)), repeat=2):
-        close(after[i], other[i], 1e-14)
-        close(jacobian[i][j], expected[i][j], 1e-14)
-        up, down = ([x + d * (k == j) for k, x in enumerate(variables)] for d in (1e-5, -1e-5))
-        ends = [CELLS[name].step(x, inputs, rows)[i] for x in (up, down)]
-        close(jacobian[i][j], (ends[0] - ends[1]) / 2e-5, 1e-9)
+    state = state.view(BATCH, -1, 1, 50).transpose(0, 1)
+    inputs, rows = gates.unbind(2), weights.unbind(0)
+    after, jacobian, _ = CELLS[name].linearize(state, inputs, rows)
+    other, expected, _ = FUNCTIONS[name].linearize(state, inputs, rows)
+    close(after, other, 1e-14)
+    close(after, CELLS[name].step(state, inputs, rows), 1e-14)
+    close(jacobian, expected, 1e-14)
+    for j in range(len(state)):
+        small = torch.zeros_like(state)
+        small[j] = 1e-5
+        up, down = (CELLS[name].step(state + x, inputs, rows) for x in (small, -small))
+        close(jacobian[:, j], (up - down) / 2e-5, 1e-9)
 
 
 @pytest.mark.parametrize("time", (1, 2, 3, 31, 32, 33, 1000, 2048))
@@ -115,25 +116,21 @@ def test_scan_equals_a_sequential_solve(time: int, kind: str, reverse: bool) -> 
     generator = torch.Generator().manual_seed(0)
     angle = 6.3 * torch.rand(BATCH, time, WIDTH, generator=generator, dtype=torch.float64)
     c, s = angle.cos(), angle.sin()
-    a = {"diagonal": [[c]], "rotation": [[c, -s], [s, c]], "flip": [[-c, s], [s, c]]}[kind]
-    b = [torch.randn(c.shape, generator=generator, dtype=torch.float64) for _ in a]
-    first = [torch.randn_like(x[:, :1]) for x in b]
-    found = blocks.scan(a, b, first, reverse)
-    state = first
+    entries = {"diagonal": [[c]], "rotation": [[c, -s], [s, c]], "flip": [[-c, s], [s, c]]}[kind]
+    a = torch.stack([torch.stack(row) for row in entries])
+    b = torch.randn(a.shape[1:], generator=generator, dtype=torch.float64)
+    state = first = torch.randn(b[:, :, :1].shape, generator=generator, dtype=torch.float64)
+    found, total = blocks.scan(a, b, first, reverse), blocks.across(a, reverse)
+    vector = first
     for t in range(time)[:: -1 if reverse else 1]:
-        here = blocks.at(a, slice(t + reverse, t + reverse + 1))
-        if not (reverse and t == time - 1):
-            state = blocks.apply(here, state)
-        state = [x[:, t : t + 1] + y for x, y in zip(b, state, strict=True)]
-        for x, y in zip(found, state, strict=True):
-            close(x[:, t : t + 1], y, 1e-13 * time)
-    total = blocks.across(a, reverse)
-    for j, basis in enumerate(torch.eye(len(a), dtype=torch.float64)):
-        vector = [x.expand_as(first[0]) for x in basis]
-        for t in range(time)[:: -1 if reverse else 1]:
-            vector = blocks.apply(blocks.at(a, slice(t, t + 1)), vector)
-        for i, x in enumerate(vector):
-            close(total[i][j], x, 1e-13 * time)
+        vector = blocks.apply(a[:, :, :, t : t + 1], vector)
+        if not reverse:
+            state = blocks.apply(a[:, :, :, t : t + 1], state)
+        elif t < time - 1:
+            state = blocks.apply(a[:, :, :, t + 1 : t + 2], state)
+        state = state + b[:, :, t : t + 1]
+        close(found[:, :, t : t + 1], state, 1e-13 * time)
+    close(blocks.apply(total, first), vector, 1e-13 * time)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,22 +193,21 @@ def test_gradient_of_the_state_alone(name: str, chunks: int) -> None:
         close(x, y)
 
 
-def iterates(rows: Rows, first: list[Tensor], count: int) -> list[list[Tensor]]:
-    """The trajectories that Newton's method goes through, the guess included."""
+def iterates(rows: Rows, first: Tensor, count: int) -> list[Tensor]:
+    """The trajectories `(N, B, T, W)` that Newton's method goes through, from the guess on."""
     borders, found = guess(rows, first, None), []
     for _ in range(count + 1):
         sweep = forward(rows, borders, True)
         # With chunks of one position a border is the state before it.
-        pairs = zip(borders, sweep.ends, strict=True)
-        states = [torch.cat((x[:, 1:], y[:, -1:]), 1) for x, y in pairs]
-        found.append(states if rows.size == 1 else sweep.states)
+        trajectory = torch.cat((borders[:, :, 1:], sweep.ends[:, :, -1:]), 2)
+        found.append(trajectory if rows.size == 1 else sweep.states)
         borders, _ = advance(sweep, borders, first, None)
     return found
 
 
-def solver_rows(name: str, time: int, scale: float, size: int) -> tuple[Rows, list[Tensor]]:
+def solver_rows(name: str, time: int, scale: float, size: int) -> tuple[Rows, Tensor]:
     gates, weights, _, _ = operands(name, time, scale=scale, width=16)
-    zero = [gates.new_zeros(BATCH, 1, 16) for _ in range(CELLS[name].variables)]
+    zero = gates.new_zeros(CELLS[name].variables, BATCH, 1, 16)
     return Rows(CELLS[name], gates, weights, None, None, size), zero
 
 
@@ -236,8 +232,7 @@ def test_first_states_are_exact_whatever_the_weights(name: str, size: int) -> No
     assert (found[-1][-1] - exact[-1]).abs().max() > 1e-3
     for k, states in enumerate(found):
         known = k * size if size == 1 else (k + 1) * size
-        for x, y in zip(states, exact, strict=True):
-            close(x[:, :known], y[:, :known], 1e-12)
+        close(states[:, :, :known], exact[:, :, :known], 1e-12)
 
 
 def test_iterations_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,13 +252,13 @@ def test_health(monkeypatch: pytest.MonkeyPatch) -> None:
     gates, weights, _, _ = operands("para_gru", 23, scale=1.5)
     found = newton_rnn("para_gru", gates, weights, tolerance=1e-4)
     h = torch.cat((torch.zeros_like(found.h[:, :1]), found.h), 1)
-    (after,), jacobian, _ = CELLS["para_gru"].linearize(
-        [h[:, :-1]], gates.unbind(2), weights.unbind(0)
+    after, jacobian, _ = CELLS["para_gru"].linearize(
+        h[None, :, :-1], gates.unbind(2), weights.unbind(0)
     )
-    residual = (after - found.h).abs().max()
+    residual = (after[0] - found.h).abs().max()
     assert residual <= 1e-4 and found.health.residual <= 1e-4
     assert found.health.relative <= found.health.residual
-    slopes = jacobian[0][0].abs()
+    slopes = jacobian[0, 0].abs()
     product = max(float(slopes[:, t : t + 5].prod(1).max()) for t in range(0, 23, 5))
     assert abs(float(found.health.product) - product) < 1e-3
     for x in found.health:
@@ -374,8 +369,8 @@ def test_what_chunks_forget_costs_no_denormal_numbers() -> None:
     gates = torch.full((1, 300, 3, 4), 3.0)
     weights = torch.full((3, 4), 0.1)
     rows = Rows(CELLS["para_gru"], gates, weights, None, None, 100)
-    (product,) = forward(rows, [torch.zeros(1, 3, 4)], True).products[0]
-    assert not product.any()
+    product = forward(rows, torch.zeros(1, 1, 3, 4), True).products
+    assert product is not None and not product.any()
 
 
 def leaky(h: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
