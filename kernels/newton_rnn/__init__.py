@@ -95,11 +95,11 @@ def newton_rnn(
         ValueError: a name, shape, number or backend does not fit.
     """
     known = _cell(cell)
+    _check(known, gates, recurrent, bias, segment_ids)
+    _check_numbers(iterations, max_iterations, tolerance)
     kind = torch.promote_types(gates.dtype, torch.float32)
     batch, shape = len(gates), gates.shape[3:]
     expected = (batch, *shape) if known.variables == 1 else (batch, known.variables, *shape)
-    _check(known, gates, recurrent, bias, segment_ids)
-    _check_numbers(iterations, max_iterations, tolerance)
     if initial_state is None:
         initial_state = gates.new_zeros(expected, dtype=kind)
     elif tuple(initial_state.shape) != expected:
@@ -109,7 +109,7 @@ def newton_rnn(
     run = choose("newton_rnn", backend, _IMPLEMENTATIONS, gates.device)
     with torch.autocast(gates.device.type, enabled=False):
         weights = recurrent.to(kind).flatten(1)
-        flat = gates.flatten(3) if shape else gates.unsqueeze(3)
+        flat = gates.flatten(3)
         if isinstance(known, FunctionCell) and has_numbers():
             known.check(flat, weights)
         h, state, health = run(

@@ -20,7 +20,7 @@ WIDE = 32768
 """With this many channels in all rows one position is enough work for a step on a CPU."""
 STEP = 2**17
 """Elements that a step should have on a CPU; a GPU wants sixteen times as many."""
-LEAST = 16
+LEAST = 32
 """Positions of a chunk, at least."""
 
 

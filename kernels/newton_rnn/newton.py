@@ -44,8 +44,8 @@ class Health(NamedTuple):
     relative: Tensor
     """The same, divided by the largest state or by 1."""
     product: Tensor
-    """Largest entry of a chunk's product of Jacobians: how much of what a chunk begins with is left
-    at its end. Above 1 errors grow on their way. 0 for rows of one chunk."""
+    """Largest entry of a chunk's product of Jacobians: how much of what a chunk begins with reaches
+    the next one. Above 1 errors grow on their way. 0 for rows of one chunk."""
     iterations: Tensor
     """int64: linear solves."""
     extra: Tensor
@@ -140,6 +140,8 @@ def advance(
         change = state_of(neighbours.before(here, vector(first))) - old
     carried = _carried(products, gaps, change)
     following = torch.cat((old + change, (ends + carried)[:, :, :-1]), 2)
+    if neighbours is None:  # nothing follows the last chunk
+        carried, products = carried[:, :, :-1], products[:, :, :, :-1]
     wrong = torch.cat((change, gaps), 2)
     return following, torch.stack([x.abs().amax() for x in (wrong, ends, carried, products)])
 
