@@ -10,6 +10,7 @@ from rondo.kernels.fast_weights import FastWeights, FastWeightState, fast_weight
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.memory_context import memory_context
 from rondo.kernels.neural_memory import neural_memory
+from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from rondo.kernels.pointwise import swiglu
 from rondo.kernels.rope import rope
@@ -37,6 +38,7 @@ __all__ = [
     "linear_scan_summary",
     "memory_context",
     "neural_memory",
+    "newton_rnn",
     "rms_norm",
     "rope",
     "short_conv",
