@@ -68,18 +68,44 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate by step, as a share of the peak."""
+    """Learning rate by step. Ratios are shares of optimizer.lr; lengths are steps (500), tokens
+    ("16B tokens") or shares of the run ("1%")."""
 
-    name: Literal["constant", "cosine", "wsd"] = "cosine"
-    """'wsd' is warm-up, stable, decay."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    decay_steps: int = 0
-    """Length of wsd's decay at the end of the run; 0 means a fifth of the run."""
-    decay_shape: Literal["linear", "cosine", "1-sqrt", "exponential"] = "1-sqrt"
-    """Shape of wsd's decay."""
+    name: Literal[
+        "constant",
+        "linear",
+        "cosine",
+        "inv_sqrt",
+        "wsd",
+        "wsd_s",
+        "infinite_cosine",
+        "infinite_inv_sqrt",
+    ] = "cosine"
+    """'wsd' is warm-up, stable, decay; 'wsd_s' goes back to the peak after each of several decays;
+    the infinite ones cool down to a constant rate, which needs no end, and anneal from there."""
+    warmup_steps: int | str = 0
+    """Length of the linear warm-up."""
+    start_ratio: float = 0.0
+    """Where the warm-up starts."""
+    peak_ratio: float = 1.0
+    """Where it ends. Below 1 to go on from a decayed rate without warming up again."""
+    cooldown_steps: int | str = 0
+    """Length of the infinite schedules' way from the peak to the constant rate."""
+    constant_ratio: float = 0.55
+    """The infinite schedules' constant rate."""
+    timescale: float = 10.0
+    """How early infinite_inv_sqrt cools down; near 0 it does so linearly."""
+    decay_steps: int | str = 0
+    """Length of the decay at the end of the run (wsd_s: before each end). 0 means a fifth of the
+    run with wsd and wsd_s, and no anneal with the infinite schedules."""
+    decay_shape: Literal[
+        "linear", "cosine", "1-sqrt", "exponential", "megatron-exponential", "inverse"
+    ] = "1-sqrt"
+    """Shape of the decay of wsd and wsd_s; the infinite schedules anneal exponentially."""
+    decay_ends: list[int | str] = field(default_factory=list)
+    """Steps at which a decay of wsd_s has ended, besides the end of the run."""
     final_ratio: float = 0.1
-    """Learning rate at the end over the peak."""
+    """Learning rate at the end of the run, and what inv_sqrt does not go below."""
 
 
 @dataclass

@@ -190,7 +190,7 @@ class Trainer:
         recipe, ranks, model = self.recipe, self.ranks, self.model
         # Whatever draws random numbers draws the same after a resume.
         torch.manual_seed((recipe.seed << 32) + step * ranks.size + ranks.rank)
-        scale = factor(step, recipe.steps, recipe.schedule)
+        scale = factor(step, recipe.steps, recipe.schedule, self.tokens_per_step)
         set_learning_rate(self.optimizers, scale)
         nats = model.forward_backward(batches)
         loss_sum, valid, text, stopping, failed, *added = ranks.sum(
