@@ -109,6 +109,34 @@ class ScheduleConfig:
 
 
 @dataclass
+class ReweightConfig:
+    """How much each sample counts, by its own loss among those of the same step."""
+
+    strategy: Literal["uniform", "linear", "linupper", "quadratic", "extremes"] = "uniform"
+    """What weighs most: everything alike (uniform), high losses (linear; linupper only damps the
+    lower half), middling ones (quadratic), or both ends (extremes)."""
+    temperature: float = 1.0
+    """How even weights are: within a scope no token counts more than exp(1 / temperature) times
+    another."""
+    warmup_steps: int | str = 0
+    """Length of the time before `temperature` holds: steps (500), tokens ("2B tokens") or a share
+    of the run ("5%")."""
+    warmup: Literal["plain", "step", "linear", "cosine"] = "plain"
+    """Until then, the unweighted loss (plain), start_temperature (step), or a way from
+    start_temperature to temperature (linear, cosine)."""
+    start_temperature: float = 100.0
+    """Temperature that a warm-up, if it is not plain, begins with."""
+    clip_quantile: float = 0.0
+    """Losses below this quantile or above its opposite (0.01: 1% and 99%) count as these, so that
+    one outlier does not make all others alike. 0 switches it off."""
+    unit: Literal["sequence", "document"] = "sequence"
+    """What a sample is: a packed sequence, or each document's part in it."""
+    scope: Literal["micro_batch", "global_batch"] = "micro_batch"
+    """Among which samples weights are shared out: a micro-batch of all ranks, or the whole step,
+    which takes a forward pass over it first."""
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept of a run, and where it starts from."""
 
@@ -168,6 +196,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    reweight: ReweightConfig = field(default_factory=ReweightConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and matmul operands; parameters, states and updates are float32."""

@@ -32,7 +32,12 @@ _AT_LEAST = {
     "logging.every": 1,
     "logging.norms_every": 0,
 }
-_ABOVE_0 = ("optimizer.lr", "optimizer.eps")
+_ABOVE_0 = (
+    "optimizer.lr",
+    "optimizer.eps",
+    "reweight.temperature",
+    "reweight.start_temperature",
+)
 _NOT_BELOW_0 = ("optimizer.weight_decay", "optimizer.clip_norm")
 _NOT_EMPTY = ("output_dir", "data.folder", "data.tokenizer", "checkpoint.resume")
 _LONGEST_NAME = 128
@@ -58,7 +63,7 @@ def problems(
 
     found = [*_numbers(recipe), *_names(recipe), *_sources(recipe)]
     sizes = ("data.global_batch_size", "data.micro_batch_size", "data.sequence_length")
-    if all_read("steps", "schedule.", *sizes):
+    if all_read("steps", "schedule.", "reweight.warmup_steps", *sizes):
         found += schedule_problems(recipe)
     if all_read("parallel.", *sizes):
         found += layout_problems(recipe, world_size)
@@ -83,6 +88,9 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
     for i, beta in enumerate(recipe.optimizer.betas):
         if not 0 <= beta < 1:
             yield f"optimizer.betas.{i}: must be at least 0 and below 1, got {show(beta)}"
+    if not 0 <= recipe.reweight.clip_quantile < 0.5:
+        quantile = show(recipe.reweight.clip_quantile)
+        yield f"reweight.clip_quantile: must be at least 0 and below 0.5, got {quantile}"
     if not 0 <= recipe.data.validation_fraction < 1:
         fraction = show(recipe.data.validation_fraction)
         yield f"data.validation_fraction: must be at least 0 and below 1, got {fraction}"

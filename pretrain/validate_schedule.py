@@ -1,4 +1,4 @@
-"""Learning-rate schedules that cannot be, or do not fit their run."""
+"""Schedules, of the learning rate above all, that cannot be or do not fit their run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ LARGEST = 2**31 - 1
 
 
 def schedule_problems(recipe: Recipe) -> list[str]:
-    """What is wrong with a recipe's schedule; each problem starts with its key."""
+    """What is wrong with a recipe's schedule, and with lengths elsewhere; each problem starts with
+    its key."""
     step_tokens = max(1, recipe.data.global_batch_size * recipe.data.sequence_length)
     found = [*_ratios(recipe), *_lengths(recipe, step_tokens)]
     if not found and recipe.steps >= 1:
@@ -54,20 +55,26 @@ def _limits(schedule: ScheduleConfig) -> dict[str, str]:
 
 def _lengths(recipe: Recipe, step_tokens: int) -> Iterator[str]:
     schedule = recipe.schedule
-    lengths = {name: getattr(schedule, name) for name in ("warmup_steps", "cooldown_steps")}
-    lengths["decay_steps"] = schedule.decay_steps
-    lengths |= {f"decay_ends.{i}": end for i, end in enumerate(schedule.decay_ends)}
-    for name, length in lengths.items():
-        least = 1 if name.startswith("decay_ends") else 0
-        try:
-            steps = in_steps(length, max(1, recipe.steps), step_tokens)
-        except ValueError as error:
-            words, _, hint = str(error).partition("; ")
-            yield f"schedule.{name}: {words}, got {show(length)}{hint and f'; {hint}'}"
-            continue
-        if not least <= steps <= LARGEST:
-            got = f"{show(length)} ({steps} steps)" if isinstance(length, str) else show(length)
-            yield f"schedule.{name}: must be at least {least} and at most {LARGEST}, got {got}"
+    yield from _length("schedule.warmup_steps", schedule.warmup_steps, recipe, step_tokens)
+    yield from _length("schedule.cooldown_steps", schedule.cooldown_steps, recipe, step_tokens)
+    yield from _length("schedule.decay_steps", schedule.decay_steps, recipe, step_tokens)
+    for i, end in enumerate(schedule.decay_ends):
+        yield from _length(f"schedule.decay_ends.{i}", end, recipe, step_tokens, least=1)
+    yield from _length("reweight.warmup_steps", recipe.reweight.warmup_steps, recipe, step_tokens)
+
+
+def _length(
+    key: str, length: int | str, recipe: Recipe, step_tokens: int, least: int = 0
+) -> Iterator[str]:
+    try:
+        steps = in_steps(length, max(1, recipe.steps), step_tokens)
+    except ValueError as error:
+        words, _, hint = str(error).partition("; ")
+        yield f"{key}: {words}, got {show(length)}{hint and f'; {hint}'}"
+        return
+    if not least <= steps <= LARGEST:
+        got = f"{show(length)} ({steps} steps)" if isinstance(length, str) else show(length)
+        yield f"{key}: must be at least {least} and at most {LARGEST}, got {got}"
 
 
 def _fit(recipe: Recipe, step_tokens: int) -> Iterator[str]:
