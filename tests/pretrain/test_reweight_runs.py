@@ -32,6 +32,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         *("--model.pattern=[attention]", "--model.dim=32", "--model.num_layers=2"),
         *("--data.sequence_length=64", "--data.micro_batch_size=8", "--schedule.name=constant"),
+        "--schedule.warmup_steps=0",
         *("--checkpoint.every=3", "--steps=6", "--evals.batches=0", "--logging.tensorboard=false"),
         *(f"--data.sources=[{sources}]", f"--data.folder={folder / 'prepared'}"),
     ]
