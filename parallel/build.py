@@ -19,10 +19,12 @@ from rondo.parallel.mesh import Ranks, submesh
 from rondo.parallel.pipeline import (
     MicroBatch,
     Pipeline,
+    Weigh,
     layer_flops,
     rank_stages,
     split_evenly,
     stage_count,
+    weighted_loss,
 )
 from rondo.parallel.sequence import shard_sequence
 from rondo.parallel.tensor import shard_tensors
@@ -100,9 +102,10 @@ class ParallelModel:
         for part in self.parts:
             part.eval()
 
-    def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+    def forward_backward(self, batches: Sequence[MicroBatch], weigh: Weigh | None = None) -> Tensor:
         """Adds the gradients of the summed cross-entropy of `batches` and of the auxiliary losses,
         and completes them; returns this rank's share of the sum of cross-entropies (float64).
+        `weigh` weights the cross-entropies in the gradients, and there only.
 
         Divided by the number of targets of all ranks, these are the gradients of the mean over
         targets and of the auxiliary losses' means over all tokens, targets or not: experts take
@@ -110,14 +113,17 @@ class ParallelModel:
         self._weigh_auxiliary(batches)
         if self.ranks.layout.pp > 1:
             pipeline = self._piped(batches)
-            nats, aux = pipeline.run(batches), pipeline.aux
+            nats, aux = pipeline.run(batches, weigh=weigh), pipeline.aux
         else:
             nats, aux = torch.zeros((), dtype=torch.float64, device=self.ranks.device), []
             for i, batch in enumerate(batches):
                 self._accumulate(last=i + 1 == len(batches))
-                loss = self._loss(batch)
+                if weigh is None:
+                    plain = loss = self._loss(batch)
+                else:
+                    plain, loss = weighted_loss(i, self._token_losses(batch), weigh)
                 self.parts[0].total_loss(loss, self._aux).backward()
-                nats += loss.detach()
+                nats += plain.detach()
                 aux.append({name: value.detach() for name, value in self._aux.items()})
         data_parallel.finish_gradients(self.parts, self.ranks)
         zero = nats.new_zeros(())
@@ -132,6 +138,24 @@ class ParallelModel:
         if self.ranks.layout.pp > 1:
             return self._piped(batches).run(batches, backward=False)
         return torch.stack([self._loss(batch).double() for batch in batches]).sum()
+
+    @torch.no_grad()
+    def token_losses(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """The cross-entropies `(B, T)` of each of `batches`, of a model in evaluation mode; none on
+        ranks that do not hold the end of a pipeline."""
+        self.eval()
+        found: list[Tensor] = []
+        if self.ranks.layout.pp > 1:
+
+            def keep(number: int, losses: Tensor) -> Tensor:
+                found.append(losses)
+                return losses
+
+            self._piped(batches).run(batches, backward=False, weigh=keep)
+        else:
+            found = [self._token_losses(batch) for batch in batches]
+        self.train()
+        return found
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients, the same on every rank."""
@@ -148,15 +172,21 @@ class ParallelModel:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Cross-entropy of the whole model, summed over tokens; auxiliary losses in `_aux`."""
-        model = self.parts[0]
-        output = model(
+        return self.parts[0].hidden_loss(self._hidden(batch), batch.targets)
+
+    def _token_losses(self, batch: MicroBatch) -> Tensor:
+        """As `_loss`, `(B, T)`."""
+        return self.parts[0].hidden_loss(self._hidden(batch), batch.targets, reduction="none")
+
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        output = self.parts[0](
             batch.tokens,
             segment_ids=batch.segment_ids,
             positions=batch.positions,
             return_state=False,
         )
         self._aux = output.aux
-        return model.hidden_loss(output.hidden, batch.targets)
+        return output.hidden
 
     def _piped(self, batches: Sequence[MicroBatch]) -> Pipeline:
         if self._pipeline is None:

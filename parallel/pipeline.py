@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,17 @@ class MicroBatch(NamedTuple):
     targets: Tensor
     segment_ids: Tensor
     positions: Tensor
+
+
+Weigh = Callable[[int, Tensor], Tensor]
+"""From the number of a micro-batch in its step, and the losses `(B, T)` of its tokens, detached, to
+the weights of these, of the same shape. Called on ranks that hold the end of a model, in order."""
+
+
+def weighted_loss(number: int, losses: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
+    """The sum of `losses` `(B, T)` (float64, detached), and that of the weighted ones."""
+    constant = losses.detach()
+    return constant.double().sum(), (losses * weigh(number, constant)).sum()
 
 
 def stage_count(pp: int, schedule: str) -> int:
@@ -115,6 +126,7 @@ class Pipeline:
             for part, number in zip(parts, numbers, strict=True)
         ]
         self._parts, self._nats = parts, list[Tensor]()
+        self._weigh: Weigh | None = None
         self._starts, self._ends = 0 in numbers, total - 1 in numbers
         self.aux: list[dict[str, Tensor]] = []
         """Auxiliary losses of the micro-batches of the last run, on ranks that hold its end."""
@@ -125,9 +137,13 @@ class Pipeline:
             scale_grads=False,
         )
 
-    def run(self, batches: Sequence[MicroBatch], *, backward: bool = True) -> Tensor:
-        """Forward passes over `batches`, with or without their backward passes; the sum of the
-        losses, float64, on ranks that hold the last stage, and zero on others."""
+    def run(
+        self, batches: Sequence[MicroBatch], *, backward: bool = True, weigh: Weigh | None = None
+    ) -> Tensor:
+        """Forward passes over `batches`, with or without their backward passes, which are those of
+        losses weighted by `weigh`; the unweighted sum of the losses, float64, on ranks that hold
+        the last stage, and zero on others."""
+        self._weigh = weigh
         whole = MicroBatch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
         inputs = (whole.tokens,) if self._starts else ()
         self._nats.clear()
@@ -148,13 +164,17 @@ class Pipeline:
         """The loss of a micro-batch from what the last stage gives; keeps its parts."""
         last = next(part for part in self._parts if part.last)
         hidden, *added = (output,) if isinstance(output, Tensor) else output
-        loss = last.hidden_loss(hidden, targets)
+        if self._weigh is None:
+            nats = loss = last.hidden_loss(hidden, targets)
+        else:
+            losses = last.hidden_loss(hidden, targets, reduction="none")
+            nats, loss = weighted_loss(len(self._nats), losses, self._weigh)
         # Not `sum()`, whose gradient is one number seen many times, and cannot be sent.
         aux: dict[str, Tensor] = {
             name: each.flatten() @ torch.ones_like(each.detach()).flatten()
             for name, each in zip(last.loss_weights, added, strict=True)
         }
-        self._nats.append(loss.detach().double())
+        self._nats.append(nats.detach().double())
         self.aux.append({name: value.detach() for name, value in aux.items()})
         return last.total_loss(loss, aux)
 

@@ -1,4 +1,5 @@
-"""`rondo plan`: what a recipe would take on so many GPUs, found on one machine without any."""
+"""`rondo plan`: what a recipe would take on so many GPUs, found on one machine without any, and
+what its learning rate would be."""
 
 from __future__ import annotations
 
@@ -26,9 +27,10 @@ from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.options import help_text, parse_dataclass, split_arguments
 from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.schedule_view import Curve, schedule_data, schedule_page, show_schedule
 from rondo.pretrain.validate import problems
 
-_USAGE = "rondo plan RECIPE --ranks N [--option value]... [--section.key value]..."
+_USAGE = "rondo plan RECIPE --ranks N | --schedule [--option value]... [--section.key value]..."
 _DESCRIPTION = """\
 Lays RECIPE out on N ranks without GPUs: memory, collectives, predicted time. Keys of the recipe
 (`rondo train --help` lists them) can be given here too, and then override the file."""
@@ -41,8 +43,10 @@ class PlanConfig:
 
     recipe: str
     """Recipe file, or the name of a bundled recipe."""
-    ranks: int
-    """GPUs."""
+    ranks: int | None = None
+    """GPUs; needed for everything but --schedule."""
+    schedule: bool = False
+    """Draw the learning rate over the run, instead of laying it out."""
     hardware: str = "H100"
     """A100, H100, H200 or MI300X."""
     node_size: int | None = None
@@ -70,6 +74,9 @@ def main(words: Sequence[str]) -> int:
     own, overrides = _split(words)
     config = parse_dataclass(PlanConfig, own, "rondo plan", ("recipe",))
     _check(config)
+    if config.schedule:
+        draw_schedule(load_recipe(config.recipe, overrides, world_size=config.ranks), config)
+        return 0
     hardware = find_hardware(
         config.hardware,
         node_size=config.node_size,
@@ -85,8 +92,20 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def draw_schedule(recipe: Recipe, config: PlanConfig) -> None:
+    """Prints and writes the learning rate of `recipe` in the forms that `config` asks for."""
+    curve = Curve(recipe)
+    console = _console()
+    if config.json:
+        print(json.dumps(schedule_data(curve), indent=2))
+    else:
+        show_schedule(curve, console)
+    _write_page(schedule_page(curve), config, console)
+
+
 def plan_recipe(recipe: Recipe, config: PlanConfig, hardware: Hardware) -> list[Plan]:
     """Makes, prints and writes the plans that `config` asks for; returns them, best first."""
+    assert config.ranks is not None, "main has seen to it"
     job = make_job(recipe, config.ranks)
     if config.search:
         plans = _search(recipe, job, config, hardware)
@@ -97,7 +116,7 @@ def plan_recipe(recipe: Recipe, config: PlanConfig, hardware: Hardware) -> list[
             )
     else:
         plans = [make_plan(job, hardware, config.efficiency)]
-    console = Console(width=None if Console().is_terminal else 120)
+    console = _console()
     if config.json:
         data = [plan_data(plan) for plan in plans]
         print(json.dumps(data if config.search else data[0], indent=2))
@@ -105,11 +124,19 @@ def plan_recipe(recipe: Recipe, config: PlanConfig, hardware: Hardware) -> list[
         show_plan(plans[0], console)
         if config.search:
             show_search(plans, console)
+    _write_page(plan_page(plans[0], plans if config.search else ()), config, console)
+    return plans
+
+
+def _console() -> Console:
+    return Console(width=None if Console().is_terminal else 120)
+
+
+def _write_page(page: str, config: PlanConfig, console: Console) -> None:
     if config.html is not None:
-        Path(config.html).write_text(plan_page(plans[0], plans if config.search else ()), "utf-8")
+        Path(config.html).write_text(page, "utf-8")
         if not config.json:
             console.print(f"wrote {config.html}")
-    return plans
 
 
 def make_job(recipe: Recipe, ranks: int) -> Job:
@@ -163,7 +190,9 @@ def _search(recipe: Recipe, job: Job, config: PlanConfig, hardware: Hardware) ->
 
 
 def _check(config: PlanConfig) -> None:
-    if config.ranks < 1:
+    if config.ranks is None and not config.schedule:
+        raise UserError("ranks: required key, expected a whole number; or --schedule")
+    if config.ranks is not None and config.ranks < 1:
         raise UserError(f"ranks: must be at least 1, got {config.ranks}")
     if not 0 < config.efficiency <= 1:
         raise UserError(f"efficiency: must be above 0 and at most 1, got {config.efficiency}")

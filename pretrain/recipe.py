@@ -68,18 +68,72 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate by step, as a share of the peak."""
+    """Learning rate by step. Ratios are shares of optimizer.lr; lengths are steps (500), tokens
+    ("16B tokens") or shares of the run ("1%")."""
 
-    name: Literal["constant", "cosine", "wsd"] = "cosine"
-    """'wsd' is warm-up, stable, decay."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    decay_steps: int = 0
-    """Length of wsd's decay at the end of the run; 0 means a fifth of the run."""
-    decay_shape: Literal["linear", "cosine", "1-sqrt", "exponential"] = "1-sqrt"
-    """Shape of wsd's decay."""
+    name: Literal[
+        "constant",
+        "linear",
+        "cosine",
+        "inv_sqrt",
+        "wsd",
+        "wsd_s",
+        "infinite_cosine",
+        "infinite_inv_sqrt",
+    ] = "cosine"
+    """'wsd' is warm-up, stable, decay; 'wsd_s' goes back to the peak after each of several decays;
+    the infinite ones cool down to a constant rate, which needs no end, and anneal from there."""
+    warmup_steps: int | str = 0
+    """Length of the linear warm-up."""
+    start_ratio: float = 0.0
+    """Where the warm-up starts."""
+    peak_ratio: float = 1.0
+    """Where it ends. Below 1 to go on from a decayed rate without warming up again."""
+    cooldown_steps: int | str = 0
+    """Length of the infinite schedules' way from the peak to the constant rate."""
+    constant_ratio: float = 0.55
+    """The infinite schedules' constant rate."""
+    timescale: float = 10.0
+    """How early infinite_inv_sqrt cools down; near 0 it does so linearly."""
+    decay_steps: int | str = 0
+    """Length of the decay at the end of the run (wsd_s: before each end). 0 means a fifth of the
+    run with wsd and wsd_s, and no anneal with the infinite schedules."""
+    decay_shape: Literal[
+        "linear", "cosine", "1-sqrt", "exponential", "megatron-exponential", "inverse"
+    ] = "1-sqrt"
+    """Shape of the decay of wsd and wsd_s; the infinite schedules anneal exponentially."""
+    decay_ends: list[int | str] = field(default_factory=list)
+    """Steps at which a decay of wsd_s has ended, besides the end of the run."""
     final_ratio: float = 0.1
-    """Learning rate at the end over the peak."""
+    """Learning rate at the end of the run, and what inv_sqrt does not go below."""
+
+
+@dataclass
+class ReweightConfig:
+    """How much each sample counts, by its own loss among those of the same step."""
+
+    strategy: Literal["uniform", "linear", "linupper", "quadratic", "extremes"] = "uniform"
+    """What weighs most: everything alike (uniform), high losses (linear; linupper only damps the
+    lower half), middling ones (quadratic), or both ends (extremes)."""
+    temperature: float = 1.0
+    """How even weights are: within a scope no token counts more than exp(1 / temperature) times
+    another."""
+    warmup_steps: int | str = 0
+    """Length of the time before `temperature` holds: steps (500), tokens ("2B tokens") or a share
+    of the run ("5%")."""
+    warmup: Literal["plain", "step", "linear", "cosine"] = "plain"
+    """Until then, the unweighted loss (plain), start_temperature (step), or a way from
+    start_temperature to temperature (linear, cosine)."""
+    start_temperature: float = 100.0
+    """Temperature that a warm-up, if it is not plain, begins with."""
+    clip_quantile: float = 0.0
+    """Losses below this quantile or above its opposite (0.01: 1% and 99%) count as these, so that
+    one outlier does not make all others alike. 0 switches it off."""
+    unit: Literal["sequence", "document"] = "sequence"
+    """What a sample is: a packed sequence, or each document's part in it."""
+    scope: Literal["micro_batch", "global_batch"] = "micro_batch"
+    """Among which samples weights are shared out: a micro-batch of all ranks, or the whole step,
+    which takes a forward pass over it first."""
 
 
 @dataclass
@@ -144,6 +198,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    reweight: ReweightConfig = field(default_factory=ReweightConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and matmul operands; parameters, states and updates are float32."""

@@ -50,6 +50,7 @@ from rondo.pretrain.optim import build_optimizers, set_learning_rate
 from rondo.pretrain.parse import dump_recipe
 from rondo.pretrain.probe import layer_norms
 from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.reweight import Reweighting, SampleWeights
 from rondo.pretrain.routing import expert_similarity, router_gradients, routing
 from rondo.pretrain.schedules import factor
 from rondo.pretrain.stage_costs import stage_costs
@@ -133,6 +134,7 @@ class Trainer:
         losses = [(ffn, loss) for ffn in ffns for loss in FFNS[ffn].losses(self.config)]
         self.loss_names = {loss: f"{ffn}/{loss}" for ffn, loss in losses}
         self.tokens_per_step = recipe.data.global_batch_size * length
+        self.reweighting = Reweighting(recipe, ranks)
         self.cost = model_cost(self.config, length)
         self.flops_per_token = 3 * self.cost.flops  # backward costs twice forward
         self.peak_flops = ranks.sum(peak_flops(ranks.device, PRECISIONS[recipe.precision]))[0]
@@ -194,14 +196,16 @@ class Trainer:
         recipe, ranks, model = self.recipe, self.ranks, self.model
         # Whatever draws random numbers draws the same after a resume.
         torch.manual_seed((recipe.seed << 32) + step * ranks.size + ranks.rank)
-        scale = factor(step, recipe.steps, recipe.schedule)
+        scale = factor(step, recipe.steps, recipe.schedule, self.tokens_per_step)
         set_learning_rate(self.optimizers, scale)
-        nats = model.forward_backward(batches)
-        loss_sum, valid, text, stopping, failed, *added = ranks.sum(
+        weights = self._sample_weights(step, batches)
+        nats = model.forward_backward(batches, weights)
+        loss_sum, valid, text, stopping, failed, *more = ranks.sum(
             *self._count(nats, batches),
             float(self.stop.raised),
             float(self.checkpointer.failed),
             *(float(value) for value in model.auxiliary.values()),
+            *(weights.shares() if weights else ()),
         )
         self.loads = take_loads(model.parts, ranks)
         if failed:
@@ -224,8 +228,9 @@ class Trainer:
             "seconds": seconds,
             **{
                 self.loss_names[name]: value / self.tokens_per_step
-                for name, value in zip(model.auxiliary, added, strict=True)
+                for name, value in zip(model.auxiliary, more, strict=False)
             },
+            **(weights.metrics(more[len(model.auxiliary) :], valid) if weights else {}),
             **load_summary(self.loads),
             **take_counts(model.parts, ranks),
         }
@@ -332,15 +337,30 @@ class Trainer:
 
     def _global_batch(self, dataset: TokenDataset, number: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of global batch `number`."""
+        for chunk in self._indices(number):
+            yield micro_batch(dataset.batch(chunk), self.ranks)
+
+    def _indices(self, number: int) -> list[list[int]]:
+        """The samples of this rank's micro-batches of global batch `number`."""
         data, ranks = self.recipe.data, self.ranks
-        for chunk in rank_indices(
+        return rank_indices(
             number,
             data.global_batch_size,
             ranks.data_index,
             ranks.layout.data_size,
             data.micro_batch_size,
-        ):
-            yield micro_batch(dataset.batch(chunk), ranks)
+        )
+
+    def _sample_weights(self, step: int, batches: list[MicroBatch]) -> SampleWeights | None:
+        """How much samples count in `step`; None where all count alike."""
+        temperature = self.reweighting.temperature(step)
+        if temperature is None:
+            return None
+        sources = [[self.training.source(i) for i in chunk] for chunk in self._indices(step)]
+        weights = SampleWeights(self.reweighting, temperature, batches, sources)
+        if self.recipe.reweight.scope == "global_batch":
+            weights.fix(self.model.token_losses(batches))
+        return weights
 
     def _observe(self, step: int, batches: list[MicroBatch], last: bool) -> dict[str, float]:
         """Validation and norms, when they are due after `step`."""
@@ -379,6 +399,8 @@ class Trainer:
             f"{f' ({shape})' if shape else ''}, {self.peak_flops / 1e9:,.0f} GFLOP/s of matrix "
             "products"
         )
+        if note := self.reweighting.note():
+            self.metrics.say(note)
         for line in origin:
             self.metrics.say(line)
 

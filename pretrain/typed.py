@@ -1,7 +1,8 @@
 """Plain data into dataclasses, with every wrong key and value found in one pass.
 
-Types: dataclasses, lists, dictionaries, tuples of fixed length, `T | None`, Literal, int, float,
-str, bool and Any. A bool is no int, text is no number, an int is a fine float, numbers are finite.
+Types: dataclasses, lists, dictionaries, tuples of fixed length, `T | None`, unions of scalars,
+Literal, int, float, str, bool and Any. A bool is no int, text is no number, an int is a fine float,
+numbers are finite.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class _Builder:
         if dataclasses.is_dataclass(want):
             return self.section(want, value, key)
         origin, args = get_origin(want), get_args(want)
-        if origin in (Union, types.UnionType):
+        if types.NoneType in args:
             return None if value is None else self.value(_not_none(want), value, key)
         if origin is list and isinstance(value, list):
             return [self.value(args[0], item, f"{key}.{i}") for i, item in enumerate(value)]
@@ -145,10 +146,12 @@ def item_class(want: Any) -> type | None:
 
 def from_text(text: str, want: Any) -> Any:
     """What `text`, typed for a value of type `want`, stands for. ValueError if it is no YAML."""
-    optional = get_origin(want) in (Union, types.UnionType)
-    if optional and text in ("null", "~"):
-        return None
-    return str(text) if (_not_none(want) if optional else want) is str else read_yaml(str(text))
+    if types.NoneType in get_args(want):
+        return None if text in ("null", "~") else from_text(text, _not_none(want))
+    if want is str:
+        return str(text)
+    value = read_yaml(str(text))
+    return str(text) if _is_union(want) and not _fits(value, want) else value
 
 
 def describe(want: Any) -> str:
@@ -158,8 +161,10 @@ def describe(want: Any) -> str:
         return _NAMES[want]
     if dataclasses.is_dataclass(want):
         return f"keys with values ({', '.join(f.name for f in dataclasses.fields(want))})"
-    if origin in (Union, types.UnionType):
+    if types.NoneType in args:
         return f"{describe(_not_none(want))} or null"
+    if _is_union(want):
+        return " or ".join(map(describe, args))
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin is list:
@@ -202,9 +207,15 @@ def _not_none(want: Any) -> Any:
     return next(arg for arg in get_args(want) if arg is not types.NoneType)
 
 
+def _is_union(want: Any) -> bool:
+    return get_origin(want) in (Union, types.UnionType)
+
+
 def _fits(value: Any, want: Any) -> bool:
     if want is Any:
         return True
+    if _is_union(want):
+        return any(_fits(value, kind) for kind in get_args(want))
     if get_origin(want) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(want))
     if want is float:

@@ -16,8 +16,8 @@ from rondo.pretrain.plain import show
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.typed import RecipeError
 from rondo.pretrain.validate_layout import layout_problems, model_layout_problems
+from rondo.pretrain.validate_schedule import LARGEST, schedule_problems
 
-_LARGEST = 2**31 - 1
 _AT_LEAST = {
     "steps": 1,
     "seed": 0,
@@ -25,8 +25,6 @@ _AT_LEAST = {
     "data.global_batch_size": 1,
     "data.micro_batch_size": 1,
     "optimizer.max_skipped_steps": 0,
-    "schedule.warmup_steps": 0,
-    "schedule.decay_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
     "evals.every": 0,
@@ -34,7 +32,12 @@ _AT_LEAST = {
     "logging.every": 1,
     "logging.norms_every": 0,
 }
-_ABOVE_0 = ("optimizer.lr", "optimizer.eps")
+_ABOVE_0 = (
+    "optimizer.lr",
+    "optimizer.eps",
+    "reweight.temperature",
+    "reweight.start_temperature",
+)
 _NOT_BELOW_0 = ("optimizer.weight_decay", "optimizer.clip_norm")
 _NOT_EMPTY = ("output_dir", "data.folder", "data.tokenizer", "checkpoint.resume")
 _LONGEST_NAME = 128
@@ -59,9 +62,9 @@ def problems(
         return not any(key.startswith(prefixes) for key in unread)
 
     found = [*_numbers(recipe), *_names(recipe), *_sources(recipe)]
-    if all_read("steps", "schedule."):
-        found += _schedule(recipe)
     sizes = ("data.global_batch_size", "data.micro_batch_size", "data.sequence_length")
+    if all_read("steps", "schedule.", "reweight.warmup_steps", *sizes):
+        found += schedule_problems(recipe)
     if all_read("parallel.", *sizes):
         found += layout_problems(recipe, world_size)
     if all_read("model."):
@@ -74,8 +77,8 @@ def problems(
 def _numbers(recipe: Recipe) -> Iterator[str]:
     for key, least in _AT_LEAST.items():
         value = _get(recipe, key)
-        if not least <= value <= _LARGEST:
-            yield f"{key}: must be at least {least} and at most {_LARGEST}, got {show(value)}"
+        if not least <= value <= LARGEST:
+            yield f"{key}: must be at least {least} and at most {LARGEST}, got {show(value)}"
     for key in _ABOVE_0:
         if not 0 < _get(recipe, key) < math.inf:
             yield f"{key}: must be a finite number above 0, got {show(_get(recipe, key))}"
@@ -85,9 +88,9 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
     for i, beta in enumerate(recipe.optimizer.betas):
         if not 0 <= beta < 1:
             yield f"optimizer.betas.{i}: must be at least 0 and below 1, got {show(beta)}"
-    if not 0 <= recipe.schedule.final_ratio <= 1:
-        ratio = show(recipe.schedule.final_ratio)
-        yield f"schedule.final_ratio: must be from 0 to 1, got {ratio}"
+    if not 0 <= recipe.reweight.clip_quantile < 0.5:
+        quantile = show(recipe.reweight.clip_quantile)
+        yield f"reweight.clip_quantile: must be at least 0 and below 0.5, got {quantile}"
     if not 0 <= recipe.data.validation_fraction < 1:
         fraction = show(recipe.data.validation_fraction)
         yield f"data.validation_fraction: must be at least 0 and below 1, got {fraction}"
@@ -133,17 +136,6 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         if not 0 < source.weight < math.inf:
             weight = show(source.weight)
             yield f"data.sources.{i}.weight: must be a finite number above 0, got {weight}"
-
-
-def _schedule(recipe: Recipe) -> Iterator[str]:
-    warmup, decay = recipe.schedule.warmup_steps, recipe.schedule.decay_steps
-    if recipe.schedule.name != "wsd":
-        decay = 0
-    if warmup + decay > recipe.steps >= 1:
-        yield (
-            f"schedule.warmup_steps: {warmup} steps of warm-up and {decay} of decay do not fit "
-            f"into a run of {recipe.steps} steps"
-        )
 
 
 def _texts(plain: Any, key: str = "") -> Iterator[tuple[str, str]]:

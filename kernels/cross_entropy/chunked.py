@@ -2,7 +2,8 @@
 place, and filled again.
 
 For a scalar loss the gradients are formed while the logits are there, so that the vocabulary
-product is computed once; for per-token losses the backward pass computes the logits again.
+product is computed once. For per-token losses the backward pass computes the logits again, unless
+one buffer holds those of all tokens: then it is kept.
 
 Logits are taken relative to the target's own logit, inside the product (`beta` of addmm), before
 they are rounded: in bfloat16 the rounding error of a probability is then small exactly where
@@ -72,21 +73,40 @@ class _TotalLoss(torch.autograd.Function):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Loss of each token; the backward pass computes the logits again."""
+    """Loss of each token; the backward pass computes the logits again if they were not kept."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets, valid)
-        losses, _, _ = _losses(hidden, weight, targets, None)
+        ctx.kept = _fits_one_buffer(hidden, weight) and any(ctx.needs_input_grad)
+        if ctx.kept:
+            losses, _, _ = _results(hidden, weight, None)
+            logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+            sums = _losses_into(losses, logits, hidden, weight.to(hidden.dtype), targets)
+            ctx.save_for_backward(hidden, weight, valid, logits, sums)
+        else:
+            losses, _, _ = _losses(hidden, weight, targets, None)
+            ctx.save_for_backward(hidden, weight, valid, targets)
         return losses * valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, valid = ctx.saved_tensors
+        hidden, weight, valid, *more = ctx.saved_tensors
         upstream = grad * valid
-        _, grad_hidden, grad_weight = _losses(hidden, weight, targets, upstream)
+        if ctx.kept:
+            logits, sums = more
+            row = upstream[:, None] / sums
+            grad_hidden = (logits @ weight.to(hidden.dtype)) * row
+            update = logits.T @ (hidden * row).to(hidden.dtype)
+            return grad_hidden.to(hidden.dtype), update.to(weight.dtype), None, None
+        _, grad_hidden, grad_weight = _losses(hidden, weight, more[0], upstream)
         return grad_hidden, grad_weight, None, None
+
+
+def _fits_one_buffer(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether logits can be kept: there are few enough, and the call is not being compiled."""
+    size = hidden.shape[0] * weight.shape[0] * hidden.element_size()
+    return 0 < size <= BUFFER_BYTES and not torch.compiler.is_compiling()
 
 
 def _can_look_at(x: Tensor) -> bool:

@@ -61,8 +61,13 @@ def plan_page(plan: Plan, best: Sequence[Plan] = ()) -> str:
         "<h2>Assumptions</h2><p>Times are predictions, not measurements. They assume:</p>"
         f"<ul>{notes}</ul>"
     )
+    return html_page(escape(title), body)
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """A whole page of parts that are HTML already, the title included."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
 

@@ -131,6 +131,10 @@ class TokenDataset:
         targets = np.where(segments[1:] == segments[:-1], tokens[1:], IGNORED)
         return Sample(tokens, targets, segments[:-1], self._numbers[which])
 
+    def source(self, index: int) -> int:
+        """Position in the recipe's list of sources of the sample at global `index`."""
+        return self._numbers[self.mixture[index][0]]
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """The sequences at `indices`, stacked."""
         samples = [self.sample(i) for i in indices]

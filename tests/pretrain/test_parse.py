@@ -88,6 +88,48 @@ MISTAKES = [
         "5 steps of warm-up and 5 of decay",
         "9 steps",
     ),
+    ("schedule: {name: wsds}", "schedule.name", "infinite_cosine", "did you mean wsd"),
+    ("schedule: {warmup_steps: -1}", "schedule.warmup_steps", "at least 0", "got -1"),
+    ("schedule: {warmup_steps: 1.5}", "schedule.warmup_steps", "a whole number or text", "1.5"),
+    ("schedule: {warmup_steps: 5 tokns}", "schedule.warmup_steps", "5 tokns", '"5 tokens"?'),
+    ("schedule: {warmup_steps: 2Btokens!}", "schedule.warmup_steps", "or a share", '"2B tokens"?'),
+    ("schedule: {warmup_steps: '500'}", "schedule.warmup_steps", '"500"', "500 without quotes?"),
+    ("schedule: {warmup_steps: soon}", "schedule.warmup_steps", "steps (500), tokens", '"soon"'),
+    ("schedule: {warmup_steps: 101%}", "schedule.warmup_steps", "1010 steps of warm-up"),
+    ("schedule: {warmup_steps: 9T steps}", "schedule.warmup_steps", "9T steps", "at most"),
+    ("schedule: {peak_ratio: 0}", "schedule.peak_ratio", "above 0", "got 0"),
+    ("schedule: {peak_ratio: .05}", "schedule.final_ratio", "0.05 (schedule.peak_ratio)", "0.1"),
+    ("schedule: {start_ratio: 2}", "schedule.start_ratio", "from 0 to 1.0", "got 2.0"),
+    ("schedule: {timescale: 0}", "schedule.timescale", "above 0", "got 0.0"),
+    ("schedule: {name: infinite_cosine}", "schedule.cooldown_steps", "at least 1 step", "got 0"),
+    (
+        "schedule: {name: infinite_cosine, constant_ratio: 0, final_ratio: 0, cooldown_steps: 9}",
+        "schedule.constant_ratio",
+        "above 0",
+    ),
+    (
+        "schedule: {name: infinite_cosine, cooldown_steps: 60%, decay_steps: 41%}",
+        "schedule.warmup_steps",
+        "0 steps of warm-up and 600 of cool-down and 410 of decay",
+        "1000 steps",
+    ),
+    (
+        "schedule: {name: wsd_s, decay_steps: 10, decay_ends: [100, 105]}",
+        "schedule.decay_ends",
+        "10 steps of decay do not fit between steps 100 and 105",
+    ),
+    ("schedule: {name: wsd_s, decay_ends: [0]}", "schedule.decay_ends.0", "at least 1", "got 0"),
+    ("reweight: {strategy: LinUpper}", "reweight.strategy", "did you mean linupper?"),
+    ("reweight: {temperature: 0}", "reweight.temperature", "above 0", "got 0.0"),
+    ("reweight: {start_temperature: -1}", "reweight.start_temperature", "above 0", "got -1.0"),
+    ("reweight: {clip_quantile: .5}", "reweight.clip_quantile", "below 0.5", "got 0.5"),
+    (
+        "reweight: {warmup_steps: 5 percent}",
+        "reweight.warmup_steps",
+        "5 percent",
+        "a share of the run",
+    ),
+    ("reweight: {scope: batch}", "reweight.scope", "micro_batch, global_batch"),
     ("data: {sources: []}", "data.sources", "at least one source"),
     ("data: {sources: [{path: ''}]}", "data.sources.0.path", "empty"),
     ("data: {sources: [{path: a, weight: 0}]}", "data.sources.0.weight", "above 0", "got 0"),
@@ -199,6 +241,14 @@ def test_overrides_of_every_kind(tmp_path):
     assert recipe.data.sources == [SourceConfig("a", 2.0)]
     assert (recipe.evals.every, recipe.evals.batches) == (5, 2)
     assert (recipe.schedule.name, recipe.output_dir) == ("cosine", "a=b")
+
+
+def test_lengths_are_numbers_or_text(tmp_path):
+    text = "name: x\nschedule: {name: wsd_s, warmup_steps: 1%, decay_ends: [90, 40%]}"
+    schedule = load(text, tmp_path, "--schedule.decay_steps", "20k tokens").schedule
+    assert (schedule.warmup_steps, schedule.decay_steps) == ("1%", "20k tokens")
+    assert schedule.decay_ends == [90, "40%"]
+    assert load("name: x", tmp_path, "--schedule.warmup_steps", "7").schedule.warmup_steps == 7
 
 
 def test_overrides_reach_into_defaults_and_earlier_overrides(tmp_path):

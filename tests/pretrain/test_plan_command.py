@@ -53,6 +53,29 @@ def test_search(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.quick
+def test_schedule(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawn without a layout: columns, the rates where phases meet, JSON and a page."""
+    words = ["plan", recipe, "--schedule", "--steps", "1000", "--optimizer.lr", "3e-4"]
+    words += ["--schedule.name", "infinite_cosine", "--schedule.warmup_steps", "1%"]
+    words += ["--schedule.cooldown_steps", "60%", "--schedule.decay_steps", "14%"]
+    assert main([*words, "--html", str(tmp_path / "lr.html")]) == 0
+    text = capsys.readouterr().out
+    assert "infinite_cosine, 1,000 steps of 2,048 tokens" in text and "wrote" in text
+    for step, rate in (("10", "3.0000e-04"), ("610", "1.6500e-04"), ("860", "1.6500e-04")):
+        assert any(step in line and rate in line for line in text.splitlines())
+    columns = [line[10:] for line in text.splitlines() if "█" in line]
+    assert len(columns) == 12
+    full = [sum(line[i : i + 1] == "█" for line in columns) for i in (2, 50, 80, 99)]
+    assert full[0] == 12 and full[0] > full[1] > full[2] == 6 and full[3] == 1
+    page = (tmp_path / "lr.html").read_text()
+    assert "<polyline" in page and "3.00e-04" in page
+    assert main([*words, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["borders"] == [0, 10, 610, 860, 999] and len(data["lr"]) == 1000
+    assert data["lr"][310] == pytest.approx(2.325e-4)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -90,5 +113,5 @@ def test_impossible_plans_are_one_message(
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "usage: rondo plan RECIPE --ranks N" in text
+    assert "usage: rondo plan RECIPE --ranks N | --schedule" in text
     assert "--network_gbs" in text and "MI300X" in text
