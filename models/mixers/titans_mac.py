@@ -15,8 +15,9 @@ from rondo.models.config import ModelConfig
 from rondo.models.init import normal, parameter
 from rondo.models.layers import Linear, RMSNorm, ShortConv
 from rondo.models.mixer import SequenceContext, State, get, join_states, part_of, split_heads
-from rondo.models.mixers.attention import AttentionHeads, AttentionOptions
-from rondo.models.mixers.titans_memory import LearningHeads, TitansMemoryOptions, memory_sizes
+from rondo.models.mixers.attention import AttentionHeads
+from rondo.models.mixers.titans_mag import attention_options
+from rondo.models.mixers.titans_memory import LearningHeads, TitansMemoryOptions
 from rondo.models.registry import MIXERS
 
 
@@ -65,7 +66,9 @@ class TitansMac(LearningHeads):
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__(config, options, layer)
         self.scan, self.conv = memory_context, short_conv
-        self.attention = AttentionHeads(config, attention_options(config, options), layer)
+        self.attention = AttentionHeads(
+            config, attention_options(config, options, options.segment_size), layer
+        )
         heads, dim = self.num_heads, self.head_dim
         self.r_proj = Linear(config.dim, heads * dim, std=config.init_std)
         self.r_conv = ShortConv(heads * dim, options.conv_width)
@@ -78,7 +81,9 @@ class TitansMac(LearningHeads):
     @classmethod
     def problems(cls, config: ModelConfig, options: Any) -> list[str]:
         found = super().problems(config, options)
-        found += AttentionHeads.problems(config, attention_options(config, options))
+        found += AttentionHeads.problems(
+            config, attention_options(config, options, options.segment_size)
+        )
         if options.chunk_size > 0 and options.segment_size % options.chunk_size:
             found.append(
                 f"segment_size: {options.segment_size} is not a multiple of chunk_size "
@@ -155,15 +160,3 @@ class TitansMac(LearningHeads):
         recalled = 2.0 * sum(self.memory.matrices())
         conv = 2 * self.options.conv_width * dim
         return heads * (4.0 * seen * dim + projections + recalled + self.learning_flops() + conv)
-
-
-def attention_options(config: ModelConfig, options: Any) -> AttentionOptions:
-    """Attention over no more than a segment, with heads as those of the memory."""
-    heads, head_dim = memory_sizes(config, options)
-    return AttentionOptions(
-        num_heads=heads,
-        head_dim=head_dim,
-        window=options.segment_size,
-        persistent_tokens=options.persistent_tokens,
-        rope_theta=options.rope_theta,
-    )

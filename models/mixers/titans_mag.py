@@ -56,7 +56,9 @@ class TitansMag(Mixer):
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__(config, options, layer)
         self.memory = MemoryHeads(config, options, layer)
-        self.attention = AttentionHeads(config, attention_options(config, options), layer)
+        self.attention = AttentionHeads(
+            config, attention_options(config, options, options.window), layer
+        )
         head_dim = self.memory.head_dim
         self.attention_norm = RMSNorm(head_dim, config.norm_eps)
         self.memory_norm = RMSNorm(head_dim, config.norm_eps)
@@ -65,7 +67,9 @@ class TitansMag(Mixer):
 
     @classmethod
     def problems(cls, config: ModelConfig, options: Any) -> list[str]:
-        attention = AttentionHeads.problems(config, attention_options(config, options))
+        attention = AttentionHeads.problems(
+            config, attention_options(config, options, options.window)
+        )
         return MemoryHeads.problems(config, options) + attention
 
     @classmethod
@@ -93,13 +97,13 @@ class TitansMag(Mixer):
         return self.attention.operator_flops(length) + self.memory.operator_flops(length)
 
 
-def attention_options(config: ModelConfig, options: Any) -> AttentionOptions:
+def attention_options(config: ModelConfig, options: Any, window: int | None) -> AttentionOptions:
     """Attention with heads as those of the memory."""
     heads, head_dim = memory_sizes(config, options)
     return AttentionOptions(
         num_heads=heads,
         head_dim=head_dim,
-        window=options.window,
+        window=window,
         persistent_tokens=options.persistent_tokens,
         rope_theta=options.rope_theta,
     )
