@@ -149,6 +149,9 @@ class CheckpointConfig:
     or of a run) is where to start from while the run folder has none; 'never' refuses to run in
     a folder that has one. The run's own checkpoint must be of the same model and optimizer; another
     run's may differ in which parameters are trained and whether experts are balanced by bias."""
+    init_from: str | None = None
+    """A checkpoint, or a run (its newest), of whose parameters alone a new run begins: optimizer,
+    schedule, step and data are its own. Of no effect once the run folder has a checkpoint."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
     signal: str = "SIGUSR1"

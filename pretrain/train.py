@@ -16,13 +16,10 @@ from rondo.errors import UserError
 from rondo.kernels.backend import show_choices
 from rondo.kernels.segments import document_positions
 from rondo.models import FFNS, Decoder, ModelConfig
-from rondo.models.loading import find_checkpoint
 from rondo.models.mixer import Cost
 from rondo.parallel.build import PRECISIONS, ParallelModel
 from rondo.parallel.checkpoint import (
-    Changes,
     Checkpointer,
-    copy_to_twins,
     model_tensors,
     optimizer_tensors,
     state_digest,
@@ -54,6 +51,7 @@ from rondo.pretrain.reweight import Reweighting, SampleWeights
 from rondo.pretrain.routing import expert_similarity, router_gradients, routing
 from rondo.pretrain.schedules import factor
 from rondo.pretrain.stage_costs import stage_costs
+from rondo.pretrain.start import Origin, begin, find_origin
 from rondo.pretrain.validate import validate
 
 DONE, STOPPED = 0, 75
@@ -77,9 +75,7 @@ def train(recipe: Recipe) -> int:
     folder = Path(recipe.output_dir) / recipe.name
     if recipe.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*")):
         raise UserError(f"checkpoint.resume: 'never', but {folder} has checkpoints of a run")
-    initial = None
-    if recipe.checkpoint.resume not in ("auto", "never"):
-        initial = find_checkpoint(Path(recipe.checkpoint.resume))
+    origin = find_origin(recipe.checkpoint)
     sources = prepare_sources(recipe.data)
     vocab_size = recipe.model.vocab_size or sources.tokenizer.vocab_size
 
@@ -91,7 +87,7 @@ def train(recipe: Recipe) -> int:
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
         trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
         try:
-            return trainer.run(initial)
+            return trainer.run(origin)
         finally:
             trainer.checkpointer.close()
 
@@ -147,11 +143,19 @@ class Trainer:
             "data": training.fingerprint(),
         }
 
-    def run(self, initial: Path | None = None) -> int:
-        """Trains from where the run stands (`initial`, if it has no checkpoint yet) to its end,
+    def run(self, origin: Origin | None = None) -> int:
+        """Trains from where the run stands (`origin`, if it has no checkpoint yet) to its end,
         or to a signal."""
         recipe = self.recipe
-        origin = self._resume(initial)
+        self.state, beginning = begin(
+            self.checkpointer,
+            self.model.parts,
+            self.optimizers,
+            recipe,
+            self.tokenizer,
+            self.state,
+            origin,
+        )
         start = self.state["step"]
         if self.ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +169,7 @@ class Trainer:
             active=self.ranks.rank == 0,
         )
         with self.metrics:
-            self._greet(origin)
+            self._greet(beginning)
             if start == 0 and self.held_out:
                 first = self.validate(self.held_out)
                 self.state["first_bits_per_byte"] = first["validation/bits_per_byte"]
@@ -300,36 +304,6 @@ class Trainer:
             {"model/config.json": config, **tokenizer},
         )
 
-    def _resume(self, initial: Path | None) -> list[str]:
-        """Loads the newest checkpoint of the run folder, else `initial`; returns what to say of it.
-
-        The run's own checkpoint must be of the same model to the last tensor. That of another run
-        may differ in what is trained and in optional buffers (`Checkpointer.changes`)."""
-        own = self.checkpointer.newest()
-        path = own or initial
-        if path is None:
-            return []
-        tensors = {
-            "model": model_tensors(self.model.parts),
-            "optimizer": optimizer_tensors(self.model.parts, self.optimizers),
-        }
-        if own is not None:
-            changes = Changes({}, {})
-        else:
-            changes = self.checkpointer.changes(path, tensors, optional_names(self.config))
-        state = self.checkpointer.load(path, changes.stored(tensors), dropped=changes.dropped)
-        copy_to_twins(self.model.parts, self.optimizers)
-        if state["data"] != self.state["data"]:
-            raise UserError(
-                f"data: {path} was trained on other data (sources, weights, tokenizer, "
-                "sequence_length or seed differ), so its place in the data is lost"
-            )
-        if state["step"] > self.recipe.steps:
-            raise UserError(f"steps: {self.recipe.steps}, but {path} is after step {state['step']}")
-        self.state = state
-        lines = [f"going on after step {state['step']}, from {path}", str(changes)]
-        return [line for line in lines if line]
-
     def _batches(self, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Steps from `start` on with this rank's micro-batches."""
         for step in range(start, self.recipe.steps):
@@ -385,7 +359,7 @@ class Trainer:
         valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
         return found | router_gradients(self.model, batches, self.ranks.sum(valid)[0])
 
-    def _greet(self, origin: list[str]) -> None:
+    def _greet(self, beginning: list[str]) -> None:
         show_choices(self.metrics.say)
         cost, layout = self.cost, self.ranks.layout
         used = active_parameters(self.config)
@@ -401,7 +375,7 @@ class Trainer:
         )
         if note := self.reweighting.note():
             self.metrics.say(note)
-        for line in origin:
+        for line in beginning:
             self.metrics.say(line)
 
     def _part(self, extra: dict[str, float]) -> None:
@@ -441,12 +415,6 @@ def active_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model that take part in one token's forward pass."""
     with torch.device("meta"):
         return Decoder(config).active_parameters()
-
-
-def optional_names(config: ModelConfig) -> set[str]:
-    """`Decoder.optional_names` of the whole model."""
-    with torch.device("meta"):
-        return Decoder(config).optional_names()
 
 
 def _due(step: int, every: int) -> bool:

@@ -118,6 +118,11 @@ def _names(recipe: Recipe) -> Iterator[str]:
             "checkpoint.resume: expected auto, never or the path of a checkpoint, "
             f"got {show(resume)}; did you mean {near[0]}?"
         )
+    if recipe.checkpoint.init_from is not None and resume not in ("auto", "never"):
+        yield (
+            f"checkpoint.init_from: a run begins either with parameters or with all of a "
+            f"checkpoint, and checkpoint.resume is {show(resume)}"
+        )
     signals = {s.name for s in signal.Signals} - {"SIGKILL", "SIGSTOP"}  # these cannot be caught
     if recipe.checkpoint.signal not in signals:
         near = difflib.get_close_matches(recipe.checkpoint.signal, sorted(signals), n=1)

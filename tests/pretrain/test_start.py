@@ -1,8 +1,10 @@
-"""Runs that start from a checkpoint of a run with other routers' options."""
+"""Runs that begin with a checkpoint, or parameters, of another run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from rondo.errors import UserError
 from rondo.models.loading import find_checkpoint, read_tensors
 from rondo.pretrain import load_recipe, train
+from rondo.pretrain.data.tokenizer import ByteTokenizer
+from rondo.pretrain.start import check_tokenizer
 
 FROZEN, BIASED = "--model.ffns.moe.freeze_router=true", "--model.ffns.moe.bias_rate=0.01"
 BIASES = {"blocks.0.ffn.balance_bias", "blocks.1.ffn.balance_bias"}
@@ -64,3 +68,47 @@ def test_routers_frozen_and_balanced_by_bias_from_a_run_without(
     learns = run(tmp_path, "learns", 7, BIASED)
     assert same.keys() == learns.keys()
     assert all(same[name].equal(learns[name]) for name in learns)
+
+
+SMALL_MEMORY = (
+    "--model.pattern=[titans_memory]",
+    "--model.mixers.titans_memory.head_dim=16",
+    "--model.mixers.titans_memory.chunk_size=8",
+)
+
+
+def test_a_run_begins_with_the_parameters_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On other data, with a new optimizer; and says where it is another model all the same."""
+    base = run(tmp_path, "base", 2, *SMALL_MEMORY)
+    start = f"--checkpoint.init_from={tmp_path}/runs/base"
+    other = ("--seed=5", "--optimizer.lr=1e-12", "--model.mixers.titans_memory.chunk_size=4")
+    capsys.readouterr()
+    found = run(tmp_path, "other", 1, start, *SMALL_MEMORY, *other)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "beginning with the parameters of" in said
+    assert "another model than the checkpoint's: " in said
+    assert "model.mixers.titans_memory.chunk_size: 8 there, 4 here" in said
+    assert found["head.weight.step"] == 1
+    assert (found["head.weight"] - base["head.weight"]).abs().max() < 1e-6
+    run(tmp_path, "other", 2, start, *SMALL_MEMORY, *other)  # goes on from its own
+    assert "going on after step 1" in " ".join(capsys.readouterr().err.split())
+    same = run(tmp_path, "same", 1, start, *SMALL_MEMORY)
+    assert "another model" not in capsys.readouterr().err and same["head.weight.step"] == 1
+
+    with pytest.raises(UserError, match=r"checkpoint\.init_from: a run begins either with"):
+        resume = f"--checkpoint.resume={tmp_path}/runs/base"
+        run(tmp_path, "both", 1, start, resume, *SMALL_MEMORY)
+    with pytest.raises(UserError, match="neither a checkpoint nor a run that has one"):
+        run(tmp_path, "none", 1, f"--checkpoint.init_from={tmp_path}/runs/nobody")
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    words = SimpleNamespace(kind="words", vocab_size=1000, fingerprint=lambda: "other")
+    message = r"has another tokenizer .bytes, 257 tokens. than data.tokenizer .words, 1,000."
+    with pytest.raises(UserError, match=message):
+        check_tokenizer(cast(Any, words), tmp_path)
+    check_tokenizer(ByteTokenizer(), tmp_path)
