@@ -84,6 +84,8 @@ class NeedleConfig:
     """Texts for each kind and length."""
     batch_size: int = 8
     """Texts at once."""
+    device: str = "cpu"
+    """Where the model runs, e.g. cuda."""
     seed: int = 0
     """Seeds the texts; texts to train on should have another than those to score."""
     text: str = "stdlib-english"
@@ -149,7 +151,11 @@ def _words(
 
 @torch.no_grad()
 def accuracy(
-    model: Decoder, tokenizer: Tokenizer, found: Sequence[Sample], batch_size: int = 8
+    model: Decoder,
+    tokenizer: Tokenizer,
+    found: Sequence[Sample],
+    batch_size: int = 8,
+    device: str = "cpu",
 ) -> float:
     """Share of the samples whose whole answer greedy decoding would write."""
     right = 0
@@ -158,7 +164,8 @@ def accuracy(
         pairs = [(tokenizer.encode(s.prompt), tokenizer.encode(s.answer)) for s in batch]
         longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
         rows = [[*prompt, *answer] for prompt, answer in pairs]
-        ids = torch.tensor([row + [tokenizer.eod] * (longest - len(row)) for row in rows])
+        padded = [row + [tokenizer.eod] * (longest - len(row)) for row in rows]
+        ids = torch.tensor(padded, device=device)
         hidden = model(ids, return_state=False).hidden
         for row, (prompt, answer) in enumerate(pairs):
             asked = hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
@@ -174,7 +181,7 @@ def score(config: NeedleConfig) -> dict[str, dict[str, float]]:
         UserError: there is no checkpoint, or an option is out of range.
     """
     folder = find_checkpoint(Path(config.checkpoint or ""))
-    model, tokenizer = load(folder).eval(), load_tokenizer(folder / "tokenizer")
+    model, tokenizer = load(folder, config.device).eval(), load_tokenizer(folder / "tokenizer")
     text = _text(config.text)
     kinds, lengths = config.kinds.split(","), _lengths(config.lengths)
     jobs = [(kind, length) for kind in kinds for length in lengths]
@@ -190,7 +197,9 @@ def score(config: NeedleConfig) -> dict[str, dict[str, float]]:
                 tokens=lambda text: len(tokenizer.encode(text)),
             )
         )
-        scores[kind][str(length)] = accuracy(model, tokenizer, found, config.batch_size)
+        scores[kind][str(length)] = accuracy(
+            model, tokenizer, found, config.batch_size, config.device
+        )
     table = Table("needle", *(f"{length:,}" for length in lengths), title=str(folder))
     for kind, row in scores.items():
         table.add_row(kind, *(f"{value:.1%}" for value in row.values()))
@@ -240,6 +249,11 @@ def main(words: list[str]) -> int:
     config: Any = parse_command(NeedleConfig, words, usage, ("checkpoint",))
     if config is None:
         return 0
+    for name in ("samples", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    if config.write and config.checkpoint:
+        raise UserError(f"write: nothing is scored with it, so {config.checkpoint} is not read")
     if config.write:
         write(config)
     elif config.checkpoint is None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Keeps autocast from float32 products; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def choose(

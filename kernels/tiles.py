@@ -31,6 +31,11 @@ def has_numbers() -> bool:
     return not _whole
 
 
+def values_are_known(x: Tensor) -> bool:
+    """Whether looking at the values of `x` costs nothing; a subclass (fake) may have none."""
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 class Tile(NamedTuple):
     """Rows and times of a `(B, T, C)` tensor."""
 

@@ -273,6 +273,8 @@ def _same_state(actual: State, expected: State) -> None:
     for name, value in expected.items():
         if value.is_floating_point():
             assert_ratio(f"state {name}", actual[name], value, 1e-9)
+        elif not torch.equal(actual[name], value):
+            raise AssertionError(f"state {name}: {actual[name]} instead of {value}")
 
 
 CHECKS: list[Callable[[Case], None]] = [

@@ -13,13 +13,13 @@ is left to do token after token is done chunk after chunk. Written here with rea
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.backend import full_precision
 from rondo.kernels.delta_rule.backward import Saved, backward
 from rondo.kernels.delta_rule.gates import add_matmul, matmul, wide
 from rondo.kernels.delta_rule.layout import from_chunks, to_chunks
@@ -73,7 +73,7 @@ class ChunkedDelta(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
         saved = Saved(*tensors[:10], products=list(tensors[10:]))
-        with _full_precision(saved.v.device):
+        with full_precision(saved.v.device):
             return *backward(saved, ctx.scale, ctx.chunk, *grads), None, None, None
 
 
@@ -93,11 +93,6 @@ def _advance(
             state.mul_(through[n])
         state.add_(torch.bmm(write, written))
     return states, state
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast must not touch float32 products; the meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def chunked(
@@ -165,7 +160,7 @@ def _apply(
     shape = (*k.shape[:3], heads // k.shape[2], k.shape[3])
     k = k.unsqueeze(3).expand(shape)
     q = None if q is None else q.unsqueeze(3).expand(shape)
-    with _full_precision(v.device):
+    with full_precision(v.device):
         return ChunkedDelta.apply(q, k, v, beta, log_decay, state, segment_ids, scale, chunk)
 
 

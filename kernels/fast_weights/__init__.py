@@ -7,12 +7,11 @@ chunk of tokens: towards giving the values of the chunk when asked with its keys
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, full_precision
 from rondo.kernels.fast_weights.checks import (
     check_ids,
     check_options,
@@ -120,10 +119,5 @@ def fast_weights(
     rates, q, k = learning_rates.to(wide), q.to(v.dtype), k.to(v.dtype)
     initial = weights.map(lambda w: w.to(wide))
     options = (update, order, chunk_size)
-    with _full_precision(v.device):
+    with full_precision(v.device):
         return run(q, k, v, rates, initial, momentum, state, segment_ids, options)
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Sums and weights must stay float32; the meta device has no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rondo.kernels.fast_weights.state import (
@@ -10,6 +9,7 @@ from rondo.kernels.fast_weights.state import (
     FastWeightState,
     fast_weight_state_shapes,
 )
+from rondo.kernels.tiles import values_are_known
 
 UPDATES = ("muon", "gradient")
 ORDERS = ("apply_then_update", "update_then_apply")
@@ -93,7 +93,7 @@ def check_state(
                 f"initial_state.{name} has shape {actual}, expected {expected} "
                 f"{'with' if has_momentum else 'without'} momentum"
             )
-    if _values_are_known(state.count) and state.count.max() >= chunk_size:
+    if values_are_known(state.count) and state.count.max() >= chunk_size:
         raise ValueError(
             f"initial_state.count has {int(state.count.max())} tokens of an open chunk: the state "
             f"was made with another chunk_size than {chunk_size}"
@@ -106,8 +106,3 @@ def _expect(name: str, x: Tensor, letters: str, shape: tuple[int, ...]) -> None:
             f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected floating point "
             f"{letters} = {shape}"
         )
-
-
-def _values_are_known(x: Tensor) -> bool:
-    """Whether looking at the values of `x` costs nothing; a subclass (fake) may have none."""
-    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()

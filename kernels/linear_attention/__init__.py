@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, full_precision
 from rondo.kernels.linear_attention import chunked, reference
 from rondo.kernels.linear_attention.summary import summarize
 from rondo.kernels.summary import DiagonalSummary
@@ -72,7 +71,7 @@ def gated_linear_attention(
         raise ValueError(f"scale is {scale}, expected a finite number")
     run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    with torch.autocast(v.device.type, enabled=False):  # sums and states must stay float32
+    with full_precision(v.device):  # sums and states must stay float32
         return run(q, k, v, log_decay, scale, initial_state, segment_ids, chunk_size)
 
 
@@ -97,7 +96,7 @@ def gated_linear_attention_summary(
         ValueError: a shape, dtype or size does not fit.
     """
     _check(k, k, v, log_decay, segment_ids, chunk_size)
-    with torch.autocast(v.device.type, enabled=False):
+    with full_precision(v.device):
         return summarize(k.to(v.dtype), v, log_decay, segment_ids, chunk_size)
 
 

@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rondo.kernels.backend import full_precision
 from rondo.kernels.memory_context.segments import Segments, pieces
 from rondo.kernels.neural_memory import MemoryState, fresh_memory, neural_memory
 from rondo.kernels.neural_memory.layers import recall, sizes, split
 from rondo.kernels.norms import l2_norm
 from rondo.kernels.softmax_attention import attention
+from rondo.kernels.tiles import values_are_known
 
 __all__ = ["ContextOutput", "ContextState", "fresh_context", "memory_context"]
 
@@ -66,6 +68,7 @@ class _Open(NamedTuple):
     count: Tensor  # (B,)
 
 
+@torch.compiler.disable  # pieces are of many lengths: one graph break, not a graph for each
 def memory_context(
     q: Tensor,
     o: Tensor,
@@ -123,7 +126,7 @@ def memory_context(
     limited = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device)
     if initial_state is not None:
         now = _unpack(initial_state, q, weights, segment_size, chunk_size)
-    with torch.autocast(q.device.type, enabled=False):  # a memory's steps are small
+    with full_precision(q.device):  # a memory's steps are small
         for piece in plan:
             part = slice(piece.start, piece.stop)
             found, now, more = walk(piece, [x[:, part] for x in tensors], now, first)
@@ -270,6 +273,11 @@ def _unpack(
     if tuple(values.shape) != expected:
         raise ValueError(
             f"initial_state.values has shape {tuple(values.shape)}, expected (B, H, N) = {expected}"
+        )
+    if values_are_known(count) and count.max() > segment_size:
+        raise ValueError(
+            f"initial_state.count has {int(count.max())} tokens of a segment: the state was made "
+            f"with another segment_size than {segment_size}"
         )
     memory, start, k, v = values.split([3 * numbers, numbers, width, width], -1)
     done = torch.where(count > 0, (count - 1) % chunk_size + 1, 0)

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, full_precision
 from rondo.kernels.neural_memory import chunked, reference
 from rondo.kernels.neural_memory.layers import Limits, join, sizes, split
+from rondo.kernels.tiles import values_are_known
 
 __all__ = ["MemoryOutput", "MemoryState", "fresh_memory", "neural_memory"]
 
@@ -110,8 +111,13 @@ def neural_memory(
             f"initial_state.values has shape {tuple(values.shape)}, expected "
             f"(B, H, 3, P) = {expected}"
         )
+    if done is not None and values_are_known(done) and done.max() > chunk_size:
+        raise ValueError(
+            f"initial_state.done has {int(done.max())} tokens of a chunk: the state was made with "
+            f"another chunk_size than {chunk_size}"
+        )
     run = choose("neural_memory", backend, _IMPLEMENTATIONS, v.device)
-    with torch.autocast(v.device.type, enabled=False):  # a memory's steps are small
+    with full_precision(v.device):  # a memory's steps are small
         tokens = [x.to(kind) for x in (q, k, v, learning_rate, log_momentum, log_decay)]
         memory = [split(x, weights) for x in values.to(kind).unbind(2)]
         o, memory, done, limited = run(
@@ -171,8 +177,10 @@ def _check(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
-    if segment_ids is not None and segment_ids.shape != v.shape[:2]:
+    if segment_ids is not None and (
+        segment_ids.shape != v.shape[:2] or segment_ids.is_floating_point()
+    ):
         raise ValueError(
-            f"segment_ids has shape {tuple(segment_ids.shape)}, expected (B, T) = "
-            f"{tuple(v.shape[:2])}"
+            f"segment_ids has shape {tuple(segment_ids.shape)} and dtype {segment_ids.dtype}, "
+            f"expected integers (B, T) = {tuple(v.shape[:2])}"
         )

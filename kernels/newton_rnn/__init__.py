@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, full_precision
 from rondo.kernels.newton_rnn import chunked, reference
 from rondo.kernels.newton_rnn.cells import Cell, ParaGRU, ParaLSTM
 from rondo.kernels.newton_rnn.functions import FunctionCell
@@ -107,7 +107,7 @@ def newton_rnn(
             f"initial_state has shape {tuple(initial_state.shape)}, expected {expected}"
         )
     run = choose("newton_rnn", backend, _IMPLEMENTATIONS, gates.device)
-    with torch.autocast(gates.device.type, enabled=False):
+    with full_precision(gates.device):
         weights = recurrent.to(kind).flatten(1)
         flat = gates.flatten(3)
         if isinstance(known, FunctionCell) and has_numbers():

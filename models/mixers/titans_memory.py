@@ -84,7 +84,7 @@ class LearningHeads(Mixer):
             found.append(f"depth: must be 1 to 4, got {options.depth}")
         if options.chunk_size < 1:
             found.append(f"chunk_size: must be at least 1, got {options.chunk_size}")
-        if memory_sizes(config, options)[1] * options.expansion < 1:
+        if options.depth > 1 and memory_sizes(config, options)[1] * options.expansion < 1:
             found.append(f"expansion: leaves the memory no channels, got {options.expansion}")
         return found
 

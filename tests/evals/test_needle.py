@@ -89,3 +89,7 @@ def test_refusals() -> None:
         draw("passkey", 60)
     with pytest.raises(UserError, match="a checkpoint to score is needed"):
         main([])
+    with pytest.raises(UserError, match="samples: must be at least 1, got 0"):
+        main(["runs/x", "--samples", "0"])
+    with pytest.raises(UserError, match="write: nothing is scored with it"):
+        main(["runs/x", "--write", "f.jsonl"])

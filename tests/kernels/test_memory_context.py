@@ -221,6 +221,10 @@ def test_pieces_cut_where_any_row_begins_a_segment() -> None:
         ({"o": torch.zeros(B, 6, H, D)}, r"o has shape \(2, 6, 2, 4\), expected \(2, 5, 2, 4\)"),
         ({"recalled": (torch.zeros(H, D, D),)}, "recalled has shapes .* expected 2 of"),
         (
+            {"initial_state": ContextState(torch.zeros(B, H, 200), torch.full((B,), 7))},
+            r"initial_state.count has 7 tokens of a segment: .* segment_size than 6",
+        ),
+        (
             {"initial_state": ContextState(torch.zeros(B, H, 3), torch.zeros(B))},
             r"initial_state.values has shape \(2, 2, 3\)",
         ),
@@ -234,3 +238,11 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     arguments |= {"weights": tuple(tensors[12:]), **OPTIONS, **change}
     with pytest.raises(ValueError, match=message):
         memory_context(**arguments)
+
+
+def test_compiles_with_one_graph_for_all_lengths() -> None:
+    """The operator is left out of graphs, whose pieces would be of many lengths."""
+    compiled = torch.compile(lambda *x: call(list(x)).o * 2, backend="eager")
+    for time in (5, 9, 14):
+        tensors = make(time)
+        torch.testing.assert_close(compiled(*tensors), call(tensors).o * 2)

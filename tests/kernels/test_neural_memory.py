@@ -156,9 +156,9 @@ def test_weights_are_two_scans() -> None:
 
 
 def test_one_matrix_without_momentum_is_a_delta_rule() -> None:
-    """beta = 2 θ; there the state decays before the error is taken, here with the update: an
-    outer state that is `1 - α_{t+1}` of this one."""
-    q, k, v, rate, _, _, _ = operands(17, 1)
+    """beta = 2 θ; there the state decays before the error is taken, here with the update: the
+    state there is that of a token earlier here, and `1 - α_{t+1}` times its own."""
+    q, k, v, rate, _, log_decay, _ = operands(17, 1)
     none, keep = torch.full_like(rate, -torch.inf), torch.zeros_like(rate)
     zero = torch.zeros(HEADS, DIM, DIM, dtype=torch.float64)
     o, state, _ = neural_memory(
@@ -168,6 +168,22 @@ def test_one_matrix_without_momentum_is_a_delta_rule() -> None:
     torch.testing.assert_close(o, expected, rtol=1e-10, atol=1e-12)
     matrix = state.values[:, :, 1].unflatten(-1, (DIM, DIM))
     torch.testing.assert_close(matrix, last.mT, rtol=1e-10, atol=1e-12)
+    following = torch.cat([log_decay[:, 1:], torch.zeros_like(log_decay[:, :1])], 1)
+    fade = following.exp()
+    o = neural_memory(
+        q,
+        k,
+        v,
+        rate * fade,
+        none,
+        following,
+        (zero,),
+        residual=False,
+        chunk_size=1,
+        max_update=1e9,
+    ).o
+    expected, _ = gated_delta_rule(q, k, v, 2 * rate, log_decay, scale=1.0)
+    torch.testing.assert_close(o, fade[..., None] * expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_pair_is_written_in_one_step() -> None:
@@ -195,8 +211,8 @@ def test_extreme_gates(backend: str) -> None:
     mixed = inputs[4].clone()
     mixed[:, ::2], mixed[:, 1::4] = -torch.inf, -1e4
     _, grads = gradients(
-        lambda *x: run(*x[:3], x[3], mixed, mixed, *x[4:], backend=backend, chunk_size=4),
-        [*inputs[:4], *inputs[6:]],
+        lambda *x: run(*x, backend=backend, chunk_size=4),
+        [*inputs[:4], mixed, mixed.clone(), *inputs[6:]],
     )
     assert all(grad.isfinite().all() for grad in grads)
 
@@ -293,3 +309,10 @@ def test_wrong_shapes_are_named() -> None:
         neural_memory(*inputs[:6], tuple(inputs[6:]), initial_state=state)
     with pytest.raises(ValueError, match="k has shape"):
         neural_memory(inputs[0], inputs[1][:, :2], *inputs[2:6], tuple(inputs[6:]))
+
+
+def test_a_state_of_another_chunk_is_refused() -> None:
+    inputs = operands(10, 2)
+    state = neural_memory(*inputs[:6], tuple(inputs[6:]), chunk_size=16).state
+    with pytest.raises(ValueError, match=r"initial_state\.done has 10 tokens .* chunk_size than 4"):
+        neural_memory(*inputs[:6], tuple(inputs[6:]), chunk_size=4, initial_state=state)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from rondo.kernels import attention
 from rondo.kernels.memory_context import ContextOutput
 from rondo.models import Decoder, ModelConfig
 from rondo.models.mixers.attention import Attention, AttentionOptions
@@ -15,9 +15,11 @@ from rondo.tests.mixer_suite import Case, build, context, inputs
 from rondo.tests.numerics import assert_ratio
 
 
-def attention_with(mixer: Any, window: int | None) -> Attention:
+def attention_with(mixer: Any, window: int | None, persistent_tokens: int) -> Attention:
     """An attention layer with the weights of a mixer's attention, and its output matrix."""
-    options = AttentionOptions(num_heads=4, head_dim=8, window=window, persistent_tokens=3)
+    options = AttentionOptions(
+        num_heads=4, head_dim=8, window=window, persistent_tokens=persistent_tokens
+    )
     other = Attention(mixer.config, options, 1).double()
     weights = dict(mixer.attention.named_parameters())
     other.load_state_dict({**weights, "o_proj.weight": mixer.o_proj.weight})
@@ -30,20 +32,26 @@ def gate_half(mixer: Any) -> None:
     mixer.attention_norm.operator = lambda x, weight, eps: 2 * x
 
 
-def test_mag_with_an_open_gate_is_window_attention_with_a_prefix() -> None:
-    for window in (9, None):
-        mixer, shared = build(
-            Case("titans_mag", {"head_dim": 8, "window": window, "persistent_tokens": 3})
-        )
-        gate_half(mixer)
-        x = inputs(Case("titans_mag"), 2, 40)
-        ctx = context(x, shared)
-        expected, _ = attention_with(mixer, window)(x, ctx)
-        assert_ratio(f"window {window}", mixer(x, ctx)[0], expected, 1e-12)
+@pytest.mark.parametrize("persistent_tokens", [0, 3])
+@pytest.mark.parametrize("window", [9, 40, None])
+def test_mag_with_an_open_gate_is_window_attention_with_a_prefix(
+    window: int | None, persistent_tokens: int
+) -> None:
+    options = {"head_dim": 8, "window": window, "persistent_tokens": persistent_tokens}
+    mixer, shared = build(Case("titans_mag", options))
+    gate_half(mixer)
+    x = inputs(Case("titans_mag"), 2, 40)
+    ctx = context(x, shared)
+    seen = None if window == 40 else window  # a window as long as the row hides nothing
+    expected, _ = attention_with(mixer, seen, persistent_tokens)(x, ctx)
+    assert_ratio("output", mixer(x, ctx)[0], expected, 1e-12)
 
 
-def test_mac_without_memory_is_attention_within_segments_with_a_prefix() -> None:
-    options = {"head_dim": 8, "segment_size": 16, "persistent_tokens": 3}
+@pytest.mark.parametrize("persistent_tokens", [0, 3])
+def test_mac_without_memory_is_attention_within_segments_with_a_prefix(
+    persistent_tokens: int,
+) -> None:
+    options = {"head_dim": 8, "segment_size": 16, "persistent_tokens": persistent_tokens}
     mixer, shared = build(Case("titans_mac", options))
     gate_half(mixer)
 
@@ -54,24 +62,12 @@ def test_mac_without_memory_is_attention_within_segments_with_a_prefix() -> None
     mixer.scan = without_memory
     x = inputs(Case("titans_mac"), 2, 40)
     actual, _ = mixer(x, context(x, shared))
-    plain = attention_with(mixer, None)
+    plain = attention_with(mixer, None, persistent_tokens)
     for start in range(0, 40, 16):
         part = x[:, start : start + 16]
         ctx = context(part, shared, start)
         expected, _ = plain(part, ctx)
         assert_ratio(f"segment {start}", actual[:, start : start + 16], expected, 1e-12)
-
-
-def test_without_persistent_tokens_nothing_is_in_front() -> None:
-    with_none, shared = build(Case("attention", {"num_heads": 4, "window": 9}))
-    x = inputs(Case("attention"), 2, 40)
-    assert not [name for name, _ in with_none.named_parameters() if "persistent" in name]
-    ctx = context(x, shared)
-    expected, _ = with_none(x, ctx)
-    with_none.attend = lambda *qkv, **options: attention(
-        *qkv, window=9, segment_ids=options["segment_ids"]
-    )
-    assert torch.equal(with_none(x, ctx)[0], expected)
 
 
 def test_memory_as_a_layer_is_a_pattern() -> None:
