@@ -1,9 +1,9 @@
 """A nonlinear recurrence over ranks: its state travels from rank to rank.
 
 What a stretch of tokens does to any state cannot be told in advance, so that ranks work one after
-another; but rows, and heads, know nothing of each other. They are taken in as many parts as there
-are ranks: while a rank works on one, the rank before it works on the next. With P ranks and as many
-parts, a pass takes 2 P - 1 turns, of which a rank is idle for P - 1.
+another; but rows, and heads, know nothing of each other. They are taken in parts: while a rank
+works on one, the rank before it works on the next. With P ranks and 2 P parts, a pass takes 3 P - 1
+turns, of which a rank is idle for P - 1; more parts would idle less, but are smaller.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ class ChainOverRanks:
         segment_ids: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        by_rows = tensors[0].shape[0] > 1
-        parts = min(dist.get_world_size(self.group), tensors[0].shape[0 if by_rows else 2])
         numbers, counts = (None, None) if initial_state is None else initial_state
-        pieces = zip(
-            zip(*(_cut(x, parts, 0 if by_rows else 2) for x in tensors), strict=True),
-            _cut(numbers, parts, 0 if by_rows else 1),
-            _cut(counts, parts, 0 if by_rows else None),
-            _cut(segment_ids, parts, 0 if by_rows else None),
+        by_rows, by_heads = _parts(tensors[0].shape, 2 * dist.get_world_size(self.group))
+        rows = zip(
+            zip(*(_cut(x, by_rows, 0) for x in tensors), strict=True),
+            *(_cut(x, by_rows, 0) for x in (numbers, counts, segment_ids)),
             strict=True,
         )
-        found = [self._run(*piece, **options) for piece in pieces]
-        o, states, limited = zip(*found, strict=True)
-        numbers, counts = zip(*states, strict=True)
-        state = type(states[0])(
-            torch.cat(numbers, 0 if by_rows else 1), torch.cat(counts) if by_rows else counts[0]
-        )
-        dims = (0, 0) if by_rows else (2, 1)
-        return type(found[0])(torch.cat(o, dims[0]), state, torch.cat(limited, dims[1]))
+        found = []
+        for x, n, c, ids in rows:
+            heads = zip(
+                zip(*(_cut(y, by_heads, 2) for y in x), strict=True),
+                _cut(n, by_heads, 1),
+                strict=True,
+            )
+            parts = [self._run(y, m, c, ids, **options) for y, m in heads]
+            found.append(_joined(parts, heads=True))
+        return _joined(found, heads=False)
 
     def _run(
         self,
@@ -88,6 +87,21 @@ class ChainOverRanks:
         if segment_ids is None:
             return state
         return _where(as_ids(flat[:, -1:])[:, 0] == segment_ids[:, 0], state, fresh)
+
+
+def _parts(shape: torch.Size, wanted: int) -> tuple[int, int]:
+    """Parts of rows and of heads, together about as many as wanted; `(B, T, H, ...)`."""
+    rows = min(wanted, shape[0])
+    return rows, min(-(-wanted // rows), shape[2])
+
+
+def _joined(parts: list[Any], *, heads: bool) -> Any:
+    """One output of the operator from those of parts of its heads, or of its rows."""
+    o, states, limited = zip(*parts, strict=True)
+    numbers, counts = zip(*states, strict=True)
+    dim = 1 if heads else 0
+    state = type(states[0])(torch.cat(numbers, dim), counts[0] if heads else torch.cat(counts))
+    return type(parts[0])(torch.cat(o, 2 * dim), state, torch.cat(limited, dim))
 
 
 def _cut(x: Any, parts: int, dim: int | None) -> list[Any]:
