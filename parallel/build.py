@@ -234,7 +234,8 @@ def build_part(
     for block in part.blocks.values():
         checkpoint_block(block, parallel.activation_checkpointing)
         if compile:
-            block.compile()
+            # Dynamic shapes take minutes to reason about where a mixer unrolls its chunks.
+            block.compile(dynamic=False)
     if mesh is not None:
         data_parallel.shard_parameters(part, mesh, dtype, experts)
     if [name for name, _ in part.named_parameters()] != names:

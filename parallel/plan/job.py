@@ -39,6 +39,11 @@ class Model:
         return self._whole.cost(self.length).flops
 
     @functools.cached_property
+    def state_bytes(self) -> int:
+        """Of one sequence's recurrent states and key/value caches, in a bfloat16 run."""
+        return self._whole.cost(self.length).state_bytes
+
+    @functools.cached_property
     def layer_flops(self) -> list[tuple[float, float]]:
         """Of each layer's forward pass, a token; and how many of them are not products with
         weights."""

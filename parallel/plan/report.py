@@ -33,6 +33,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "pipeline_schedule": plan.job.parallel.pipeline_schedule,
         "micro_batches": plan.job.micro_batches,
         "parameters": plan.job.model.parameters,
+        "state_bytes": plan.job.model.state_bytes,
         "hardware": dataclasses.asdict(plan.hardware),
         "memory_by_pipeline_rank": [
             {"pp_rank": r.pp_rank, **dataclasses.asdict(r.memory), "total": r.memory.total}
@@ -83,7 +84,12 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
     model = job.model
     room = hardware.memory / GIB
     return [
-        ("model", f"{model.parameters / 1e9:.2f}B parameters, {model.config.num_layers} layers"),
+        ("model", f"{_count(model.parameters)} parameters, {model.config.num_layers} layers"),
+        (
+            "state",
+            f"{model.state_bytes / 2**20:,.1f} MiB for a sequence of {model.length} tokens "
+            "(recurrent states, memories, key/value caches)",
+        ),
         (
             "hardware",
             f"{job.ranks} x {hardware.name} ({room:.1f} GiB), nodes of {hardware.node_size}, "
@@ -110,6 +116,10 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
         ("time", ", ".join(f"{name} {value:.3g} s" for name, value in time_parts(plan))),
         ("bubble", f"{plan.bubble_share:.1%} of the step"),
     ]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"
 
 
 def time_parts(plan: Plan) -> list[tuple[str, float]]:

@@ -19,19 +19,23 @@ B, H, D = 2, 2, 4
 OPTIONS = {"segment_size": 6, "chunk_size": 3}
 
 
-def make(time: int, seed: int = 0, depth: int = 2, dim: int = D) -> list[Tensor]:
+def make(time: int, seed: int = 0, depth: int = 2, dim: int = D, batch: int = B) -> list[Tensor]:
     """The operator's tensors in float64, flat: sequences, projections, weights of the memory."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    q, o, r = (draw(B, time, H, dim) for _ in range(3))
-    gates = [0.3 * draw(B, time, H).sigmoid(), -draw(B, time, H).exp() / 2, -draw(B, time, H).exp()]
+    q, o, r = (draw(batch, time, H, dim) for _ in range(3))
+    gates = [
+        0.3 * draw(batch, time, H).sigmoid(),
+        -draw(batch, time, H).exp() / 2,
+        -draw(batch, time, H).exp(),
+    ]
     widths = [dim, *[dim + 1] * (depth - 1), dim]
     weights = [0.5 * draw(H, out, into) for into, out in itertools.pairwise(widths)]
     projections = [0.7 * draw(H, dim, dim) for _ in range(5)]
-    return [q, o, draw(B, time, H), F.normalize(r, dim=-1), *gates, *projections, *weights]
+    return [q, o, draw(batch, time, H), F.normalize(r, dim=-1), *gates, *projections, *weights]
 
 
 def call(tensors: list[Tensor], **options: Any) -> Any:

@@ -155,6 +155,24 @@ def test_weights_are_two_scans() -> None:
     torch.testing.assert_close(values[:, 0], w, rtol=0, atol=0)
 
 
+def test_reads_without_momentum_are_sums_over_the_chunk() -> None:
+    """Equation 16 of arXiv 2501.00663: M_t = β_t M_0 - Σ_{i<=t} θ_i (β_t / β_i) u_i, every u_i at
+    the chunk's first weights M_0."""
+    q, k, v, rate, _, decay, w = operands(6, 1, batch=1)
+    none = torch.full_like(rate, -torch.inf)
+    o = neural_memory(
+        q, k, v, rate, none, decay, (w,), residual=False, chunk_size=6, max_update=1e9
+    ).o
+    error = 2 * (torch.einsum("hvk,thk->thv", w, k[0]) - v[0])
+    u = error[..., None] * k[0, :, :, None]
+    beta = decay[0].cumsum(0).exp()[..., None, None]
+    for t in range(6):
+        steps = rate[0, : t + 1, :, None, None] * (beta[t] / beta[: t + 1]) * u[: t + 1]
+        m = beta[t] * w - steps.sum(0)
+        read = torch.einsum("hvk,hk->hv", m, q[0, t])
+        torch.testing.assert_close(o[0, t], read, rtol=1e-10, atol=1e-12)
+
+
 def test_one_matrix_without_momentum_is_a_delta_rule() -> None:
     """beta = 2 θ; there the state decays before the error is taken, here with the update: the
     state there is that of a token earlier here, and `1 - α_{t+1}` times its own."""

@@ -40,6 +40,7 @@ def test_tables_json_and_page(
     assert "<svg" in (tmp_path / "p.html").read_text()
     assert main(words) == 0
     text = capsys.readouterr().out
+    assert "for a sequence of" in text and data["state_bytes"] > 0
     assert "GB received" in text and "predictions, not measurements" in text
 
 
