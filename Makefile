@@ -34,7 +34,7 @@ check: $(VENV)/.dev  ## Lint, types, import rules and the quick tests: about a m
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 -m quick
 
 test: $(VENV)/.dev  ## All tests that need no GPU.
-	OMP_NUM_THREADS=1 $(RUN) pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.dev  ## Training speed on this CPU against Hugging Face's models, in one run.
 	$(RUN) rondo.pretrain.bench

@@ -55,6 +55,11 @@ def shard_sequence(
                 setattr(module, name, over_ranks(module.__dict__[name], group, exchange))
 
 
+def has_chain(module: nn.Module) -> bool:
+    """Whether an operator of its own hands a state from rank to rank (`chain.py`)."""
+    return any(module.__dict__.get(name) in CHAINS for name in OPERATORS)
+
+
 def over_ranks(
     operator: Callable[..., Any], group: dist.ProcessGroup, exchange: Exchange = "all_gather"
 ) -> Callable[..., Any]:

@@ -32,6 +32,8 @@ class Times:
     """Of the collectives by purpose, as if nothing else ran."""
     exposed: float
     """What of the overlapped traffic the computation does not hide."""
+    chains: float
+    """Idle while a state is on its way from rank to rank of `cp`."""
     bubble: float
     """Idle while a pipeline fills and drains."""
     optimizer: float
@@ -45,7 +47,8 @@ class Times:
     @property
     def step(self) -> float:
         """All of it."""
-        return self.compute + self.waiting + self.exposed + self.bubble + self.optimizer
+        busy = self.compute + self.waiting + self.exposed + self.optimizer
+        return busy + self.chains + self.bubble
 
 
 @dataclass
@@ -109,30 +112,47 @@ def compute_flops(job: Job) -> float:
     """FLOPs of a step on a rank of the pipeline's busiest stage. The backward pass is twice the
     forward pass; full activation checkpointing adds a forward pass of the blocks, selective one of
     what is not a product with a weight."""
-    mode, pp = job.parallel.activation_checkpointing, job.layout.pp
-    again = {"none": (0, 0), "selective": (0, 1), "full": (1, 0)}[mode]
-    costs = [
-        3 * whole + again[0] * whole + again[1] * rest for whole, rest in job.model.layer_flops
-    ]
+    whole, rest = _passes(job)
+    costs = [whole * both + (rest - whole) * own for both, own in job.model.layer_flops]
+    return _busiest(job, costs, 3 * 2.0 * job.model.config.vocab_size * job.model.config.dim)
+
+
+def chain_flops(job: Job) -> float:
+    """FLOPs that a rank could do in the time that it waits for states: with P ranks and 2 P parts
+    of rows and heads, (P - 1) / 2 P of the chains' own (`parallel/chain.py`)."""
+    share = (job.layout.cp - 1) / (2 * job.layout.cp)
+    return _busiest(job, [share * _passes(job)[1] * flops for flops in job.model.chain_flops])
+
+
+def _passes(job: Job) -> tuple[int, int]:
+    """Forward passes' worth of a step: of products with weights, and of all else in a block."""
+    mode = job.parallel.activation_checkpointing
+    return {"none": (3, 3), "selective": (3, 4), "full": (4, 4)}[mode]
+
+
+def _busiest(job: Job, costs: list[float], last: float = 0.0) -> float:
+    """FLOPs of a rank of the busiest stage from those of each layer, a token, and `last` after all
+    layers."""
+    pp = job.layout.pp
     stages = [sum(costs[i] for i in cut) for cut in job.stages]
-    stages[-1] += 3 * 2.0 * job.model.config.vocab_size * job.model.config.dim
-    busiest = max(sum(stages[rank::pp]) for rank in range(pp))
-    return busiest * job.tokens / (job.ranks / pp)
+    stages[-1] += last
+    return max(sum(stages[rank::pp]) for rank in range(pp)) * job.tokens / (job.ranks / pp)
 
 
 def _times(plan: Plan, rank: RankPlan) -> Times:
     job, hardware = plan.job, plan.hardware
-    compute = compute_flops(job) / (hardware.peak_flops * plan.efficiency)
+    speed = hardware.peak_flops * plan.efficiency
+    compute, chains = compute_flops(job) / speed, chain_flops(job) / speed
     traffic: dict[str, float] = {}
     for key, sent in rank.traffic.items():
         seconds = link_seconds(sent, job.layout, key.along, hardware)
         traffic[key.purpose] = traffic.get(key.purpose, 0.0) + seconds
     exposed = max(0.0, sum(traffic.get(name, 0.0) for name in OVERLAPPED) - compute)
     share = bubble(job.parallel.pipeline_schedule, job.layout.pp, job.micro_batches)
-    idle = (compute + traffic.get("activations", 0.0)) * share / (1 - share)
+    idle = (compute + chains + traffic.get("activations", 0.0)) * share / (1 - share)
     # Parameters and states are read and written, gradients read.
     touched = 3 * rank.memory.parameters + 2 * rank.memory.optimizer
-    return Times(compute, traffic, exposed, idle, touched / hardware.memory_bandwidth)
+    return Times(compute, traffic, exposed, chains, idle, touched / hardware.memory_bandwidth)
 
 
 def link_seconds(traffic: Traffic, layout: Layout, along: str, hardware: Hardware) -> float:

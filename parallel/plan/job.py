@@ -13,6 +13,7 @@ from rondo.parallel.config import ParallelConfig
 from rondo.parallel.mesh import Layout, layout
 from rondo.parallel.pipeline import layer_flops, split_evenly, stage_count
 from rondo.parallel.plan.trace import MakeOptimizers
+from rondo.parallel.sequence import has_chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,16 @@ class Model:
         weights."""
         blocks: Any = self._whole.blocks.values()
         return [(b.cost(self.length).flops, b.mixer.operator_flops(self.length)) for b in blocks]
+
+    @functools.cached_property
+    def chain_flops(self) -> list[float]:
+        """Of each layer's forward pass, a token, those of operators whose state goes from rank to
+        rank of `cp`."""
+        blocks: Any = self._whole.blocks.values()
+        return [
+            sum(m.operator_flops(self.length) for m in block.modules() if has_chain(m))
+            for block in blocks
+        ]
 
     @functools.cache  # noqa: B019 - a model lives as long as its plans
     def stages(self, pp: int, schedule: str) -> list[range]:

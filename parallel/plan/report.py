@@ -129,6 +129,7 @@ def time_parts(plan: Plan) -> list[tuple[str, float]]:
         ("computation", times.compute),
         ("traffic that waits", times.waiting),
         ("FSDP2 traffic not hidden", times.exposed),
+        ("chains of states", times.chains),
         ("bubble", times.bubble),
         ("optimiser", times.optimizer),
     ]

@@ -23,7 +23,7 @@ from rondo.pretrain.recipe import OptimizerConfig
 from rondo.pretrain.routing import expert_similarity
 from rondo.tests.toys import registered
 
-VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 5
+VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def data(run: Run) -> MicroBatch:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, VOCAB, (run.rows, run.time + 1), generator=generator)
     starts = torch.zeros(run.rows, run.time, dtype=torch.long)
-    starts[1, 1::2] = 1
+    starts[1, [1, 2, run.time - 3, run.time - 1]] = 1
     starts[1, run.time // 2] = 1
     starts[2:, run.time // 2] = 1
     starts[3:, [1, run.time // 4 + 1, run.time - 1]] = 1

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from rondo.errors import UserError
 from rondo.models import Decoder
 from rondo.parallel.mesh import Layout
 from rondo.parallel.pipeline import SCHEDULES, rank_stages, stage_count
-from rondo.parallel.plan.estimate import Plan, link_seconds, make_plan
+from rondo.parallel.plan.estimate import Plan, chain_flops, link_seconds, make_plan
 from rondo.parallel.plan.hardware import find_hardware
 from rondo.parallel.plan.job import Job, Model
 from rondo.parallel.plan.layers import Layers, trace_layers
@@ -298,6 +299,22 @@ def test_search_finds_the_fastest_of_all_layouts_that_fit() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.quick
+def test_chains_of_states_make_ranks_wait() -> None:
+    """Of Titans' memory alone: the attention beside it does not wait."""
+    for mixer in ("titans_memory", "titans_mag"):
+        for layout, share in ((Layout(cp=4), 3 / 8), (Layout(cp=2, dp_shard=2), 1 / 4)):
+            run = job(layout, pattern=[mixer])
+            with torch.device("meta"):
+                blocks: Any = Decoder(run.model.config).blocks.values()
+            mixers = [block.mixer for block in blocks]
+            memories = [m.memory if mixer == "titans_mag" else m for m in mixers]
+            flops = 3 * sum(memory.operator_flops(LENGTH) for memory in memories)
+            assert chain_flops(run) == pytest.approx(share * flops * run.tokens / 4)
+    assert chain_flops(job(Layout(dp_shard=4), pattern=["titans_memory"])) == 0
+    assert chain_flops(job(Layout(cp=4))) == 0
+
+
 def test_links() -> None:
     data = Traffic(0, 450e9)
     layout = Layout(dp_replicate=4, dp_shard=4, tp=2)  # a node holds one dp_shard x tp

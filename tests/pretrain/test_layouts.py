@@ -31,7 +31,7 @@ OPTIONS = [
 ]
 LAYOUTS = {
     "one": [],
-    "tp2-cp2": ["--parallel.tp=2", "--parallel.cp=2"],
+    "tp2-cp2": ["--parallel.tp=2", "--parallel.cp=2", "--data.micro_batch_size=4"],
     "pp2-dp2": ["--parallel.pp=2", "--parallel.dp_shard=2"],
 }
 

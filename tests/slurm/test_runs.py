@@ -75,8 +75,10 @@ def test_time_limit(run: Run, straight: Run) -> None:
         process.resume()
     assert run.wait_for("end")["outcome"] == "interrupted"
     run.wait_for_outcome("done")
-    assert [row["job"] for row in run.folder.events("requeue")] == [job]
-    assert len(run.folder.events("start")) == 2
+    # Once, or on a slow machine more often.
+    requeues = [row["job"] for row in run.folder.events("requeue")]
+    assert set(requeues) == {job}
+    assert len(run.folder.events("start")) == len(requeues) + 1
     assert run.folder.events("end")[0]["saved"] < STEPS
     assert run.rows() == straight.rows()
 
