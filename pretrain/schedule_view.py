@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rondo.parallel.plan.page import COLOURS, html_page
-from rondo.pretrain.recipe import Recipe
-from rondo.pretrain.schedules import INFINITE, factor, phases
+from rondo.pretrain.recipe import Recipe, ScheduleConfig
+from rondo.pretrain.schedules import INFINITE, phases
+from rondo.pretrain.stages import plan_of, rate, stage_at, stages_of, step_tokens
 
 _ROWS = 12
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -23,17 +24,21 @@ class Curve:
     """The learning rate of a recipe's run."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.steps = recipe, recipe.steps
-        self.step_tokens = recipe.data.global_batch_size * recipe.data.sequence_length
+        self.recipe, self.stages = recipe, stages_of(recipe)
+        self.steps, self.step_tokens = self.stages[-1].end, step_tokens(recipe)
+        names = dict.fromkeys(stage.schedule.name for stage in self.stages)
         self.title = (
-            f"{recipe.name}: {recipe.schedule.name}, {self.steps:,} steps of "
+            f"{recipe.name}: {', '.join(names)}, {self.steps:,} steps of "
             f"{self.step_tokens:,} tokens"
         )
 
     def __call__(self, step: int) -> float:
         """Learning rate of a step."""
-        share = factor(step, self.steps, self.recipe.schedule, self.step_tokens)
-        return self.recipe.optimizer.lr * share
+        return self.recipe.optimizer.lr * rate(self.stages, step, self.step_tokens)
+
+    def stage(self, step: int) -> str:
+        """Name of the stage of a step; empty in a run without stages."""
+        return stage_at(self.stages, step).name
 
     def samples(self, count: int) -> list[int]:
         """At most `count` steps, evenly spread from the first to the last."""
@@ -41,16 +46,24 @@ class Curve:
         return sorted({round(i * last / max(1, count - 1)) for i in range(count)})
 
     def borders(self) -> list[int]:
-        """First steps of the phases, and the last step."""
-        schedule = self.recipe.schedule
-        lengths = phases(schedule, self.steps, self.step_tokens)
-        found = {0, lengths.warmup, self.steps - 1}
-        if schedule.name in INFINITE:
-            found |= {lengths.warmup + lengths.cooldown, self.steps - lengths.decay}
-        if schedule.name.startswith("wsd"):
-            found |= {end - lengths.decay for end in lengths.ends} | {*lengths.ends}
-            found |= {end - 1 for end in lengths.ends}
+        """First steps of the phases and of the stages, and the last step."""
+        found = {self.steps - 1}
+        for stage in self.stages:
+            own = _borders(stage.schedule, stage.schedule_steps, self.step_tokens)
+            found |= {stage.start} | {stage.schedule_start + step for step in own}
         return sorted(step for step in found if 0 <= step < self.steps)
+
+
+def _borders(schedule: ScheduleConfig, steps: int, step_tokens: int) -> set[int]:
+    """First steps of the phases of a schedule that spans `steps`, and its last step."""
+    lengths = phases(schedule, steps, step_tokens)
+    found = {0, lengths.warmup, steps - 1}
+    if schedule.name in INFINITE:
+        found |= {lengths.warmup + lengths.cooldown, steps - lengths.decay}
+    if schedule.name.startswith("wsd"):
+        found |= {end - lengths.decay for end in lengths.ends} | {*lengths.ends}
+        found |= {end - 1 for end in lengths.ends}
+    return {step for step in found if 0 <= step < steps}
 
 
 def show_schedule(curve: Curve, console: Console) -> None:
@@ -64,11 +77,13 @@ def show_schedule(curve: Curve, console: Console) -> None:
         console.print(f"{label:>9} {''.join(_BLOCKS[cell] for cell in cells)}", highlight=False)
     last = f"step {curve.steps - 1:,}"
     console.print(f"{'':>9} {'0':<{max(1, len(values) - len(last))}}{last}", highlight=False)
-    table = Table("step", "tokens before it", "learning rate")
-    for column in table.columns:
+    staged = bool(curve.recipe.stages)
+    table = Table("step", "tokens before it", "learning rate", *["stage"] * staged)
+    for column in table.columns[:3]:
         column.justify = "right"
     for step in curve.borders():
-        table.add_row(f"{step:,}", f"{step * curve.step_tokens:,}", f"{curve(step):.4e}")
+        cells = (f"{step:,}", f"{step * curve.step_tokens:,}", f"{curve(step):.4e}")
+        table.add_row(*cells, *[curve.stage(step)] * staged)
     console.print(table)
 
 
@@ -79,6 +94,7 @@ def schedule_data(curve: Curve) -> dict[str, Any]:
         "steps": curve.steps,
         "tokens_per_step": curve.step_tokens,
         "borders": curve.borders(),
+        "stages": plan_of(curve.recipe)["stages"] if curve.recipe.stages else [],
         "step": steps,
         "lr": [curve(step) for step in steps],
     }
@@ -100,6 +116,13 @@ def schedule_page(curve: Curve) -> str:
             f'<line x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * i / 4:.2e}</text>',
             f'<text x="{x:.1f}" y="{_HEIGHT + 28}" text-anchor="middle">{last * i // 4:,}</text>',
+        ]
+    for stage in curve.stages if curve.recipe.stages else ():
+        x, _ = at(stage.start, 0)
+        shapes += [
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{_HEIGHT + 10}" stroke="#999" '
+            'stroke-dasharray="4"/>',
+            f'<text x="{x + 4:.1f}" y="22">{escape(stage.name)}</text>',
         ]
     line = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in points)
     shapes.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>')
