@@ -36,7 +36,8 @@ class Metrics:
         self, folder: Path, *, start: int, steps: int, every: int, tensorboard: bool, active: bool
     ) -> None:
         self.active, self.every, self.steps = active, every, steps
-        self._events, self._stage = None, None
+        self._events = None
+        self._stage: str | None = None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)

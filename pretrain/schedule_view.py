@@ -9,15 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rondo.parallel.plan.page import COLOURS, html_page
+from rondo.pretrain.line_chart import html_page, line_chart
 from rondo.pretrain.recipe import Recipe, ScheduleConfig
 from rondo.pretrain.schedules import INFINITE, phases
 from rondo.pretrain.stages import plan_of, rate, stage_at, stages_of, step_tokens
 
 _ROWS = 12
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_WIDTH, _HEIGHT, _LEFT, _BELOW = 900, 320, 70, 40
-"""The picture's plot in pixels, and the room beside and below it."""
 
 
 class Curve:
@@ -103,31 +101,8 @@ def schedule_data(curve: Curve) -> dict[str, Any]:
 def schedule_page(curve: Curve) -> str:
     """An HTML page with the curve, its phases and their learning rates."""
     points = [(step, curve(step)) for step in sorted({*curve.samples(1001), *curve.borders()})]
-    top, last = max(lr for _, lr in points), max(1, curve.steps - 1)
-
-    def at(step: int, lr: float) -> tuple[float, float]:
-        return _LEFT + _WIDTH * step / last, 10 + _HEIGHT * (1 - lr / top)
-
-    shapes = []
-    for i in range(5):
-        _, y = at(0, top * i / 4)
-        x, _ = at(last * i // 4, 0)
-        shapes += [
-            f'<line x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * i / 4:.2e}</text>',
-            f'<text x="{x:.1f}" y="{_HEIGHT + 28}" text-anchor="middle">{last * i // 4:,}</text>',
-        ]
-    for stage in curve.stages if curve.recipe.stages else ():
-        x, _ = at(stage.start, 0)
-        shapes += [
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{_HEIGHT + 10}" stroke="#999" '
-            'stroke-dasharray="4"/>',
-            f'<text x="{x + 4:.1f}" y="22">{escape(stage.name)}</text>',
-        ]
-    line = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in points)
-    shapes.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>')
-    size = f'width="{_LEFT + _WIDTH + 40}" height="{_HEIGHT + _BELOW}"'
-    picture = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">{"".join(shapes)}</svg>'
+    marks = [(stage.start, stage.name) for stage in curve.stages if curve.recipe.stages]
+    picture = line_chart({"learning rate": points}, marks, last=curve.steps - 1)
     rows = "".join(
         f'<tr><td class="n">{step:,}</td><td class="n">{step * curve.step_tokens:,}</td>'
         f'<td class="n">{curve(step):.4e}</td></tr>'

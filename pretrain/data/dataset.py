@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class TokenDataset:
         self.mixture = Mixture(weights)
         self.contents = [content_of(folder, split) for folder in self.folders]
         self.weights = weights
-        self._description = {
+        self._description: dict[str, Any] = {
             "folders": self.contents,
             "weights": weights,
             "tokenizer": sources.tokenizer.fingerprint(),
