@@ -171,7 +171,8 @@ def _shortened(
     owner = next(stage for stage in stages if stage.start == cut.schedule_start)
     found = []
     for config, stage in zip(past, stages, strict=False):
-        config = dataclasses.replace(config, steps=min(stage.steps, step - stage.start))
+        steps = min(stage.steps, step - stage.start)
+        config = dataclasses.replace(config, steps=steps, init_from=None)
         if stage is owner:
             config.schedule = ScheduleConfig("constant", peak_ratio=ratio, final_ratio=0.0)
         found.append(config)

@@ -27,7 +27,8 @@ from rondo.pretrain.options import split_arguments
 from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting
-from rondo.pretrain.train import Trainer, micro_batch, open_data
+from rondo.pretrain.run_data import open_data
+from rondo.pretrain.train import Trainer, micro_batch
 
 
 def contest(recipe: Recipe, rounds: int) -> None:

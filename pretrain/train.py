@@ -38,30 +38,20 @@ from rondo.pretrain.data import (
     bits_per_byte,
     count_bytes,
     prefetch,
-    prepare_sources,
     rank_indices,
-    read_seen,
     unigram_bits_per_byte,
 )
 from rondo.pretrain.data.seen import NAME as SAMPLES
-from rondo.pretrain.domains import Domains, open_held_out
+from rondo.pretrain.domains import Domains
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.optim import build_optimizers, set_learning_rate
-from rondo.pretrain.parse import dump_recipe
 from rondo.pretrain.probe import layer_norms
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting, SampleWeights
 from rondo.pretrain.routing import expert_similarity, router_gradients, routing
+from rondo.pretrain.run_data import describe_run, open_data
 from rondo.pretrain.stage_costs import stage_costs
-from rondo.pretrain.stages import (
-    Stage,
-    all_sources,
-    plan_of,
-    rate,
-    replayed_runs,
-    stage_at,
-    stages_of,
-)
+from rondo.pretrain.stages import Stage, rate, stage_at, stages_of
 from rondo.pretrain.start import Origin, begin, enter, find_origin
 from rondo.pretrain.validate import validate
 
@@ -94,22 +84,6 @@ def train(recipe: Recipe) -> int:
             return trainer.run(origin)
         finally:
             trainer.checkpointer.close()
-
-
-def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, TokenDataset]]:
-    """What `recipe` trains on, and held-out text by domain (none without `evals.batches`). `folder`
-    is the run's, which keeps what other runs had seen when it began to replay them."""
-    stages = stages_of(recipe)
-    replaying = replayed_runs(stages)
-    seen = {
-        stage.name: read_seen(stage.replay.source, _replay_file(folder, stage))
-        for stage in stages
-        if stage.replay and stage.name in replaying
-    }
-    sources = prepare_sources(dataclasses.replace(recipe.data, sources=all_sources(recipe)))
-    training = Curriculum(recipe, sources, recipe.model.vocab_size, seen)
-    held_out = open_held_out(recipe, sources, training) if recipe.evals.batches else {}
-    return training, held_out
 
 
 class Trainer:
@@ -181,8 +155,7 @@ class Trainer:
         )
         start = self.state["step"]
         if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._describe_run()
+            describe_run(recipe, self.folder, self.training)
         self.metrics = Metrics(
             self.folder,
             start=start,
@@ -345,18 +318,6 @@ class Trainer:
                 self.metrics.say(line)
         return stage
 
-    def _describe_run(self) -> None:
-        """Writes what the run is into its folder; rank 0 does."""
-        (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe))
-        plan = self.folder / "stages.json"
-        if self.recipe.stages:
-            plan.write_text(json.dumps(plan_of(self.recipe), indent=1))
-        else:
-            plan.unlink(missing_ok=True)
-        for stage in self.stages:
-            if stage.name in self.training.seen:
-                self.training.seen[stage.name].write(_replay_file(self.folder, stage))
-
     def save(self) -> None:
         """Saves a checkpoint of the state after the last step."""
         step = self.state["step"]
@@ -513,8 +474,3 @@ def _validation(name: str, nats: float, valid: float, text: float) -> dict[str, 
 
 def _describe(values: dict[str, float], name: str = "validation") -> str:
     return f"{values[f'{name}/bits_per_byte']:.3f} bits per byte, loss {values[f'{name}/loss']:.3f}"
-
-
-def _replay_file(folder: Path, stage: Stage) -> Path:
-    """Where a run keeps what the run that a stage replays had seen."""
-    return folder / "replay" / f"{stage.number}-{stage.name}.json"
