@@ -96,6 +96,20 @@ def _plan(words: list[str]) -> int:
     return plan(words)
 
 
+def _anneal(words: list[str]) -> int:
+    """Branch an annealed model off a run, which is left as it is."""
+    from rondo.pretrain.anneal import main as anneal
+
+    return anneal(words)
+
+
+def _forgetting(words: list[str]) -> int:
+    """Tell what runs in stages have learnt and forgotten: table, JSON, plot."""
+    from rondo.evals.forgetting import main as forgetting
+
+    return forgetting(words)
+
+
 def _generate(words: list[str]) -> int:
     """Continue a text with a trained checkpoint."""
     from rondo.pretrain.options import parse_command
@@ -115,6 +129,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "stop": _stop,
     "plan": _plan,
+    "anneal": _anneal,
+    "forgetting": _forgetting,
     "generate": _generate,
 }
 

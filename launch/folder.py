@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -64,6 +65,8 @@ class RunFolder:
 
     def steps(self) -> int | None:
         """Steps of the whole run, once it has started."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return int(json.loads((self.path / "stages.json").read_text())["steps"])
         try:
             found = re.search(r"^steps: (\d+)$", (self.path / "recipe.yaml").read_text(), re.M)
         except FileNotFoundError:

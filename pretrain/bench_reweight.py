@@ -22,11 +22,12 @@ from rondo.errors import run_command
 from rondo.parallel.hardware import reuse_memory
 from rondo.parallel.mesh import process_group, world_size
 from rondo.parallel.signals import StopFlag
-from rondo.pretrain.data import TokenDataset, prepare_sources, rank_indices
+from rondo.pretrain.data import rank_indices
 from rondo.pretrain.options import split_arguments
 from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting
+from rondo.pretrain.run_data import open_data
 from rondo.pretrain.train import Trainer, micro_batch
 
 
@@ -35,11 +36,10 @@ def contest(recipe: Recipe, rounds: int) -> None:
     if recipe.reweight.strategy == "uniform":
         reweight = dataclasses.replace(recipe.reweight, strategy="linupper")
         recipe = dataclasses.replace(recipe, reweight=reweight)
-    sources = prepare_sources(recipe.data)
-    training = TokenDataset(sources, recipe.data.sequence_length, recipe.seed)
     folder = Path(tempfile.mkdtemp())
+    training, _ = open_data(recipe, folder)
     with process_group(recipe.parallel) as ranks, StopFlag([]) as stop:
-        trainer = Trainer(recipe, folder, ranks, stop, training, None)
+        trainer = Trainer(recipe, folder, ranks, stop, training, {})
         plain = dataclasses.replace(
             recipe, reweight=dataclasses.replace(recipe.reweight, strategy="uniform")
         )

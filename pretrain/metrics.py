@@ -37,6 +37,7 @@ class Metrics:
     ) -> None:
         self.active, self.every, self.steps = active, every, steps
         self._events = None
+        self._stage: str | None = None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,17 +86,22 @@ class Metrics:
         row: Mapping[str, float],
         extra: Mapping[str, float] | None = None,
         tables: Mapping[str, list[list[float]]] | None = None,
+        stage: str | None = None,
     ) -> None:
         """Reports step `row["step"]`; `extra` (validation, norms) goes into the same row, and so do
-        `tables`, which TensorBoard shows as heat maps."""
+        `tables`, which TensorBoard shows as heat maps, and the name of the `stage`, which it shows
+        where that changes."""
         if not self.active:
             return
         values = {**row, **(extra or {})}
         step = int(values["step"])
         # JSON has no NaN or infinity.
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._file.write(json.dumps({**finite, **(tables or {})}) + "\n")
+        words = {} if stage is None else {"stage": stage}
+        self._file.write(json.dumps({**finite, **words, **(tables or {})}) + "\n")
         if self._events is not None:
+            if stage is not None and stage != self._stage:
+                self._events.add_text("stage", stage, step)
             for name, value in values.items():
                 if name != "step":
                     tag = name if "/" in name else f"train/{name}"
@@ -103,7 +109,9 @@ class Metrics:
             for name, table in (tables or {}).items():
                 writer: Any = self._events._get_file_writer()
                 writer.add_summary(heat_map(name, table), step)
+        self._stage = stage
         text = "  ".join(f"{name} {_short(name, values[name])}" for name in _CONSOLE)
+        text = text if stage is None else f"{stage}  {text}"
         self._progress.update(self._task, completed=step + 1, description=text)
         if not self.console.is_terminal and (step + 1) % self.every == 0:
             print(f"step {step + 1}/{self.steps}  {text}", file=sys.stderr, flush=True)

@@ -109,6 +109,56 @@ class ScheduleConfig:
 
 
 @dataclass
+class ReplayConfig:
+    """Samples that were seen before, mixed into a stage (arXiv 2403.08763)."""
+
+    share: float = 0.05
+    """Of the stage's samples, in every batch; the rest is new."""
+    source: str = "earlier"
+    """Whose samples: an earlier stage by its name, all of them ('earlier'), or another run, by its
+    folder (what its newest checkpoint has seen) or that of one of its checkpoints."""
+    order: Literal["original", "reshuffled"] = "original"
+    """As they were seen, or shuffled by `seed`."""
+    offset: int = 0
+    """Samples to pass over at first; they come after the last."""
+    seed: int = 0
+    """Of the shuffle."""
+
+
+@dataclass
+class StageDataConfig:
+    """What a stage reads."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The mixture; data.sources if empty. A source that an earlier stage has read goes on where
+    that left off."""
+
+
+@dataclass
+class StageConfig:
+    """A part of a run with data, schedule and length of its own."""
+
+    name: str
+    """Names the stage, and its held-out text, in metrics."""
+    steps: int | str = "100%"
+    """Length: steps (500), tokens ("16B tokens"), or a share of the recipe's steps."""
+    data: StageDataConfig = field(default_factory=StageDataConfig)
+    schedule: ScheduleConfig | None = None
+    """A schedule in place of the recipe's (as a whole: what it leaves out are defaults). It counts
+    steps from the beginning of the stage, and shares are shares of the stage."""
+    replay: ReplayConfig | None = None
+    """Samples from before to mix in."""
+    init_from: str | None = None
+    """A checkpoint, or a run (its newest), whose parameters the stage begins with, instead of
+    those that the stage before ended with."""
+    reset_optimizer: bool = True
+    """Begin without the optimizer's moments and its step count, else with those of the stage
+    before (of `init_from` where it is given)."""
+    reset_step: bool = True
+    """Begin the schedule anew, else go on in that of the stage before, which then spans both."""
+
+
+@dataclass
 class ReweightConfig:
     """How much each sample counts, by its own loss among those of the same step."""
 
@@ -193,7 +243,7 @@ class Recipe:
     model: ModelConfig
     """The model."""
     steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps; of each stage that does not say otherwise, if there are stages."""
     seed: int = 0
     """Seeds initialisation and data order."""
     output_dir: str = "runs"
@@ -201,6 +251,9 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    """Parts of the run, one after the other, for continual pretraining; none: one, of all that
+    the recipe says."""
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["float32", "bfloat16"] = "bfloat16"

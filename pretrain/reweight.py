@@ -21,6 +21,7 @@ from rondo.parallel.mesh import DATA, Ranks
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain.lengths import in_steps
 from rondo.pretrain.recipe import Recipe, ReweightConfig, SourceConfig
+from rondo.pretrain.stages import all_sources, replayed_runs, stages_of, total_steps
 
 FEW = 32
 """Samples below which weights are noisy."""
@@ -71,11 +72,12 @@ class Reweighting:
     step and the losses of its samples."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        self.config, self.ranks, self.steps = recipe.reweight, ranks, recipe.steps
-        self.domains = domain_names(recipe.data.sources)
+        self.config, self.ranks, self.steps = recipe.reweight, ranks, total_steps(recipe)
+        runs = dict.fromkeys(replayed_runs(stages_of(recipe)).values())
+        self.domains = [*domain_names(all_sources(recipe)), *runs]
         data = recipe.data
         step_tokens = data.global_batch_size * data.sequence_length
-        self._warmup = in_steps(self.config.warmup_steps, recipe.steps, step_tokens, up=True)
+        self._warmup = in_steps(self.config.warmup_steps, self.steps, step_tokens, up=True)
         sequences = data.micro_batch_size * ranks.layout.data_size
         self._sequences = min(sequences, data.global_batch_size)
         if self.config.scope == "global_batch":

@@ -1,10 +1,11 @@
-"""Where a run begins: its own newest checkpoint, that of another run, or another's parameters."""
+"""Where a run begins: its own newest checkpoint, that of another run, or another's parameters; and
+what changes where a stage begins."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from rondo.parallel.checkpoint import (
     optimizer_tensors,
 )
 from rondo.pretrain.data import Tokenizer, load_tokenizer
-from rondo.pretrain.recipe import CheckpointConfig, Recipe
+from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.stages import Stage, stages_of, total_steps
 
 
 class Origin(NamedTuple):
@@ -31,15 +33,24 @@ class Origin(NamedTuple):
 
     path: Path
     whole: bool
-    """It goes on there; else it takes the parameters alone."""
+    """It goes on there; else it takes the parameters."""
+    optimizer: bool = False
+    """And the state of the optimizer."""
 
 
-def find_origin(config: CheckpointConfig) -> Origin | None:
-    """Of `checkpoint.resume` and `checkpoint.init_from`. Raises UserError where nothing is."""
+def find_origin(recipe: Recipe) -> Origin | None:
+    """Of `checkpoint.resume`, `checkpoint.init_from` or the first stage's. Raises UserError where
+    nothing is there, or where a later stage is to begin."""
+    config, (first, *later) = recipe.checkpoint, stages_of(recipe)
+    for stage in later:
+        if stage.init_from is not None:
+            find_checkpoint(Path(stage.init_from))
     if config.resume not in ("auto", "never"):
         return Origin(find_checkpoint(Path(config.resume)), True)
     if config.init_from is not None:
         return Origin(find_checkpoint(Path(config.init_from)), False)
+    if first.init_from is not None:
+        return Origin(find_checkpoint(Path(first.init_from)), False, not first.reset_optimizer)
     return None
 
 
@@ -51,6 +62,7 @@ def begin(
     tokenizer: Tokenizer,
     state: dict[str, Any],
     origin: Origin | None,
+    fingerprint: Callable[[int], str],
 ) -> tuple[dict[str, Any], list[str]]:
     """Fills parameters and optimizers from the run's own newest checkpoint, else from `origin`.
 
@@ -59,6 +71,7 @@ def begin(
 
     Args:
         state: that of a new run.
+        fingerprint: of the data before a step.
 
     Returns:
         The state to go on from, and what to say of it.
@@ -71,39 +84,95 @@ def begin(
         origin = Origin(own, True)
     if origin is None:
         return state, []
-    path, config = origin.path, parts[0].config
-    tensors = {
+    path = origin.path
+    if not origin.whole:
+        lines = take(checkpointer, parts, optimizers, tokenizer, path, optimizer=origin.optimizer)
+        return state, lines
+    tensors = _tensors(parts, optimizers)
+    changes = Changes({}, {})
+    if own is None:
+        changes = checkpointer.changes(path, tensors, _optional_names(parts[0].config))
+    saved = checkpointer.load(path, changes.stored(tensors), dropped=changes.dropped)
+    _check_state(saved, fingerprint, recipe, path)
+    copy_to_twins(parts, optimizers)
+    lines = [f"going on after step {saved['step']}, from {path}", str(changes)]
+    return saved, [line for line in (*lines, *model_differences(path, parts[0].config)) if line]
+
+
+def take(
+    checkpointer: Checkpointer,
+    parts: Sequence[Decoder],
+    optimizers: Sequence[Optimizer],
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    optimizer: bool,
+) -> list[str]:
+    """Fills parameters, and the optimizers' state if `optimizer`, from a checkpoint of another run;
+    returns what to say of it. Raises UserError where it does not fit."""
+    check_tokenizer(tokenizer, path)
+    tensors, config = _tensors(parts, optimizers), parts[0].config
+    changes = checkpointer.changes(path, tensors, _optional_names(config))
+    stored = changes.stored(tensors)
+    chosen = ("model", "optimizer") if optimizer else ("model",)
+    checkpointer.load(
+        path,
+        {part: stored[part] for part in chosen},
+        dropped={part: changes.dropped[part] for part in chosen},
+    )
+    copy_to_twins(parts, optimizers)
+    what = "parameters and optimizer" if optimizer else "parameters"
+    return [f"beginning with the {what} of {path}", *model_differences(path, config)]
+
+
+def enter(
+    stage: Stage,
+    checkpointer: Checkpointer,
+    parts: Sequence[Decoder],
+    optimizers: Sequence[Optimizer],
+    tokenizer: Tokenizer,
+) -> list[str]:
+    """What changes before the first step of a stage that is not the run's first; returns what to
+    say of it. Raises UserError where `init_from` does not fit."""
+    lines = [f"stage {stage.name}: {stage.steps:,} steps from step {stage.start + 1:,} on"]
+    if stage.reset_optimizer:
+        reset(parts, optimizers)
+    if stage.init_from is not None:
+        path, keep = find_checkpoint(Path(stage.init_from)), not stage.reset_optimizer
+        lines += take(checkpointer, parts, optimizers, tokenizer, path, optimizer=keep)
+    return lines
+
+
+@torch.no_grad()
+def reset(parts: Sequence[Decoder], optimizers: Sequence[Optimizer]) -> None:
+    """Brings optimizers back to where they were before their first step: no moments, step 0."""
+    for tensor in optimizer_tensors(parts, optimizers).values():
+        tensor.zero_()
+    copy_to_twins(parts, optimizers)
+
+
+def _tensors(
+    parts: Sequence[Decoder], optimizers: Sequence[Optimizer]
+) -> dict[str, dict[str, torch.Tensor]]:
+    return {
         "model": model_tensors(parts),
         "optimizer": optimizer_tensors(parts, optimizers),
     }
-    changes = Changes({}, {})
-    if own is None:
-        changes = checkpointer.changes(path, tensors, _optional_names(config))
-    stored = changes.stored(tensors)
-    if origin.whole:
-        saved = checkpointer.load(path, stored, dropped=changes.dropped)
-        _check_state(saved, state, recipe, path)
-        lines = [f"going on after step {saved['step']}, from {path}", str(changes)]
-    else:
-        check_tokenizer(tokenizer, path)
-        dropped = {"model": changes.dropped["model"]}
-        checkpointer.load(path, {"model": stored["model"]}, dropped=dropped)
-        saved, lines = state, [f"beginning with the parameters of {path}"]
-    copy_to_twins(parts, optimizers)
-    return saved, [line for line in (*lines, *model_differences(path, config)) if line]
 
 
 def _check_state(
-    saved: Mapping[str, Any], state: Mapping[str, Any], recipe: Recipe, path: Path
+    saved: Mapping[str, Any], fingerprint: Callable[[int], str], recipe: Recipe, path: Path
 ) -> None:
-    if saved["data"] != state["data"]:
+    if saved["data"] != fingerprint(saved["step"]):
+        stages = "stages, replay, " if recipe.stages else ""
         raise UserError(
-            f"data: {path} was trained on other data (sources, weights, tokenizer, "
+            f"data: {path} was trained on other data ({stages}sources, weights, tokenizer, "
             "sequence_length or seed differ), so its place in the data is lost; "
             "checkpoint.init_from takes its parameters alone"
         )
-    if saved["step"] > recipe.steps:
-        raise UserError(f"steps: {recipe.steps}, but {path} is after step {saved['step']}")
+    steps = total_steps(recipe)
+    if saved["step"] > steps:
+        raise UserError(f"steps: {steps}, but {path} is after step {saved['step']}")
 
 
 def check_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

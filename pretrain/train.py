@@ -33,25 +33,26 @@ from rondo.parallel.pipeline import MicroBatch
 from rondo.parallel.signals import StopFlag
 from rondo.pretrain.data import (
     Batch,
-    Split,
+    Curriculum,
     TokenDataset,
     bits_per_byte,
     count_bytes,
     prefetch,
-    prepare_sources,
     rank_indices,
     unigram_bits_per_byte,
 )
+from rondo.pretrain.data.seen import NAME as SAMPLES
+from rondo.pretrain.domains import Domains
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.optim import build_optimizers, set_learning_rate
-from rondo.pretrain.parse import dump_recipe
 from rondo.pretrain.probe import layer_norms
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting, SampleWeights
 from rondo.pretrain.routing import expert_similarity, router_gradients, routing
-from rondo.pretrain.schedules import factor
+from rondo.pretrain.run_data import describe_run, open_data
 from rondo.pretrain.stage_costs import stage_costs
-from rondo.pretrain.start import Origin, begin, find_origin
+from rondo.pretrain.stages import Stage, rate, stage_at, stages_of
+from rondo.pretrain.start import Origin, begin, enter, find_origin
 from rondo.pretrain.validate import validate
 
 DONE, STOPPED = 0, 75
@@ -75,15 +76,8 @@ def train(recipe: Recipe) -> int:
     folder = Path(recipe.output_dir) / recipe.name
     if recipe.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*")):
         raise UserError(f"checkpoint.resume: 'never', but {folder} has checkpoints of a run")
-    origin = find_origin(recipe.checkpoint)
-    sources = prepare_sources(recipe.data)
-    vocab_size = recipe.model.vocab_size or sources.tokenizer.vocab_size
-
-    def open_split(split: Split) -> TokenDataset:
-        return TokenDataset(sources, recipe.data.sequence_length, recipe.seed, split, vocab_size)
-
-    training = open_split("train")
-    held_out = open_split("validation") if recipe.evals.batches else None
+    origin = find_origin(recipe)
+    training, held_out = open_data(recipe, folder)
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
         trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
         try:
@@ -101,11 +95,13 @@ class Trainer:
         folder: Path,
         ranks: Ranks,
         stop: StopFlag,
-        training: TokenDataset,
-        held_out: TokenDataset | None,
+        training: Curriculum,
+        held_out: dict[str, TokenDataset],
     ) -> None:
         self.recipe, self.folder, self.ranks, self.stop = recipe, folder, ranks, stop
         self.training, self.held_out = training, held_out
+        self.stages, self.domains = stages_of(recipe), Domains(recipe)
+        self.steps = self.stages[-1].end
         self.tokenizer = training.tokenizer
         self.byte_lengths = self.tokenizer.byte_lengths()
         self.config = dataclasses.replace(recipe.model, vocab_size=training.vocab_size)
@@ -155,35 +151,34 @@ class Trainer:
             self.tokenizer,
             self.state,
             origin,
+            self.training.fingerprint,
         )
         start = self.state["step"]
         if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+            describe_run(recipe, self.folder, self.training)
         self.metrics = Metrics(
             self.folder,
             start=start,
-            steps=recipe.steps,
+            steps=self.steps,
             every=recipe.logging.every,
             tensorboard=recipe.logging.tensorboard,
             active=self.ranks.rank == 0,
         )
         with self.metrics:
             self._greet(beginning)
-            if start == 0 and self.held_out:
-                first = self.validate(self.held_out)
-                self.state["first_bits_per_byte"] = first["validation/bits_per_byte"]
-                self.metrics.say(f"validation before training: {_describe(first)}")
+            before = self._validate_first(start)
             extra: dict[str, float] = {}
             for step, batches in prefetch(self._batches(start)):
+                stage = self._enter(step)
                 row, stopping = self.step(step, batches)
-                last = step + 1 == recipe.steps
-                extra = self._observe(step, batches, last)
+                last = step + 1 == self.steps
+                extra = self._observe(step, batches, step + 1 == stage.end) | before
+                before = {}
                 due = bool(self.loads) and _due(step, recipe.logging.norms_every)
                 shares = {"expert_load": load_shares(self.loads)} if due else None
-                self.metrics.log(row, extra, shares)
+                self.metrics.log(row, extra, shares, stage=stage.name or None)
                 self.state["step"] = step + 1
-                if stopping or last or _due(step, recipe.checkpoint.every):
+                if stopping or step + 1 == stage.end or _due(step, recipe.checkpoint.every):
                     self.save()
                 if stopping and not last:
                     self.checkpointer.close()
@@ -200,7 +195,7 @@ class Trainer:
         recipe, ranks, model = self.recipe, self.ranks, self.model
         # Whatever draws random numbers draws the same after a resume.
         torch.manual_seed((recipe.seed << 32) + step * ranks.size + ranks.rank)
-        scale = factor(step, recipe.steps, recipe.schedule, self.tokens_per_step)
+        scale = rate(self.stages, step, self.tokens_per_step)
         set_learning_rate(self.optimizers, scale)
         weights = self._sample_weights(step, batches)
         nats = model.forward_backward(batches, weights)
@@ -276,40 +271,81 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def validate(self, held_out: TokenDataset) -> dict[str, float]:
-        """Loss and bits per byte of the held-out text; the same batches every time."""
+    def validate(self) -> dict[str, float]:
+        """Loss and bits per byte of the held-out text, of each domain and of all together; the
+        same batches every time."""
         self.model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)
-        for number in range(self.recipe.evals.batches):
-            batches = list(self._global_batch(held_out, number))
-            totals += torch.tensor(self._count(self.model.evaluate(batches), batches))
+        found: dict[str, float] = {}
+        everything = torch.zeros(3, dtype=torch.float64)
+        for name, held_out in self.held_out.items():
+            totals = torch.zeros(3, dtype=torch.float64)
+            for number in range(self.recipe.evals.batches):
+                batches = list(self._global_batch(held_out, number))
+                totals += torch.tensor(self._count(self.model.evaluate(batches), batches))
+            sums = self.ranks.sum(*totals.tolist())
+            everything += torch.tensor(sums)
+            if name:
+                found |= _validation(f"validation/{name}", *sums)
         self.model.train()
-        nats, valid, text = self.ranks.sum(*totals.tolist())
-        return {
-            "validation/loss": nats / max(1, valid),
-            "validation/bits_per_byte": bits_per_byte(nats, int(text)),
-        }
+        return _validation("validation", *everything.tolist()) | found
+
+    def _validate_first(self, start: int) -> dict[str, float]:
+        """Validation before the first step of a run, or of stages that go on from a run without;
+        what the row of that step tells of it."""
+        staged = bool(self.recipe.stages)
+        if not self.held_out or ("learnt" in self.state if staged else start > 0):
+            return {}
+        first = self.validate()
+        if start == 0:
+            self.state["first_bits_per_byte"] = first["validation/bits_per_byte"]
+        self.metrics.say(f"validation before training: {_describe(first)}")
+        if not staged:
+            return {}
+        self.state["learnt"] = self.domains.begin(start, self._losses(first))
+        return {name.replace("validation", "validation_before", 1): first[name] for name in first}
+
+    def _losses(self, validation: dict[str, float]) -> dict[str, float]:
+        """Loss by domain."""
+        return {name: validation[f"validation/{name}/loss"] for name in self.held_out}
+
+    def _enter(self, step: int) -> Stage:
+        """The stage of `step`; what begins with it begins."""
+        stage = stage_at(self.stages, step)
+        if stage.number and step == stage.start:
+            parts = self.model.parts
+            lines = enter(stage, self.checkpointer, parts, self.optimizers, self.tokenizer)
+            for line in lines:
+                self.metrics.say(line)
+        return stage
 
     def save(self) -> None:
         """Saves a checkpoint of the state after the last step."""
+        step = self.state["step"]
+        self.state["data"] = self.training.fingerprint(step)
         config = json.dumps(dataclasses.asdict(self.config), indent=1)
         tokenizer = {f"tokenizer/{self.tokenizer.file_name}": self.tokenizer.content}
         self.checkpointer.save(
-            self.state["step"],
+            step,
             {
                 "model": model_tensors(self.model.parts),
                 "optimizer": optimizer_tensors(self.model.parts, self.optimizers),
             },
             self.state,
-            {"model/config.json": config, **tokenizer},
+            {
+                "model/config.json": config,
+                SAMPLES: json.dumps(self.training.consumed(step), indent=1),
+                **tokenizer,
+            },
         )
 
     def _batches(self, start: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Steps from `start` on with this rank's micro-batches."""
-        for step in range(start, self.recipe.steps):
+        for step in range(start, self.steps):
             yield step, list(self._global_batch(self.training, step))
 
-    def _global_batch(self, dataset: TokenDataset, number: int) -> Iterator[MicroBatch]:
+    def _global_batch(
+        self, dataset: TokenDataset | Curriculum, number: int
+    ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of global batch `number`."""
         for chunk in self._indices(number):
             yield micro_batch(dataset.batch(chunk), self.ranks)
@@ -337,10 +373,13 @@ class Trainer:
         return weights
 
     def _observe(self, step: int, batches: list[MicroBatch], last: bool) -> dict[str, float]:
-        """Validation and norms, when they are due after `step`."""
+        """Validation and norms, when they are due after `step`; the former also after the `last`
+        step of a stage."""
         extra: dict[str, float] = {}
         if self.held_out and (last or _due(step, self.recipe.evals.every)):
-            extra |= self.validate(self.held_out)
+            extra |= self.validate()
+            if batches and self.recipe.stages:
+                extra |= self.domains.observe(step, self._losses(extra), self.state["learnt"])
         if batches and _due(step, self.recipe.logging.norms_every):
             extra |= layer_norms(self.model, batches)
             if self.loads:
@@ -382,13 +421,17 @@ class Trainer:
         """The closing words of a finished run."""
         digest = state_digest({"model": model_tensors(self.model.parts)})
         self.metrics.say(f"model digest after step {self.state['step']}: {digest}")
-        if self.held_out is None:
+        if self.recipe.stages:
+            for name in self.held_out:
+                self.metrics.say(f"validation of {name}: {_describe(extra, f'validation/{name}')}")
+            return
+        if not self.held_out:
             return
         before = self.state["first_bits_per_byte"]
         if self.ranks.rank == 0:
             size = self.recipe.data.global_batch_size * self.recipe.evals.batches
-            targets = (self.held_out.batch([i]).targets for i in range(size))
-            counts = self.training.token_counts()
+            targets = (self.held_out[""].batch([i]).targets for i in range(size))
+            counts = self.training.parts[0].own.token_counts()
             unigram = unigram_bits_per_byte(counts, targets, self.byte_lengths)
             known = "" if before is None else f"{before:.3f} before, "
             self.metrics.say(
@@ -422,8 +465,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and (step + 1) % every == 0
 
 
-def _describe(values: dict[str, float]) -> str:
-    return (
-        f"{values['validation/bits_per_byte']:.3f} bits per byte, "
-        f"loss {values['validation/loss']:.3f}"
-    )
+def _validation(name: str, nats: float, valid: float, text: float) -> dict[str, float]:
+    return {
+        f"{name}/loss": nats / max(1, valid),
+        f"{name}/bits_per_byte": bits_per_byte(nats, int(text)),
+    }
+
+
+def _describe(values: dict[str, float], name: str = "validation") -> str:
+    return f"{values[f'{name}/bits_per_byte']:.3f} bits per byte, loss {values[f'{name}/loss']:.3f}"

@@ -17,6 +17,7 @@ from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.typed import RecipeError
 from rondo.pretrain.validate_layout import layout_problems, model_layout_problems
 from rondo.pretrain.validate_schedule import LARGEST, schedule_problems
+from rondo.pretrain.validate_stages import source_problems, stage_problems
 
 _AT_LEAST = {
     "steps": 1,
@@ -64,7 +65,10 @@ def problems(
     found = [*_numbers(recipe), *_names(recipe), *_sources(recipe)]
     sizes = ("data.global_batch_size", "data.micro_batch_size", "data.sequence_length")
     if all_read("steps", "schedule.", "reweight.warmup_steps", *sizes):
-        found += schedule_problems(recipe)
+        wrong = schedule_problems(recipe, fit=not recipe.stages)
+        found += wrong
+        if not wrong and recipe.steps >= 1 and all_read("stages"):
+            found += stage_problems(recipe)
     if all_read("parallel.", *sizes):
         found += layout_problems(recipe, world_size)
     if all_read("model."):
@@ -135,12 +139,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def _sources(recipe: Recipe) -> Iterator[str]:
     if not recipe.data.sources:
         yield "data.sources: needs at least one source, as [{path: stdlib-english}], got []"
-    for i, source in enumerate(recipe.data.sources):
-        if not source.path:
-            yield f"data.sources.{i}.path: must not be empty"
-        if not 0 < source.weight < math.inf:
-            weight = show(source.weight)
-            yield f"data.sources.{i}.weight: must be a finite number above 0, got {weight}"
+    yield from source_problems("data.sources", recipe.data.sources)
 
 
 def _texts(plain: Any, key: str = "") -> Iterator[tuple[str, str]]:

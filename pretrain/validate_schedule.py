@@ -15,13 +15,12 @@ LARGEST = 2**31 - 1
 """The largest count a recipe may hold."""
 
 
-def schedule_problems(recipe: Recipe) -> list[str]:
+def schedule_problems(recipe: Recipe, *, fit: bool = True) -> list[str]:
     """What is wrong with a recipe's schedule, and with lengths elsewhere; each problem starts with
-    its key."""
-    step_tokens = max(1, recipe.data.global_batch_size * recipe.data.sequence_length)
-    found = [*_ratios(recipe), *_lengths(recipe, step_tokens)]
-    if not found and recipe.steps >= 1:
-        found += _fit(recipe, step_tokens)
+    its key. Without `fit` the schedule need not fit into `recipe.steps`."""
+    found = [*_ratios(recipe), *_lengths(recipe)]
+    if fit and not found and recipe.steps >= 1:
+        found += _fit(recipe, _step_tokens(recipe))
     return found
 
 
@@ -53,21 +52,24 @@ def _limits(schedule: ScheduleConfig) -> dict[str, str]:
     return limits
 
 
-def _lengths(recipe: Recipe, step_tokens: int) -> Iterator[str]:
+def _step_tokens(recipe: Recipe) -> int:
+    return max(1, recipe.data.global_batch_size * recipe.data.sequence_length)
+
+
+def _lengths(recipe: Recipe) -> Iterator[str]:
     schedule = recipe.schedule
-    yield from _length("schedule.warmup_steps", schedule.warmup_steps, recipe, step_tokens)
-    yield from _length("schedule.cooldown_steps", schedule.cooldown_steps, recipe, step_tokens)
-    yield from _length("schedule.decay_steps", schedule.decay_steps, recipe, step_tokens)
+    yield from length_problems("schedule.warmup_steps", schedule.warmup_steps, recipe)
+    yield from length_problems("schedule.cooldown_steps", schedule.cooldown_steps, recipe)
+    yield from length_problems("schedule.decay_steps", schedule.decay_steps, recipe)
     for i, end in enumerate(schedule.decay_ends):
-        yield from _length(f"schedule.decay_ends.{i}", end, recipe, step_tokens, least=1)
-    yield from _length("reweight.warmup_steps", recipe.reweight.warmup_steps, recipe, step_tokens)
+        yield from length_problems(f"schedule.decay_ends.{i}", end, recipe, least=1)
+    yield from length_problems("reweight.warmup_steps", recipe.reweight.warmup_steps, recipe)
 
 
-def _length(
-    key: str, length: int | str, recipe: Recipe, step_tokens: int, least: int = 0
-) -> Iterator[str]:
+def length_problems(key: str, length: int | str, recipe: Recipe, least: int = 0) -> Iterator[str]:
+    """What is wrong with the `length` at `key`, a share of which is one of `recipe.steps`."""
     try:
-        steps = in_steps(length, max(1, recipe.steps), step_tokens)
+        steps = in_steps(length, max(1, recipe.steps), _step_tokens(recipe))
     except ValueError as error:
         words, _, hint = str(error).partition("; ")
         yield f"{key}: {words}, got {show(length)}{hint and f'; {hint}'}"

@@ -1,5 +1,6 @@
 """Text to token files, and token files to batches."""
 
+from rondo.pretrain.data.curriculum import Curriculum
 from rondo.pretrain.data.dataset import (
     Batch,
     Sample,
@@ -11,15 +12,18 @@ from rondo.pretrain.data.dataset import (
 )
 from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.prepare import PrepareConfig, prepare
+from rondo.pretrain.data.seen import Seen, read_seen
 from rondo.pretrain.data.sources import open_dataset, prepare_sources
 from rondo.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from rondo.pretrain.data.unigram import bits_per_byte, count_bytes, unigram_bits_per_byte
 
 __all__ = [
     "Batch",
+    "Curriculum",
     "DataError",
     "PrepareConfig",
     "Sample",
+    "Seen",
     "Sources",
     "Split",
     "TokenDataset",
@@ -32,5 +36,6 @@ __all__ = [
     "prepare",
     "prepare_sources",
     "rank_indices",
+    "read_seen",
     "unigram_bits_per_byte",
 ]

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,17 @@ class Sources:
     folders: list[Path]
     weights: list[float]
     tokenizer: Tokenizer
+    numbers: list[int] | None = None
+    """What each is called in the run (`Sample.source`, and the seed of its order); None: 0, 1..."""
+    begins: list[int] | None = None
+    """Samples of each that the run has read before; None: none."""
+
+    def select(
+        self, numbers: Sequence[int], weights: Sequence[float], begins: Sequence[int]
+    ) -> Sources:
+        """Those of `numbers`, for a part of a run."""
+        folders = [self.folders[number] for number in numbers]
+        return Sources(folders, [*weights], self.tokenizer, [*numbers], [*begins])
 
 
 @dataclass(frozen=True)
@@ -91,10 +102,14 @@ class TokenDataset:
         known = min(self.vocab_size, sources.tokenizer.vocab_size)  # a model may have more rows
         self.known_ids = known
         self._streams: list[Stream] = []
-        self._numbers: list[int] = []
+        self.numbers: list[int] = []
+        self.begins: list[int] = []
+        self.folders: list[Path] = []
         weights = []
-        for number, (folder, weight) in enumerate(
-            zip(sources.folders, sources.weights, strict=True)
+        numbers = sources.numbers or [*range(len(sources.folders))]
+        begins = sources.begins or [0] * len(numbers)
+        for number, begin, folder, weight in zip(
+            numbers, begins, sources.folders, sources.weights, strict=True
         ):
             if split == "validation" and not (folder / "validation.idx").is_file():
                 continue
@@ -103,7 +118,9 @@ class TokenDataset:
                 continue
             key = (seed, number) if split == "train" else None
             self._streams.append(Stream(file, key))
-            self._numbers.append(number)
+            self.numbers.append(number)
+            self.begins.append(begin if split == "train" else 0)
+            self.folders.append(folder)
             weights.append(weight)
         if split == "validation" and not weights:
             raise DataError(
@@ -112,45 +129,51 @@ class TokenDataset:
                 "validation_fraction above 0; or set evals.batches to 0"
             )
         self.mixture = Mixture(weights)
-        self._description = {
-            "folders": [_content(sources.folders[n], split) for n in self._numbers],
+        self.contents = [content_of(folder, split) for folder in self.folders]
+        self.weights = weights
+        self._description: dict[str, Any] = {
+            "folders": self.contents,
             "weights": weights,
             "tokenizer": sources.tokenizer.fingerprint(),
             "sequence_length": sequence_length,
             "seed": seed,
             "split": split,
         }
+        if split == "train" and (numbers != [*range(len(numbers))] or any(begins)):
+            self._description |= {"numbers": numbers, "begins": begins}
 
     def sample(self, index: int) -> Sample:
         """The sequence at global `index`."""
         which, k = self.mixture[index]
         stream = self._streams[which]
         s = self.sequence_length
-        tokens, segments = stream.window(k * s, s + 1)
+        tokens, segments = stream.window((self.begins[which] + k) * s, s + 1)
         stream.file.check(tokens, self.known_ids)
         targets = np.where(segments[1:] == segments[:-1], tokens[1:], IGNORED)
-        return Sample(tokens, targets, segments[:-1], self._numbers[which])
+        return Sample(tokens, targets, segments[:-1], self.numbers[which])
 
     def source(self, index: int) -> int:
         """Position in the recipe's list of sources of the sample at global `index`."""
-        return self._numbers[self.mixture[index][0]]
+        return self.numbers[self.mixture[index][0]]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The sequences at `indices`, stacked."""
-        samples = [self.sample(i) for i in indices]
-        return Batch(
-            torch.from_numpy(np.stack([s.tokens[:-1] for s in samples])),
-            torch.from_numpy(np.stack([s.targets for s in samples])),
-            torch.from_numpy(np.stack([s.segment_ids for s in samples])),
-        )
+        return stack([self.sample(i) for i in indices])
 
     def epochs(self, samples: int) -> dict[int, float]:
         """How often each source (by its number in the recipe) was read after `samples` samples."""
-        counts = self.mixture.counts(samples)
+        ends = self.ends(samples)
         return {
-            number: count * self.sequence_length / stream.file.num_tokens
-            for number, count, stream in zip(self._numbers, counts, self._streams, strict=True)
+            number: ends[number] * self.sequence_length / stream.file.num_tokens
+            for number, stream in zip(self.numbers, self._streams, strict=True)
         }
+
+    def ends(self, samples: int) -> dict[int, int]:
+        """Samples of each source (by its number) that were read after `samples` samples, those
+        before the first of them included."""
+        counts = self.mixture.counts(samples)
+        parts = zip(self.numbers, self.begins, counts, strict=True)
+        return {number: begin + count for number, begin, count in parts}
 
     def token_counts(self) -> np.ndarray:
         """Occurrences of each id in the first tokens of each source, float64 `(vocab_size,)`; each
@@ -168,7 +191,16 @@ class TokenDataset:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _content(folder: Path, split: str) -> list[object]:
+def stack(samples: Sequence[Sample]) -> Batch:
+    """A batch of samples."""
+    return Batch(
+        torch.from_numpy(np.stack([s.tokens[:-1] for s in samples])),
+        torch.from_numpy(np.stack([s.targets for s in samples])),
+        torch.from_numpy(np.stack([s.segment_ids for s in samples])),
+    )
+
+
+def content_of(folder: Path, split: str) -> list[object]:
     """What identifies a split's tokens: checksums, or sizes in a folder without a card."""
     names = (f"{split}.bin", f"{split}.idx")
     if (folder / CARD).is_file():

@@ -1,0 +1,229 @@
+"""`rondo forgetting`: what runs in stages have learnt and forgotten.
+
+With L_d(k) the validation loss on domain d at the end of stage k (row 0: before the first step),
+and k_d the last stage on d so far (0 for another run that is replayed), the forgetting of d in row
+k is L_d(k) - L_d(k_d): how much worse d is than when it was left (arXiv 2403.08763, in nats a
+token and in bits per byte). The adaptation of stage k is the loss on its own domain.
+
+`forgetting.json` in the run folder holds the matrices (stage x domain), `forgetting.html` shows
+the curves, and TensorBoard gets the matrix as a heat map.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rondo.errors import UserError
+from rondo.pretrain.line_chart import html_page, line_chart
+from rondo.pretrain.metrics import heat_map, rows
+from rondo.pretrain.options import parse_command, split_arguments
+
+KINDS = ("loss", "bits_per_byte")
+_USAGE = "rondo forgetting RUN [RUN...] [--html FILE]"
+
+
+@dataclass
+class ForgettingConfig:
+    """What to tell of."""
+
+    run: str
+    """Folder of a run in stages; several are compared."""
+    html: str | None = None
+    """File for the plot; None: forgetting.html in the (first) run folder."""
+
+
+class Matrix:
+    """What a run in stages has measured so far.
+
+    Raises UserError where it has no stages, or validated nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        plan = folder / "stages.json"
+        if not plan.is_file():
+            raise UserError(f"{folder}: not the folder of a run in stages: it has no stages.json")
+        described = json.loads(plan.read_text())
+        self.stages: list[dict[str, Any]] = described["stages"]
+        self.steps: int = described["steps"]
+        found = rows(folder / "metrics.jsonl", before=self.steps)
+        self.measured = [row for row in found if "validation/loss" in row]
+        if not self.measured:
+            raise UserError(f"{folder}: nothing was validated yet (evals.batches)")
+        owned = [stage["domain"] for stage in self.stages]
+        self.domains = [*dict.fromkeys([*owned, *described["replayed_runs"]])]
+        before = next((row for row in found if "validation_before/loss" in row), {})
+        self.began = int(before.get("step", 0))
+        self.before = {
+            kind: [before.get(f"validation_before/{name}/{kind}") for name in self.domains]
+            for kind in KINDS
+        }
+        self.reached = [stage for stage in self.stages if self._last(stage) is not None]
+
+    def _last(self, stage: dict[str, Any]) -> dict[str, Any] | None:
+        """The last row of a stage with a validation."""
+        begin, end = stage["start"], stage["start"] + stage["steps"]
+        within = [row for row in self.measured if begin <= row["step"] < end]
+        return within[-1] if within else None
+
+    def values(self, kind: str) -> list[list[float | None]]:
+        """`kind` by row (before, then stages that were reached) and domain; None where it was not
+        measured."""
+        lasts = (self._last(stage) for stage in self.reached)
+        found = [[(row or {}).get(f"validation/{d}/{kind}") for d in self.domains] for row in lasts]
+        return [self.before[kind], *found]
+
+    def forgetting(self, kind: str) -> list[list[float | None]]:
+        """By stage that was reached and domain; None for domains that were not left yet."""
+        values = self.values(kind)
+        others = {*self.domains} - {stage["domain"] for stage in self.stages}
+        left: dict[str, float | None] = {
+            name: values[0][i] for i, name in enumerate(self.domains) if name in others
+        }
+        found = []
+        for stage, row in zip(self.reached, values[1:], strict=True):
+            named = dict(zip(self.domains, row, strict=True))
+            found.append(
+                [_minus(named[d], left.get(d), d == stage["domain"]) for d in self.domains]
+            )
+            left[stage["domain"]] = named[stage["domain"]]
+        return found
+
+    def data(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        lasts = [self._last(stage) or {} for stage in self.reached]
+        return {
+            "domains": self.domains,
+            "stages": [stage["name"] for stage in self.reached],
+            "after_steps": [row["step"] + 1 for row in lasts],
+            "finished": [
+                row["step"] + 1 == stage["start"] + stage["steps"]
+                for stage, row in zip(self.reached, lasts, strict=True)
+            ],
+            **{
+                kind: {
+                    "before": self.before[kind],
+                    "matrix": self.values(kind)[1:],
+                    "forgetting": self.forgetting(kind),
+                    "adaptation": [
+                        row.get(f"validation/{stage['domain']}/{kind}")
+                        for stage, row in zip(self.reached, lasts, strict=True)
+                    ],
+                }
+                for kind in KINDS
+            },
+        }
+
+    def curves(self, prefix: str = "") -> dict[str, list[tuple[int, float]]]:
+        """Bits per byte by domain, over steps done."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for i, name in enumerate(self.domains):
+            key, first = f"validation/{name}/bits_per_byte", self.before["bits_per_byte"][i]
+            start = [] if first is None else [(self.began, first)]
+            later = [(row["step"] + 1, row[key]) for row in self.measured if row.get(key)]
+            if start or later:
+                found[prefix + name] = start + later
+        return found
+
+
+def _minus(value: float | None, left: float | None, own: bool) -> float | None:
+    return None if own or value is None or left is None else value - left
+
+
+def report(folders: Sequence[Path], html: Path | None = None) -> list[dict[str, Any]]:
+    """Writes JSON and TensorBoard's picture of each run, and the plot of all; returns the JSON."""
+    matrices = [Matrix(folder) for folder in folders]
+    found = []
+    for matrix in matrices:
+        found.append(matrix.data())
+        (matrix.folder / "forgetting.json").write_text(json.dumps(found[-1], indent=1))
+        if (matrix.folder / "tensorboard").is_dir():
+            _write_event(matrix)
+    path = html or folders[0] / "forgetting.html"
+    path.write_text(_page(matrices), "utf-8")
+    console = Console(width=None if Console().is_terminal else 120)
+    for matrix in matrices:
+        console.print(_table(matrix))
+    console.print(f"wrote {path} and forgetting.json", highlight=False)
+    return found
+
+
+def _table(matrix: Matrix) -> Table:
+    """Bits per byte by stage and domain, with what was forgotten."""
+    table = Table("after", *matrix.domains, title=f"{matrix.folder.name}: bits per byte")
+    for row in _cells(matrix):
+        table.add_row(*row)
+    return table
+
+
+def _cells(matrix: Matrix) -> list[list[str]]:
+    values, lost = matrix.values("bits_per_byte"), matrix.forgetting("bits_per_byte")
+    names = ["(before)", *(stage["name"] for stage in matrix.reached)]
+    nothing: list[float | None] = [None] * len(matrix.domains)
+    return [
+        [name, *(_cell(*pair) for pair in zip(row, gone, strict=True))]
+        for name, row, gone in zip(names, values, [nothing, *lost], strict=True)
+    ]
+
+
+def _cell(value: float | None, lost: float | None) -> str:
+    text = "-" if value is None else f"{value:.4f}"
+    return text if lost is None else f"{text} ({lost:+.4f})"
+
+
+def _page(matrices: Sequence[Matrix]) -> str:
+    several = len(matrices) > 1
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for matrix in matrices:
+        lines |= matrix.curves(f"{matrix.folder.name}: " if several else "")
+    marks = [(stage["start"], stage["name"]) for stage in matrices[0].stages]
+    low = min(value for points in lines.values() for _, value in points)
+    last = max(matrix.steps for matrix in matrices)
+    title = escape(f"Forgetting: {', '.join(matrix.folder.name for matrix in matrices)}")
+    body = [
+        f"<h1>{title}</h1><p>Validation, bits per byte; in brackets what was forgotten since a "
+        "domain's own last stage.</p>",
+        line_chart(lines, marks, last=last, low=low, form=".2f"),
+    ]
+    for matrix in matrices:
+        heads = "".join(f'<th class="n">{escape(d)}</th>' for d in matrix.domains)
+        rest = "".join(
+            f"<tr><th>{escape(name)}</th>"
+            + "".join(f'<td class="n">{cell}</td>' for cell in cells)
+            + "</tr>"
+            for name, *cells in _cells(matrix)
+        )
+        name = escape(matrix.folder.name)
+        body.append(f"<h2>{name}</h2><table><tr><th>after</th>{heads}</tr>{rest}</table>")
+    return html_page(title, body)
+
+
+def _write_event(matrix: Matrix) -> None:
+    """The matrix of losses as a heat map, darkest where the loss is highest."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    table = [[value or 0.0 for value in row] for row in matrix.values("loss")[1:]]
+    with SummaryWriter(str(matrix.folder / "tensorboard")) as events:
+        writer: Any = events._get_file_writer()
+        step = int(matrix.measured[-1]["step"])
+        writer.add_summary(heat_map("forgetting/matrix", table, cell=32), step)
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the command. Returns the exit code."""
+    found = split_arguments(words)
+    first, more = found.positional[:1], found.positional[1:]
+    options = [f"--{key}={value}" for key, value in found.options]
+    options += ["--help"] if found.wants_help else []
+    config = parse_command(ForgettingConfig, [*first, *options], _USAGE, ("run",))
+    if config is not None:
+        report([Path(config.run), *map(Path, more)], Path(config.html) if config.html else None)
+    return 0

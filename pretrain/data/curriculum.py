@@ -1,0 +1,208 @@
+"""The data of a run in stages: the sample at a global index, and which were consumed by a step.
+
+Stage k holds the global samples `[start B, end B)`. Within it `Share` says which of them are
+replayed; the others come from the stage's own mixture, whose sources go on where earlier stages
+left them. All of it is a pure function of (recipe, seed, index) and of what other runs had seen
+when this one began.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rondo.pretrain.data.dataset import Batch, Sample, Sources, TokenDataset, stack
+from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.replay import Pool, Share
+from rondo.pretrain.data.seen import Seen, stage_record
+from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.stages import EARLIER, Stage, all_sources, replayed_runs, source_keys, stages_of
+
+__all__ = ["Curriculum", "Part"]
+
+
+@dataclass
+class Part:
+    """The data of one stage."""
+
+    stage: Stage
+    first: int
+    """Global index of its first sample."""
+    samples: int
+    own: TokenDataset
+    """What is new in it."""
+    share: Share
+    pool: Pool | None
+    """What is replayed in it."""
+
+    def consumed(self, samples: int) -> tuple[int, int]:
+        """How many new and replayed samples are among its first `samples`."""
+        replayed = self.share.before(samples) if self.pool else 0
+        return samples - replayed, replayed
+
+    def find(self, index: int) -> tuple[TokenDataset, int, bool]:
+        """Dataset and index there of its sample `index`, and whether it is replayed."""
+        new, replayed = self.consumed(index)
+        if self.pool and self.share.holds(index):
+            return *self.pool.find(replayed), True
+        return self.own, new, False
+
+
+class Curriculum:
+    """All samples of a run.
+
+    Args:
+        recipe: the run.
+        sources: `all_sources(recipe)`, prepared.
+        vocab_size: rows of the embedding (default: the tokenizer's).
+        seen: what other runs had seen, by name of the stage that replays it.
+
+    Raises:
+        DataError: as `TokenDataset`; and where more is to be replayed than was seen.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sources,
+        vocab_size: int | None = None,
+        seen: Mapping[str, Seen] | None = None,
+    ) -> None:
+        self._sources, self.batch_size = sources, recipe.data.global_batch_size
+        self.tokenizer = sources.tokenizer
+        self.sequence_length, self.seed = recipe.data.sequence_length, recipe.seed
+        self.vocab_size = vocab_size or sources.tokenizer.vocab_size
+        self._keys = source_keys(all_sources(recipe))
+        self._names = replayed_runs(stages_of(recipe))
+        self._runs = list(dict.fromkeys(self._names.values()))
+        self.seen = dict(seen or {})
+        self._foreign: dict[TokenDataset, int] = {}
+        self.parts: list[Part] = []
+        begins = [0] * len(self._keys)
+        for stage in stages_of(recipe):
+            part = self._part(stage, begins)
+            self.parts.append(part)
+            for number, end in part.own.ends(part.consumed(part.samples)[0]).items():
+                begins[number] = end
+
+    def _part(self, stage: Stage, begins: Sequence[int]) -> Part:
+        numbers = [self._keys.index(key) for key in source_keys(stage.sources)]
+        weights = [source.weight for source in stage.sources]
+        chosen = self._sources.select(numbers, weights, [begins[number] for number in numbers])
+        own = TokenDataset(chosen, self.sequence_length, self.seed, vocab_size=self.vocab_size)
+        first, samples = stage.start * self.batch_size, stage.steps * self.batch_size
+        share = Share(stage.replay.share if stage.replay else 0.0)
+        part = Part(stage, first, samples, own, share, None)
+        if stage.replay and stage.replay.share:
+            part.pool = self._pool(stage)
+            needed = part.share.before(samples)
+            if needed > part.pool.size:
+                raise DataError(
+                    f"stages.{stage.number}.replay: {needed} samples of {stage.replay.source}, "
+                    f"which has seen {part.pool.size}; none is replayed twice, so take a smaller "
+                    "share or fewer steps"
+                )
+        return part
+
+    def _pool(self, stage: Stage) -> Pool:
+        replay = stage.replay
+        assert replay is not None, "the caller has seen to it"
+        key = f"stages.{stage.number}.replay"
+        if stage.name in self.seen:
+            seen = self.seen[stage.name]
+            parts = seen.open(
+                self.tokenizer, self.sequence_length, self.vocab_size, f"{key}.source"
+            )
+            number = len(self._keys) + self._runs.index(self._names[stage.name])
+            self._foreign |= {dataset: number for dataset, _ in parts}
+        else:
+            parts = [
+                (part.own, part.consumed(part.samples)[0])
+                for part in self.parts
+                if replay.source in (part.stage.name, EARLIER)
+            ]
+        try:
+            return Pool(
+                parts,
+                shuffled=replay.order == "reshuffled",
+                offset=replay.offset,
+                seed=replay.seed,
+            )
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from None
+
+    def find(self, index: int) -> tuple[TokenDataset, int, bool]:
+        """Dataset and index there of the sample at global `index`, and whether it is replayed."""
+        part = next(part for part in reversed(self.parts) if index >= part.first)
+        return part.find(index - part.first)
+
+    def sample(self, index: int) -> Sample:
+        """The sequence at global `index`."""
+        dataset, place, _ = self.find(index)
+        return dataset.sample(place)
+
+    def source(self, index: int) -> int:
+        """Position of the source of the sample at global `index` in `all_sources`; behind these,
+        other runs that are replayed have a number each."""
+        dataset, place, _ = self.find(index)
+        return self._foreign.get(dataset) or dataset.source(place)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The sequences at `indices`, stacked."""
+        return stack([self.sample(i) for i in indices])
+
+    def epochs(self, samples: int) -> dict[int, float]:
+        """How often each source (by its position in `all_sources`) was read after `samples`
+        samples; what was replayed is not counted again."""
+        found: dict[int, float] = {}
+        for part in self._begun(samples):
+            found |= part.own.epochs(part.consumed(min(part.samples, samples - part.first))[0])
+        return found
+
+    def fingerprint(self, step: int = 0) -> str:
+        """Hash of everything that the samples before `step` depend on: later stages, and how long
+        the one at `step` lasts, can still be changed."""
+        samples = step * self.batch_size
+        begun = self._begun(samples)
+        if len(begun) == 1 and begun[0].pool is None:
+            return begun[0].own.fingerprint()
+        text = json.dumps([self._describe(part) for part in begun], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _describe(self, part: Part) -> list[Any]:
+        replay = part.stage.replay
+        if part.pool is None or replay is None:
+            return [part.first, part.own.fingerprint()]
+        options = {**asdict(replay), "source": None}
+        pool = [[dataset.fingerprint(), count] for dataset, count in part.pool.parts]
+        return [part.first, part.own.fingerprint(), options, pool]
+
+    def consumed(self, step: int) -> dict[str, Any]:
+        """What was consumed before `step`, as JSON: by stage and source the range of samples, and
+        what was replayed. `Seen` reads it."""
+        samples = step * self.batch_size
+        stages = []
+        for part in self._begun(samples):
+            new, replayed = part.consumed(min(part.samples, samples - part.first))
+            record = stage_record(part.stage, part.own, new)
+            record["first_sample"] = part.first
+            if part.stage.replay and part.pool:
+                replay = {**asdict(part.stage.replay), "of": part.pool.size, "samples": replayed}
+                record["replay"] = replay
+            stages.append(record)
+        return {
+            "version": 1,
+            "step": step,
+            "samples": samples,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "stages": stages,
+        }
+
+    def _begun(self, samples: int) -> list[Part]:
+        """The stages that any of the first `samples` samples belong to; always the first."""
+        return [part for part in self.parts if part.first < samples or part.first == 0]

@@ -1,0 +1,48 @@
+"""The data of a run: what it trains on, what it is validated on, and what it notes of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from rondo.pretrain.data import Curriculum, TokenDataset, prepare_sources, read_seen
+from rondo.pretrain.domains import open_held_out
+from rondo.pretrain.parse import dump_recipe
+from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.stages import Stage, all_sources, plan_of, replayed_runs, stages_of
+
+
+def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, TokenDataset]]:
+    """What `recipe` trains on, and held-out text by domain (none without `evals.batches`). `folder`
+    is the run's, which keeps what other runs had seen when it began to replay them."""
+    stages = stages_of(recipe)
+    replaying = replayed_runs(stages)
+    seen = {
+        stage.name: read_seen(stage.replay.source, _replay_file(folder, stage))
+        for stage in stages
+        if stage.replay and stage.name in replaying
+    }
+    sources = prepare_sources(dataclasses.replace(recipe.data, sources=all_sources(recipe)))
+    training = Curriculum(recipe, sources, recipe.model.vocab_size, seen)
+    held_out = open_held_out(recipe, sources, training) if recipe.evals.batches else {}
+    return training, held_out
+
+
+def describe_run(recipe: Recipe, folder: Path, training: Curriculum) -> None:
+    """Writes what the run is into its folder: recipe, stages, and what it replays of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    plan = folder / "stages.json"
+    if recipe.stages:
+        plan.write_text(json.dumps(plan_of(recipe), indent=1))
+    else:
+        plan.unlink(missing_ok=True)
+    for stage in stages_of(recipe):
+        if stage.name in training.seen:
+            training.seen[stage.name].write(_replay_file(folder, stage))
+
+
+def _replay_file(folder: Path, stage: Stage) -> Path:
+    """Where a run keeps what the run that a stage replays had seen."""
+    return folder / "replay" / f"{stage.number}-{stage.name}.json"

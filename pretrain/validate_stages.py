@@ -1,0 +1,158 @@
+"""Stages that cannot be, or do not fit together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Iterator
+
+from rondo.pretrain.data.replay import Share
+from rondo.pretrain.plain import show
+from rondo.pretrain.recipe import Recipe, SourceConfig
+from rondo.pretrain.stages import EARLIER, Stage, stages_of
+from rondo.pretrain.validate_schedule import LARGEST, length_problems, schedule_problems
+
+_LONGEST_NAME = 64
+
+
+def stage_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with a recipe's stages; each problem starts with its key."""
+    found = [*_names(recipe)]
+    for number, config in enumerate(recipe.stages):
+        key = f"stages.{number}"
+        found += source_problems(f"{key}.data.sources", config.data.sources)
+        found += length_problems(f"{key}.steps", config.steps, recipe, least=1)
+    if found:
+        return found
+    found = [*_beginnings(recipe)]
+    stages = stages_of(recipe)
+    if stages[-1].end > LARGEST:
+        found.append(f"stages: must have at most {LARGEST} steps in all, got {stages[-1].end}")
+    for stage in stages if recipe.stages else ():
+        found += _schedule(recipe, stage)
+        found += _replay(recipe, stages, stage)
+    return found
+
+
+def source_problems(key: str, sources: list[SourceConfig]) -> Iterator[str]:
+    """What is wrong with the sources at `key`."""
+    for i, source in enumerate(sources):
+        if not source.path:
+            yield f"{key}.{i}.path: must not be empty"
+        if not 0 < source.weight < math.inf:
+            weight = show(source.weight)
+            yield f"{key}.{i}.weight: must be a finite number above 0, got {weight}"
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    seen: dict[str, int] = {}
+    for number, config in enumerate(recipe.stages):
+        key, name = f"stages.{number}.name", config.name
+        if not name.strip(". ") or len(name) > _LONGEST_NAME or set(name) & set("/\\"):
+            yield (
+                f"{key}: must be a name, 1 to {_LONGEST_NAME} characters without / or \\, got "
+                f"{show(name)}"
+            )
+        elif name == EARLIER:
+            yield f"{key}: {show(name)} stands for all stages before; take another name"
+        elif name in seen:
+            yield f"{key}: {show(name)} is the name of stages.{seen[name]} already"
+        seen.setdefault(name, number)
+
+
+def _beginnings(recipe: Recipe) -> Iterator[str]:
+    """Whether each stage says in one way what it begins with."""
+    for number, config in enumerate(recipe.stages):
+        key = f"stages.{number}"
+        if not config.reset_step and number == 0:
+            yield (
+                f"{key}.reset_step: there is no stage before the first whose schedule could go on; "
+                "checkpoint.resume goes on in another run"
+            )
+        elif not config.reset_step and config.schedule is not None:
+            before = recipe.stages[number - 1].name
+            yield (
+                f"{key}.schedule: with reset_step false the schedule of stage {show(before)} goes "
+                "on; leave one of both out"
+            )
+        for other in ("init_from", "resume"):
+            value = getattr(recipe.checkpoint, other)
+            if number == 0 and config.init_from and value not in (None, "auto", "never"):
+                yield (
+                    f"{key}.init_from: the run begins with checkpoint.{other} ({show(value)}) "
+                    "already; leave one of both out"
+                )
+
+
+def _schedule(recipe: Recipe, stage: Stage) -> Iterator[str]:
+    """Whether the schedule that begins with a stage fits."""
+    if stage.schedule_start != stage.start:
+        return
+    steps = stage.schedule_steps
+    alone = dataclasses.replace(recipe, steps=steps, schedule=stage.schedule, stages=[])
+    own = recipe.stages[stage.number].schedule is not None
+    for problem in schedule_problems(alone):
+        if not problem.startswith("schedule."):
+            continue
+        if own:
+            yield problem.replace("schedule.", f"stages.{stage.number}.schedule.")
+        else:
+            yield f"{problem} (stage {show(stage.name)})"
+
+
+def _replay(recipe: Recipe, stages: list[Stage], stage: Stage) -> Iterator[str]:
+    replay, key = stage.replay, f"stages.{stage.number}.replay"
+    if replay is None:
+        return
+    if not 0 <= replay.share <= 1:
+        yield f"{key}.share: must be from 0 to 1, got {show(replay.share)}"
+        return
+    for name in ("offset", "seed"):
+        if not 0 <= getattr(replay, name) <= LARGEST:
+            got = show(getattr(replay, name))
+            yield f"{key}.{name}: must be at least 0 and at most {LARGEST}, got {got}"
+            return
+    earlier = {other.name for other in stages[: stage.number]}
+    if replay.source == EARLIER and not earlier:
+        yield f"{key}.source: there is no stage before the first; name another run's folder"
+    elif replay.source in {other.name for other in stages} - earlier:
+        known = ", ".join(sorted(earlier)) or "none"
+        yield (
+            f"{key}.source: stage {show(replay.source)} does not come before this one "
+            f"(earlier stages: {known})"
+        )
+    elif replay.source in {*earlier, EARLIER}:
+        yield from _supply(recipe, stages, stage)
+    elif not os.path.exists(replay.source):
+        near = difflib.get_close_matches(replay.source, [*sorted(earlier), EARLIER], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield (
+            f"{key}.source: {show(replay.source)} is neither an earlier stage "
+            f"({', '.join(sorted(earlier)) or 'none'}) nor the folder of a run{hint}"
+        )
+
+
+def _supply(recipe: Recipe, stages: list[Stage], stage: Stage) -> Iterator[str]:
+    """Whether earlier stages see as many samples as are to be replayed."""
+    replay, key = stage.replay, f"stages.{stage.number}.replay"
+    assert replay is not None, "the caller has seen to it"
+    batch = recipe.data.global_batch_size
+    size = 0
+    for other in stages[: stage.number]:
+        if replay.source in (other.name, EARLIER):
+            samples = other.steps * batch
+            share = other.replay.share if other.replay else 0.0
+            size += samples - Share(share).before(samples) if 0 <= share <= 1 else 0
+    samples = stage.steps * batch
+    needed = Share(replay.share).before(samples)
+    if replay.share and replay.offset >= size:
+        offset = replay.offset
+        yield f"{key}.offset: must be below the {size} samples of {replay.source}, got {offset}"
+    if needed > size:
+        yield (
+            f"{key}.share: {show(replay.share)} of {samples} samples are {needed}, but "
+            f"{replay.source} sees {size} new ones and none is replayed twice; at most "
+            f"{math.floor(1e4 * size / samples) / 1e4:g}"
+        )

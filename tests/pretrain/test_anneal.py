@@ -1,0 +1,105 @@
+"""`rondo anneal`: a branch that goes on as the run would, with a rate that falls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rondo.launch.cli import main
+from rondo.models.loading import read_tensors
+from rondo.pretrain.anneal import AnnealConfig, branch
+from rondo.pretrain.parse import load_recipe
+from rondo.pretrain.stages import stages_of
+from rondo.tests.pretrain.test_stages import corpora, rows, run  # noqa: F401
+
+INFINITE = [
+    "--schedule.name=infinite_cosine", "--schedule.cooldown_steps=2", "--steps=8",
+    "--optimizer.lr=1e-3",
+]  # fmt: skip
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def base(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A run without stages, and one whose second stage replays."""
+    folder = tmp_path_factory.mktemp("base")
+    run(corpora, folder, *INFINITE, f"--data.sources=[{{path: {corpora}/one.jsonl}}]", stages="[]")
+    run(corpora, folder, "--name=staged")
+    return folder / "runs"
+
+
+def test_a_branch_decays_from_the_rate_at_its_step_and_leaves_the_run_alone(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(base / "tiny")
+    assert main(["anneal", str(base / "tiny"), "--at", "6", "--steps", "4"]) == 0
+    assert digests(base / "tiny") == before
+    found = rows(base / "tiny-anneal-6")
+    assert [(row["step"], row["stage"]) for row in found] == [(n, "anneal") for n in range(6, 10)]
+    rates = [1e-3 * 0.55 * (0.1 / 0.55) ** (y / 4) for y in range(4)]
+    assert [row["lr"] for row in found] == pytest.approx(rates)
+    parts = [base / "tiny/checkpoints/step-000000006", base / "tiny-anneal-6/checkpoints"]
+    moments = [
+        read_tensors(path / "optimizer")["head.weight.step"].item()
+        for path in (parts[0], parts[1] / "step-000000010")
+    ]
+    assert moments == [6, 10]
+    # What it reads is what the run read: its first step is the run's own at a known rate.
+    assert found[0]["loss"] == rows(base / "tiny")[6]["loss"]
+    record = json.loads((parts[1] / "step-000000010/samples.json").read_text())
+    assert [stage["sources"][0]["samples"] for stage in record["stages"]] == [[0, 48], [48, 80]]
+
+
+def test_a_branch_of_a_stage_goes_on_in_its_replay(base: Path) -> None:
+    recipe = branch(AnnealConfig(str(base / "staged"), at=8, steps=2, shape="1-sqrt"))
+    one, two, anneal = recipe.stages
+    assert (one.steps, two.steps, anneal.steps, recipe.name) == (4, 4, 2, "staged-anneal-8")
+    assert two.replay is not None and anneal.replay is not None
+    assert anneal.replay.offset == 10  # 0.3 of 32, rounded
+    assert anneal.schedule is not None and anneal.schedule.decay_shape == "1-sqrt"
+    words = ["anneal", str(base / "staged"), "--at", "8", "--steps", "2", "--shape", "1-sqrt"]
+    assert main(words) == 0
+    found = rows(base / "staged-anneal-8")
+    assert len(found) == 2 and "forgetting/one" in found[-1]
+    path = base / "staged-anneal-8/checkpoints/step-000000010/samples.json"
+    *_, two, anneal = json.loads(path.read_text())["stages"]
+    assert (two["replay"]["samples"], anneal["replay"]["of"]) == (10, 32)
+    assert anneal["replay"]["source"] == "one" and anneal["replay"]["samples"] == 5
+    ends = [stage["sources"][0]["samples"] for stage in (two, anneal)]
+    assert ends == [[0, 22], [22, 33]]
+
+
+def test_a_recipe_to_launch(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "branch.yaml"
+    words = ["anneal", str(base / "tiny"), "--name", "other", "--write", str(path)]
+    assert main([*words, "--steps", "50%", "--final_ratio", "0.2"]) == 0
+    recipe = load_recipe(path)
+    assert recipe.name == "other" and stages_of(recipe)[-1].end == 12
+    assert not (base / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--at", "5"], r"no checkpoint after step 5 .steps: 2, 4, 6, 8.; the nearest is 4"),
+        (["--final_ratio", "0.9"], "below the learning rate after step 8, which is 0.55"),
+        (["--name", "tiny"], "'tiny' is the run itself"),
+        (["--shape", "square"], "shape: expected one of exponential, linear"),
+        (["--steps", "2 hours"], r"stages\.1\.steps: expected steps"),
+    ],
+)
+def test_bad_input_is_named(
+    words: list[str], message: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["anneal", str(base / "tiny"), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert main(["anneal", str(base)]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
