@@ -22,6 +22,7 @@ from rondo.pretrain.data.card import CARD, read_card
 from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.mixture import Mixture
 from rondo.pretrain.data.packing import Stream
+from rondo.pretrain.data.repeats import Repeats, account
 from rondo.pretrain.data.token_files import open_split
 from rondo.pretrain.data.tokenizer import Tokenizer
 
@@ -151,6 +152,17 @@ class TokenDataset:
             number: count * self.sequence_length / stream.file.num_tokens
             for number, count, stream in zip(self._numbers, counts, self._streams, strict=True)
         }
+
+    def repeats(self, names: Sequence[str], samples: int) -> list[Repeats]:
+        """How a run of `samples` samples reads each source; `names` are the recipe's sources'."""
+        counts = self.mixture.counts(samples)
+        unique = {
+            number: stream.file.num_tokens
+            for number, stream in zip(self._numbers, self._streams, strict=True)
+        }
+        return account(
+            names, unique, dict(zip(self._numbers, counts, strict=True)), self.sequence_length
+        )
 
     def token_counts(self) -> np.ndarray:
         """Occurrences of each id in the first tokens of each source, float64 `(vocab_size,)`; each
