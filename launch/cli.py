@@ -96,6 +96,13 @@ def _plan(words: list[str]) -> int:
     return plan(words)
 
 
+def _compare(words: list[str]) -> int:
+    """Train a recipe with several values of a key and several seeds; losses by source."""
+    from rondo.pretrain.compare import main as compare
+
+    return compare(words)
+
+
 def _generate(words: list[str]) -> int:
     """Continue a text with a trained checkpoint."""
     from rondo.pretrain.options import parse_command
@@ -115,6 +122,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "stop": _stop,
     "plan": _plan,
+    "compare": _compare,
     "generate": _generate,
 }
 
