@@ -110,6 +110,13 @@ def _forgetting(words: list[str]) -> int:
     return forgetting(words)
 
 
+def _compare(words: list[str]) -> int:
+    """Train a recipe with several values of a key and several seeds; losses by source."""
+    from rondo.pretrain.compare import main as compare
+
+    return compare(words)
+
+
 def _generate(words: list[str]) -> int:
     """Continue a text with a trained checkpoint."""
     from rondo.pretrain.options import parse_command
@@ -131,6 +138,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "anneal": _anneal,
     "forgetting": _forgetting,
+    "compare": _compare,
     "generate": _generate,
 }
 

@@ -27,6 +27,7 @@ from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.options import help_text, parse_dataclass, split_arguments
 from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.repeats_view import repeats_data, show_repeats
 from rondo.pretrain.schedule_view import Curve, schedule_data, schedule_page, show_schedule
 from rondo.pretrain.validate import problems
 
@@ -118,10 +119,12 @@ def plan_recipe(recipe: Recipe, config: PlanConfig, hardware: Hardware) -> list[
         plans = [make_plan(job, hardware, config.efficiency)]
     console = _console()
     if config.json:
-        data = [plan_data(plan) for plan in plans]
+        repeats = {"data": repeats_data(recipe, job.model.parameters)}
+        data = [plan_data(plan) | repeats for plan in plans]
         print(json.dumps(data if config.search else data[0], indent=2))
     else:
         show_plan(plans[0], console)
+        show_repeats(recipe, job.model.parameters, console)
         if config.search:
             show_search(plans, console)
     _write_page(plan_page(plans[0], plans if config.search else ()), config, console)

@@ -41,6 +41,7 @@ from rondo.pretrain.data import (
     rank_indices,
     unigram_bits_per_byte,
 )
+from rondo.pretrain.data.repeats import describe, warnings
 from rondo.pretrain.data.seen import NAME as SAMPLES
 from rondo.pretrain.domains import Domains
 from rondo.pretrain.metrics import Metrics
@@ -127,6 +128,7 @@ class Trainer:
         self.loss_names = {loss: f"{ffn}/{loss}" for ffn, loss in losses}
         self.tokens_per_step = recipe.data.global_batch_size * length
         self.reweighting = Reweighting(recipe, ranks)
+        self.repeats = training.repeats(self.reweighting.domains)
         self.cost = model_cost(self.config, length)
         self.flops_per_token = 3 * self.cost.flops  # backward costs twice forward
         self.peak_flops = ranks.sum(peak_flops(ranks.device, PRECISIONS[recipe.precision]))[0]
@@ -224,6 +226,7 @@ class Trainer:
             "mfu": speed * self.flops_per_token / self.peak_flops,
             "memory_bytes": peak_memory(ranks.device),
             "skipped_steps": self.state["skipped_steps"],
+            **self._epochs(step + 1),
             "seconds": seconds,
             **{
                 self.loss_names[name]: value / self.tokens_per_step
@@ -234,6 +237,12 @@ class Trainer:
             **take_counts(model.parts, ranks),
         }
         return row, stopping > 0
+
+    def _epochs(self, steps: int) -> dict[str, float]:
+        """How often each source was read in the first `steps` steps."""
+        read = self.training.epochs(steps * self.recipe.data.global_batch_size)
+        names = self.reweighting.domains
+        return {f"epochs/{names[number]}": epochs for number, epochs in read.items()}
 
     def _count(
         self, nats: torch.Tensor, batches: Iterable[MicroBatch]
@@ -414,7 +423,7 @@ class Trainer:
         )
         if note := self.reweighting.note():
             self.metrics.say(note)
-        for line in beginning:
+        for line in [*describe(self.repeats), *warnings(self.repeats, cost.parameters), *beginning]:
             self.metrics.say(line)
 
     def _part(self, extra: dict[str, float]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rondo.pretrain.data.dataset import Batch, Sample, Sources, TokenDataset, stack
 from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.repeats import Repeats, account
 from rondo.pretrain.data.replay import Pool, Share
 from rondo.pretrain.data.seen import Seen, stage_record
 from rondo.pretrain.recipe import Recipe
@@ -161,6 +162,16 @@ class Curriculum:
         for part in self._begun(samples):
             found |= part.own.epochs(part.consumed(min(part.samples, samples - part.first))[0])
         return found
+
+    def repeats(self, names: Sequence[str]) -> list[Repeats]:
+        """How the whole run reads each source; `names` are those of `all_sources`. As in `epochs`,
+        what is replayed is not counted again."""
+        unique: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        for part in self.parts:
+            unique |= part.own.unique_tokens()
+            ends |= part.own.ends(part.consumed(part.samples)[0])
+        return account(names, unique, ends, self.sequence_length)
 
     def fingerprint(self, step: int = 0) -> str:
         """Hash of everything that the samples before `step` depend on: later stages, and how long

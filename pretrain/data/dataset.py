@@ -175,6 +175,13 @@ class TokenDataset:
         parts = zip(self.numbers, self.begins, counts, strict=True)
         return {number: begin + count for number, begin, count in parts}
 
+    def unique_tokens(self) -> dict[int, int]:
+        """Tokens of each source (by its number in the recipe)."""
+        return {
+            number: stream.file.num_tokens
+            for number, stream in zip(self.numbers, self._streams, strict=True)
+        }
+
     def token_counts(self) -> np.ndarray:
         """Occurrences of each id in the first tokens of each source, float64 `(vocab_size,)`; each
         source scaled so that its share of the sum is its weight's."""

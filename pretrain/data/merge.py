@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rondo.pretrain.data.duplicates import duplicate_report, first_copies
 from rondo.pretrain.data.shards import Shard
 from rondo.pretrain.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
+DUPLICATES = "duplicates.json"
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -31,17 +34,19 @@ def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return chosen
 
 
-def _duplicates(hashes: np.ndarray) -> int:
-    """Documents whose text came before; `hashes` `(D, 2)`."""
-    ordered = hashes[np.lexsort((hashes[:, 1], hashes[:, 0]))]
-    return int((ordered[1:] == ordered[:-1]).all(axis=1).sum())
-
-
-def merge(paths: list[Path], fraction: float, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
-    """Write both splits' token files from the shards; returns their part of the card."""
+def merge(
+    paths: list[Path], fraction: float, tokenizer: Tokenizer, out: Path, *, unique: bool = False
+) -> dict[str, Any]:
+    """Write both splits' token files and `duplicates.json` from the shards; returns their part of
+    the card. `unique` leaves out documents whose text came before."""
     indexed = _megatron()
     hashes = np.concatenate([Shard.read_hashes(path) for path in paths])
-    chosen = _held_out(hashes, fraction)
+    lengths = np.concatenate([Shard.read_lengths(path) for path in paths])
+    report = {**duplicate_report(hashes, lengths), "dropped": unique}
+    (out / DUPLICATES).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    keep = first_copies(hashes) if unique else np.ones(len(hashes), bool)
+    chosen = np.zeros(len(hashes), bool)
+    chosen[keep] = _held_out(hashes[keep], fraction)
     dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
     builders = [indexed.IndexedDatasetBuilder(str(out / f"{s}.bin"), dtype=dtype) for s in SPLITS]
     counts = [{"documents": 0, "tokens": 0, "bytes": 0, "max_token": -1} for _ in SPLITS]
@@ -51,8 +56,10 @@ def merge(paths: list[Path], fraction: float, tokenizer: Tokenizer, out: Path) -
         replaced += int(shard.replaced)
         documents = np.split(shard.tokens, np.cumsum(shard.lengths)[:-1])
         for document, text_bytes in zip(documents, shard.text_bytes, strict=True):
-            side = int(chosen[position])
+            side, kept = int(chosen[position]), keep[position]
             position += 1
+            if not kept:
+                continue
             builders[side].add_document(document, [len(document)])
             count = counts[side]
             count["documents"] += 1
@@ -70,7 +77,8 @@ def merge(paths: list[Path], fraction: float, tokenizer: Tokenizer, out: Path) -
         },
         "dtype": np.dtype(dtype).name,
         "splits": dict(zip(SPLITS, counts, strict=True)),
-        "duplicate_documents": _duplicates(hashes),
+        "duplicate_documents": report["duplicate_documents"],
+        "duplicate_share": report["duplicate_share"],
         "replacement_characters": replaced,
     }
 

@@ -47,6 +47,8 @@ class PrepareConfig:
     """Share of documents held out, chosen by a hash of their text."""
     seed: int = 0
     """Keys that hash."""
+    drop_duplicates: bool = False
+    """Keep only the first of documents with the same text (duplicates.json counts them)."""
     workers: int = -1
     """Processes that tokenise; 0 uses this one, -1 one for each core."""
     tokenizer_sample_mb: float = 10.0
@@ -113,6 +115,8 @@ def request_of(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
         "validation_fraction": config.validation_fraction,
         "seed": config.seed,
     }
+    if config.drop_duplicates:  # absent otherwise: folders of before stay valid
+        request["drop_duplicates"] = True
     if parse_pieces(config.tokenizer):
         return request | {
             "tokenizer": config.tokenizer,
@@ -172,7 +176,9 @@ def _build(
     if not shards:
         raise DataError(f"{corpus.name}: empty corpus: no document with text in it")
     card: dict[str, Any] = {"format": 1, "request": request, "source": corpus.name}
-    card |= merge(sorted(shards), config.validation_fraction, tokenizer, work / "out")
+    unique = config.drop_duplicates
+    out = work / "out"
+    card |= merge(sorted(shards), config.validation_fraction, tokenizer, out, unique=unique)
     tokenizer.save(work / "out")
     card["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -187,6 +193,13 @@ def _build(
         highlight=False,
         soft_wrap=True,
     )
+    if copies := card["duplicate_documents"]:
+        console.print(
+            f"{copies:,} documents ({card['duplicate_share']:.1%} of the tokens) repeat an earlier "
+            f"one{', and are left out' if unique else '; --drop_duplicates true leaves them out'}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _tokenizer(config: PrepareConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:

@@ -69,6 +69,11 @@ class Shard:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["hashes"]
 
+    @staticmethod
+    def read_lengths(path: Path) -> np.ndarray:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["lengths"]
+
 
 def group_documents(texts: Iterable[str], folder: Path, fingerprint: str) -> Iterator[Group]:
     """Collect documents into groups of GROUP_BYTES bytes of text; empty documents are dropped."""

@@ -69,8 +69,7 @@ LAYOUTS = {
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 EACH = ("cp4-ring", "dp_shard2", "pp2-zero_bubble")
-"""Layouts that every mixer meets alone too; on the others, the pattern of all mixers has them, which
-alone takes minutes with eight ranks."""
+"""Layouts that every mixer meets alone too; on the others, the pattern of all mixers has them."""
 SLOW = ("titans_mac",)
 """Elsewhere in the pattern of all mixers only: documents of a token or two cut it into pieces."""
 

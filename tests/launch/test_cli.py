@@ -101,7 +101,7 @@ def test_a_mistyped_command_gives_the_nearest(capsys):
     assert err == (
         "rondo: error: unknown command 'trian'; did you mean train? "
         "(commands: prepare, train, launch, status, stop, plan, "
-        "anneal, forgetting, generate)\n"
+        "anneal, forgetting, compare, generate)\n"
     )
     assert out == ""
 

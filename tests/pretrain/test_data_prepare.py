@@ -27,6 +27,7 @@ RNG = random.Random(0)
 STEMS = ["".join(RNG.choices("abcdefghij", k=RNG.randint(2, 8))) for _ in range(300)]
 TEXTS = [f"document {i}: {' '.join(RNG.choices(STEMS, k=5 + i))}, é\n" for i in range(COUNT)]
 EVERYTHING = {"card.json", "train.bin", "train.idx", "validation.bin", "validation.idx"}
+EVERYTHING |= {"duplicates.json"}
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ def weigh(losses, strategy="linupper", temperature=0.4, tokens=None, clip=0.0) -
 def test_worked_example(strategy: str, temperature: float) -> None:
     got = weigh([1.0, 2.0, 3.0, 4.0, 5.0], strategy, temperature)
     assert got.tolist() == pytest.approx(TABLE[strategy, temperature], abs=5e-5)
+    largest = {0.4: 12.2, 1.0: 2.72, 100: 1.01}[temperature]  # exp(1 / r): scores span [0, 1] here
+    assert float(got.max() / got.min()) == pytest.approx(largest, abs=0.02)
 
 
 def test_linear_weights_are_a_softmax_of_the_losses() -> None:
