@@ -43,6 +43,7 @@ from rondo.pretrain.data import (
 )
 from rondo.pretrain.data.repeats import describe, warnings
 from rondo.pretrain.data.seen import NAME as SAMPLES
+from rondo.pretrain.domain_loads import DomainLoads
 from rondo.pretrain.domains import Domains
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.optim import build_optimizers, set_learning_rate
@@ -58,6 +59,7 @@ from rondo.pretrain.validate import validate
 
 DONE, STOPPED = 0, 75
 """Exit codes: the run is complete; a signal stopped it after a checkpoint (start it again)."""
+Tables = dict[str, list[list[float]]]
 
 
 def train(recipe: Recipe) -> int:
@@ -174,11 +176,9 @@ class Trainer:
                 stage = self._enter(step)
                 row, stopping = self.step(step, batches)
                 last = step + 1 == self.steps
-                extra = self._observe(step, batches, step + 1 == stage.end) | before
+                extra, tables = self._observe(step, batches, step + 1 == stage.end)
+                self.metrics.log(row, extra | before, tables, stage=stage.name or None)
                 before = {}
-                due = bool(self.loads) and _due(step, recipe.logging.norms_every)
-                shares = {"expert_load": load_shares(self.loads)} if due else None
-                self.metrics.log(row, extra, shares, stage=stage.name or None)
                 self.state["step"] = step + 1
                 if stopping or step + 1 == stage.end or _due(step, recipe.checkpoint.every):
                     self.save()
@@ -187,7 +187,7 @@ class Trainer:
                     self.metrics.say(f"stopped by a signal after step {step + 1}; start again")
                     return STOPPED
             self.checkpointer.close()
-            self._part(extra or self._observe(start, [], True))
+            self._part(extra or self._observe(start, [], True)[0])
         return DONE
 
     def step(self, step: int, batches: list[MicroBatch]) -> tuple[dict[str, float], bool]:
@@ -370,21 +370,27 @@ class Trainer:
             data.micro_batch_size,
         )
 
+    def _sources(self, step: int) -> list[list[int]]:
+        """The source of each sequence of this rank's micro-batches."""
+        return [[self.training.source(i) for i in chunk] for chunk in self._indices(step)]
+
     def _sample_weights(self, step: int, batches: list[MicroBatch]) -> SampleWeights | None:
         """How much samples count in `step`; None where all count alike."""
         temperature = self.reweighting.temperature(step)
         if temperature is None:
             return None
-        sources = [[self.training.source(i) for i in chunk] for chunk in self._indices(step)]
-        weights = SampleWeights(self.reweighting, temperature, batches, sources)
+        weights = SampleWeights(self.reweighting, temperature, batches, self._sources(step))
         if self.recipe.reweight.scope == "global_batch":
             weights.fix(self.model.token_losses(batches))
         return weights
 
-    def _observe(self, step: int, batches: list[MicroBatch], last: bool) -> dict[str, float]:
-        """Validation and norms, when they are due after `step`; the former also after the `last`
-        step of a stage."""
+    def _observe(
+        self, step: int, batches: list[MicroBatch], last: bool
+    ) -> tuple[dict[str, float], Tables]:
+        """Validation, norms and tables, when they are due after `step`; the first also after the
+        `last` step of a stage."""
         extra: dict[str, float] = {}
+        tables: Tables = {}
         if self.held_out and (last or _due(step, self.recipe.evals.every)):
             extra |= self.validate()
             if batches and self.recipe.stages:
@@ -392,20 +398,33 @@ class Trainer:
         if batches and _due(step, self.recipe.logging.norms_every):
             extra |= layer_norms(self.model, batches)
             if self.loads:
-                extra |= self._routing(batches)
+                tables["expert_load"] = load_shares(self.loads)
+                found, by_domain = self._routing(batches, self._sources(step))
+                extra |= found
+                tables |= by_domain
             # What these passes counted belongs to no step.
             take_loads(self.model.parts, self.ranks)
             take_counts(self.model.parts, self.ranks)
-        return extra
+        return extra, tables
 
-    def _routing(self, batches: list[MicroBatch]) -> dict[str, float]:
-        """What routers do, in a model with mixtures of experts."""
-        information = self.recipe.logging.router_information
-        found = routing(self.model, batches, information=information)
+    def _routing(
+        self, batches: list[MicroBatch], sources: list[list[int]]
+    ) -> tuple[dict[str, float], Tables]:
+        """What routers do, in a model with mixtures of experts; and the load of experts by domain,
+        where the data has several."""
+        information, names = self.recipe.logging.router_information, self.reweighting.domains
+        tables: Tables = {}
+        if len(names) > 1:
+            with DomainLoads(self.model, sources, names) as loads:
+                found = routing(self.model, batches, information=information)
+            tables = {f"expert_load/{name}": table for name, table in loads.tables().items()}
+        else:
+            found = routing(self.model, batches, information=information)
         if information:
             found |= expert_similarity(self.model)
         valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
-        return found | router_gradients(self.model, batches, self.ranks.sum(valid)[0])
+        found |= router_gradients(self.model, batches, self.ranks.sum(valid)[0])
+        return found, tables
 
     def _greet(self, beginning: list[str]) -> None:
         show_choices(self.metrics.say)

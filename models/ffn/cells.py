@@ -56,15 +56,23 @@ class SharedCell(nn.Module):
         )
 
 
-def step(kind: str, x: Tensor, state: Tensor, weights: CellWeights) -> Tensor:
+def step(
+    kind: str,
+    x: Tensor,
+    state: Tensor,
+    weights: CellWeights,
+    *,
+    gradients: torch.dtype | None = None,
+) -> Tensor:
     """The state `(n, STATES · width)` after the input `x` `(n, width)`; its first `width` numbers
-    are the cell's output.
+    are the cell's output. `gradients`: the dtype that the GRU's products are computed in on the
+    way back; None: that of `x`.
 
     Torch's own cells write into the results of products, which selective activation checkpointing
     has kept by then and hands out again.
     """
     if kind == "gru":
-        return _GRU.apply(x, state, *weights[:4])
+        return _GRU.apply(x, state, *weights[:4], gradients or x.dtype)
     width = x.shape[-1]
     h = state[:, :width]
     total = F.linear(x, weights.input, weights.input_bias + weights.state_bias)
@@ -82,38 +90,53 @@ class _GRU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, h: Tensor, w: Tensor, u: Tensor, bw: Tensor, bu: Tensor
+        ctx: Any,
+        x: Tensor,
+        h: Tensor,
+        w: Tensor,
+        u: Tensor,
+        bw: Tensor,
+        bu: Tensor,
+        low: torch.dtype,
     ) -> Tensor:
         p = h.shape[-1]
-        rz = F.linear(x, w[: 2 * p], bw[: 2 * p] + bu[: 2 * p])
-        rz = torch.addmm(rz, h, u[: 2 * p].T).sigmoid()
+        gates = torch.cat((w[: 2 * p], u[: 2 * p]), -1)
+        rz = F.linear(torch.cat((x, h), -1), gates, bw[: 2 * p] + bu[: 2 * p]).sigmoid()
         r, z = rz.chunk(2, -1)
         from_state = F.linear(h, u[2 * p :], bu[2 * p :])
         c = F.linear(x, w[2 * p :], bw[2 * p :]).addcmul(r, from_state).tanh()
         ctx.save_for_backward(x, h, w, u, rz, from_state, c)
+        ctx.low = low
         return torch.lerp(c, h, z)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, w, u, rz, from_state, c = ctx.saved_tensors
-        p = h.shape[-1]
+        p, low = h.shape[-1], ctx.low
         r, z = rz.chunk(2, -1)
-        at_input, at_state = grad.new_empty(2, len(grad), 3 * p)
         kept = grad * z
         at_c = torch.ops.aten.tanh_backward(grad - kept, c)
-        torch.mul(at_c, from_state, out=at_state[:, :p])
-        torch.mul(grad, h - c, out=at_state[:, p : 2 * p])
-        gates = torch.ops.aten.sigmoid_backward(at_state[:, : 2 * p], rz)
-        at_input[:, : 2 * p] = gates
-        at_state[:, : 2 * p] = gates
-        at_input[:, 2 * p :] = at_c
-        torch.mul(at_c, r, out=at_state[:, 2 * p :])
+        at_rz = torch.empty_like(rz)
+        torch.mul(at_c, from_state, out=at_rz[:, :p])
+        torch.mul(grad, h - c, out=at_rz[:, p:])
+        # In columns c, r, z, r c: what the input's products get is the first three, what the
+        # state's get is the last three.
+        at = torch.empty(len(grad), 4 * p, dtype=low, device=grad.device)
+        at[:, :p] = at_c
+        torch.ops.aten.sigmoid_backward(at_rz, rz, grad_input=at_rz)
+        at[:, p : 3 * p] = at_rz
+        torch.mul(at_c, r, out=at[:, 3 * p :])
+        at_input, at_state = at[:, : 3 * p], at[:, p:]
+        order = (w[2 * p :], w[: 2 * p])
+        at_w = at_input.T @ x.to(low)
+        bias = at.sum(0, dtype=grad.dtype)
         return (
-            at_input @ w,
-            kept.addmm(at_state, u),
-            at_input.T @ x,
-            at_state.T @ h,
-            at_input.sum(0),
-            at_state.sum(0),
+            (at_input @ torch.cat(order).to(low)).to(x.dtype),
+            kept.add_(at_state @ u.to(low)),
+            torch.cat((at_w[p:], at_w[:p])).to(w.dtype),
+            (at_state.T @ h.to(low)).to(u.dtype),
+            torch.cat((bias[p : 3 * p], bias[:p])),
+            bias[p:],
+            None,
         )

@@ -137,6 +137,34 @@ def test_cells_are_torchs(kind: str, zero: bool) -> None:
     )
 
 
+def test_gradients_of_a_cell_in_bfloat16() -> None:
+    """What it gives stays float32; gradients lose what one rounding of their factors costs, and
+    what passes a layer by, `z` times the gradient, none of it."""
+    cell = SharedCell("gru", WIDTH, dim=DIM, std=0.1, projects=False)
+    with torch.no_grad():
+        for number, param in enumerate(cell.parameters()):
+            param.copy_(inputs(*param.shape, seed=number))
+    low = [inputs(300, WIDTH, seed=i).float() for i in (7, 8)] + [*cell.parameters()]
+    low = [value.detach().requires_grad_() for value in low]
+    exact = [value.detach().double().requires_grad_() for value in low]
+    y = step("gru", *low[:2], CellWeights(*low[2:], None), gradients=torch.bfloat16)
+    expected = step("gru", *exact[:2], CellWeights(*exact[2:], None))
+    assert y.dtype == torch.float32
+    assert_ratio("output", y, expected, 1e-6)
+    slope = inputs(300, WIDTH, seed=9)
+    y.backward(slope.float())
+    expected.backward(slope)
+    for number, (value, peer) in enumerate(zip(low, exact, strict=True)):
+        assert value.grad.dtype == torch.float32
+        assert_ratio(f"gradient {number}", value.grad, peer.grad, 6e-3)
+    closed = [value.detach().clone().requires_grad_() for value in low]
+    with torch.no_grad():
+        closed[4][WIDTH : 2 * WIDTH] = 1e4  # z = 1
+    y = step("gru", *closed[:2], CellWeights(*closed[2:], None), gradients=torch.bfloat16)
+    y.backward(slope.float())
+    assert torch.equal(closed[1].grad, slope.float())
+
+
 def test_the_cell_is_the_papers() -> None:
     cell = SharedCell("gru", WIDTH, dim=DIM, std=0.1, projects=False).double()
     with torch.no_grad():

@@ -18,6 +18,7 @@ from rondo.parallel.load import load_summary, mixtures, move_biases, take_loads
 from rondo.parallel.mesh import Ranks
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain import load_recipe, train
+from rondo.pretrain.domain_loads import DomainLoads
 from rondo.pretrain.metrics import heat_map
 from rondo.pretrain.routing import (
     expert_similarity,
@@ -68,6 +69,30 @@ def test_entropy_and_balance_are_their_formulas() -> None:
             expected = mutual_information(seen[layer - 1], seen[layer])
             assert found[f"router_information/{label}"] == pytest.approx(expected)
     assert "router_information/00" not in found
+
+
+@pytest.mark.parametrize("sizes", [[2], [1, 1]])
+def test_loads_by_domain_are_those_of_its_sequences(sizes: list[int]) -> None:
+    ours, given = model(bias_rate=0.01), batch()
+    layers = mixtures(ours.parts)
+    layers[1].balance_bias[0] = 1.0  # has a say in the choice: expert 0 first, always
+    parts = zip(*(tensor.split(sizes) for tensor in given), strict=True)
+    batches = [MicroBatch(*tensors) for tensors in parts]
+    sources = [[2], [0]] if len(sizes) == 2 else [[2, 0]]
+    with DomainLoads(ours, sources, ["a", "b", "c"]) as loads:
+        ours.evaluate(batches)
+    found = loads.tables()
+    assert list(found) == ["a", "c"]
+    ours.evaluate(batches)  # no longer counted
+    assert loads.tables() == found
+    take_loads(ours.parts, ALONE)
+    for name, row in (("c", 0), ("a", 1)):
+        ours.forward_backward([MicroBatch(*(tensor[row : row + 1] for tensor in given))])
+        counts = take_loads(ours.parts, ALONE)
+        expected = [(each[:-1] / 24).tolist() for each in counts.values()]
+        assert found[name] == expected
+        assert found[name][1][0] == 0.5
+    assert found["a"] != found["c"]
 
 
 def test_similarity_of_experts_is_the_mean_cosine_of_pairs() -> None:
@@ -205,6 +230,7 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
     for row in rows:
         assert 1.5 < row["moe/balance_loss"] < 4 and row["moe/z_loss"] > 0
         assert 0 <= row["moe/drop_ratio"] < 1 and row["moe/max_load"] >= 1
+    assert not any(name.startswith("expert_load/") for row in rows for name in row)  # one source
     assert "expert_load" not in rows[0]
     for row in rows[1::2]:
         assert [len(shares) for shares in row["expert_load"]] == [16, 16]
@@ -220,6 +246,36 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
         assert bias is not None and bias.dtype == torch.float32  # four steps of 0.01 each
         assert bias.any() and bias.abs().max() <= 0.0401
     saved.to("cpu")  # nothing of it is left without numbers
+
+
+def test_a_run_on_several_sources_reports_loads_by_domain(tmp_path: Path) -> None:
+    for name, text in (("one", "a rondo returns. "), ("two", "0123456789 ")):
+        lines = (json.dumps({"text": text * 40}) for _ in range(8))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    options = [
+        f"--output_dir={tmp_path}/runs",
+        f"--data.folder={tmp_path}/data",
+        f"--data.sources=[{{path: {tmp_path}/one.jsonl}}, {{path: {tmp_path}/two.jsonl}}]",
+        "--steps=2",
+        "--model.dim=32",
+        "--model.num_layers=1",
+        "--model.ffns.moe.expert_dim=16",
+        "--data.sequence_length=64",
+        "--data.global_batch_size=4",
+        "--data.micro_batch_size=2",
+        "--schedule.warmup_steps=0",
+        "--logging.norms_every=2",
+        "--evals.batches=0",
+    ]
+    assert train(load_recipe("rmoe-tiny", options)) == 0
+    lines = (tmp_path / "runs/rmoe-tiny/metrics.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    assert not any(name.startswith("expert_load") for name in first)
+    (one,), (two,) = (second[f"expert_load/{name}.jsonl"] for name in ("one", "two"))
+    assert len(one) == 16 and sum(one) == pytest.approx(1)
+    assert one != two
+    (both,) = second["expert_load"]
+    assert len(both) == 16
 
 
 def test_looking_at_routers_does_not_move_them(tmp_path: Path) -> None:

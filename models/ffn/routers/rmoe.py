@@ -96,9 +96,10 @@ class RMoERouter(Router):
             before = inputs.new_zeros(*x.shape[:2], STATES[options.cell] * options.dim)
         if options.passing == "detach":
             before = before.detach()
-        flat = step(options.cell, inputs.flatten(0, 1), before.flatten(0, 1), weights)
-        state = flat.view(before.shape)
-        own = self.scores(state[..., : options.dim])
+        flat = (inputs.flatten(0, 1), before.flatten(0, 1))
+        state = step(options.cell, *flat, weights, gradients=x.dtype).view(before.shape)
+        alone = STATES[options.cell] == 1  # the gradient of a slice costs passes over memory
+        own = self.scores(state if alone else state[..., : options.dim])
         below, after = carry.get(SCORES), {STATE: state, SCORES: own}
         carry = {name: after.get(name, value) for name, value in carry.items()}
         if below is None:
