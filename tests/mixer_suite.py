@@ -272,7 +272,8 @@ def _untouched(mixer: Mixer, actual: Tensor, expected: Tensor) -> bool:
     if mixer.exact or not len(actual[0]):
         return torch.equal(actual, expected)
     limit = {torch.float32: 1e-4, torch.float64: 1e-11}[actual.dtype]
-    return float((actual - expected).abs().max()) <= limit * float(expected.abs().max())
+    error, size = (x.detach().abs().max() for x in (actual - expected, expected))
+    return float(error) <= limit * float(size)
 
 
 def _same_state(actual: State, expected: State) -> None:
