@@ -75,8 +75,13 @@ class Mixer(nn.Module):
     """The first head this part of the mixer holds."""
     float32_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters never cast to a lower precision."""
+    exact: ClassVar[bool] = True
+    """Whether what stands elsewhere in a batch leaves every bit of an output as it is; if not,
+    an iteration that stops sooner or later leaves it so within its tolerance."""
     counters: ClassVar[dict[str, str]] = {}
     """Metric -> buffer that counts events in training, of this part of the mixer."""
+    gauges: ClassVar[dict[str, str]] = {}
+    """Metric -> buffer with the largest value, 0 or more, that something had in training."""
 
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__()
@@ -98,6 +103,11 @@ class Mixer(nn.Module):
     @classmethod
     def shared_modules(cls, config: ModelConfig, options: Any) -> dict[str, nn.Module]:
         """Modules without inputs whose value all layers of this kind read from `ctx.shared`."""
+        return {}
+
+    def bounds(self) -> dict[str, float]:
+        """Parameters, by dotted name, and the absolute value beyond which training does not let
+        them go."""
         return {}
 
     def forward(

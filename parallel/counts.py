@@ -1,4 +1,4 @@
-"""What mixers counted in a step, over all ranks."""
+"""What mixers counted and measured in a step, over all ranks."""
 
 from __future__ import annotations
 
@@ -26,3 +26,26 @@ def take_counts(parts: Sequence[Decoder], ranks: Ranks) -> dict[str, float]:
             totals[name] += float(block.mixer.get_buffer(buffer))
             block.mixer.get_buffer(buffer).zero_()
     return dict(zip(names, ranks.sum(*totals.values()), strict=True))
+
+
+@torch.no_grad()
+def take_gauges(parts: Sequence[Decoder], ranks: Ranks) -> dict[str, float]:
+    """By name in `Mixer.gauges` and layer (`newton_residual/03`): the largest value over ranks
+    since the last call. Collective; the same on every rank."""
+    names = [
+        (f"{name}/{layer:02d}", layer, buffer)
+        for layer, spec in enumerate(parts[0].config.layers())
+        for name, buffer in MIXERS[spec.mixer].gauges.items()
+    ]
+    if not names:
+        return {}
+    blocks = {int(layer): block for part in parts for layer, block in part.blocks.items()}
+    nothing = torch.zeros((), device=ranks.device)
+    buffers = [
+        blocks[layer].mixer.get_buffer(buffer) if layer in blocks else nothing
+        for _, layer, buffer in names
+    ]
+    largest = ranks.largest(torch.stack(buffers)).tolist()  # one transfer for all
+    for buffer in buffers:
+        buffer.zero_()
+    return {name: value for (name, _, _), value in zip(names, largest, strict=True)}

@@ -87,6 +87,14 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each of `values` over all ranks, in one collective; no number counts as
+        infinite."""
+        found = torch.nan_to_num(values, nan=torch.inf, posinf=torch.inf)
+        if self.mesh is not None:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found
+
 
 def make_mesh(device_type: str, layout: Layout) -> DeviceMesh:
     """The device mesh of a layout, with its joint dimensions. Collective."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward_weight
+from torch.distributed.tensor import DTensor
 
 from rondo.models import Decoder, ModelConfig
 from rondo.models.block import Block
@@ -216,7 +217,10 @@ class _Stage(PipelineStage):
         # Weights that meet in one operator would free each other's graph. It goes with the last
         # reference to it anyway.
         groups = _joined(bwd_kwargs["param_groups"])
-        return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
+        done = stage_backward_weight(self.submod.parameters(), groups, retain_graph=True)
+        for param in self.submod.parameters():
+            _lay_out(param)
+        return done, None
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass; `args` are tokens, or hidden states and what crosses beside them."""
@@ -230,6 +234,16 @@ class _Stage(PipelineStage):
         names = part.loss_weights if part.last else part.carried
         outputs = (output.hidden, *(output.carry[name] for name in names))
         return tuple(x.clone() if x._is_view() else x for x in outputs)
+
+
+def _lay_out(param: torch.nn.Parameter) -> None:
+    """Makes a gradient contiguous, as autograd would: halves of a backward pass leave it as the
+    last operator made it (transposed, say), and fused optimizers take it for laid out like its
+    weight, without a word."""
+    grad = param.grad
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    if grad is not None and local is not None and not local.is_contiguous():
+        param.grad = grad.contiguous()
 
 
 def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

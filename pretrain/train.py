@@ -17,6 +17,7 @@ from rondo.kernels.backend import show_choices
 from rondo.kernels.segments import document_positions
 from rondo.models import FFNS, Decoder, ModelConfig
 from rondo.models.mixer import Cost
+from rondo.parallel.bounds import keep_bounds
 from rondo.parallel.build import PRECISIONS, ParallelModel
 from rondo.parallel.checkpoint import (
     Checkpointer,
@@ -24,7 +25,7 @@ from rondo.parallel.checkpoint import (
     optimizer_tensors,
     state_digest,
 )
-from rondo.parallel.counts import take_counts
+from rondo.parallel.counts import take_counts, take_gauges
 from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
 from rondo.parallel.load import load_shares, load_summary, move_biases, take_loads
@@ -235,7 +236,13 @@ class Trainer:
             **(weights.metrics(more[len(model.auxiliary) :], valid) if weights else {}),
             **load_summary(self.loads),
             **take_counts(model.parts, ranks),
+            **take_gauges(model.parts, ranks),
         }
+        if fallbacks := row.get("newton/fallbacks"):
+            self.metrics.say(
+                f"step {step + 1}: Newton's method did not converge {fallbacks:.0f} times; these "
+                "rows were done one position at a time (newton_fallback/<layer>)"
+            )
         return row, stopping > 0
 
     def _epochs(self, steps: int) -> dict[str, float]:
@@ -263,6 +270,7 @@ class Trainer:
             scale_gradients(self.model.parts, shrink / max(1, valid))
             for optimizer in self.optimizers:
                 optimizer.step()
+            keep_bounds(self.model.parts)
             move_biases(self.model.parts, self.loads)
             self.state["skipped_in_a_row"] = 0
         else:
@@ -405,6 +413,7 @@ class Trainer:
             # What these passes counted belongs to no step.
             take_loads(self.model.parts, self.ranks)
             take_counts(self.model.parts, self.ranks)
+            take_gauges(self.model.parts, self.ranks)
         return extra, tables
 
     def _routing(

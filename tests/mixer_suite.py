@@ -132,7 +132,7 @@ def documents_are_separate(case: Case) -> None:
     ctx = context(x, shared, segment_ids=segments)
     changed = x.clone()
     changed[:, :first] = 3.0
-    if not torch.equal(mixer(changed, ctx)[0][:, first:], mixer(x, ctx)[0][:, first:]):
+    if not _untouched(mixer, mixer(changed, ctx)[0][:, first:], mixer(x, ctx)[0][:, first:]):
         raise AssertionError("changing document 1 changed document 2")
 
 
@@ -145,7 +145,7 @@ def prefix_is_invariant(case: Case) -> None:
         changed = x.clone()
         changed[:, time] += 1.0
         actual, _ = mixer(changed, context(x, shared))
-        if not torch.equal(actual[:, :time], expected[:, :time]):
+        if not _untouched(mixer, actual[:, :time], expected[:, :time]):
             raise AssertionError(f"an output before position {time} depends on it")
         if torch.equal(actual[:, time], expected[:, time]):
             raise AssertionError(f"the output at position {time} does not depend on its input")
@@ -265,6 +265,15 @@ def cost_is_counted(case: Case) -> None:
     held = sum(value.numel() * value.itemsize for value in state.values())
     if cost.state_bytes != held:
         raise AssertionError(f"state: {cost.state_bytes} bytes, held {held}")
+
+
+def _untouched(mixer: Mixer, actual: Tensor, expected: Tensor) -> bool:
+    """To the last bit, or of a solver within ten times the tolerance that it stops at."""
+    if mixer.exact or not len(actual[0]):
+        return torch.equal(actual, expected)
+    limit = {torch.float32: 1e-4, torch.float64: 1e-11}[actual.dtype]
+    error, size = (x.detach().abs().max() for x in (actual - expected, expected))
+    return float(error) <= limit * float(size)
 
 
 def _same_state(actual: State, expected: State) -> None:

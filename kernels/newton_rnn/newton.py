@@ -14,6 +14,7 @@ first k + 1 chunks are exact, whatever the Jacobians are.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -76,10 +77,15 @@ def solve(rows: Rows, first: Tensor, policy: Policy, neighbours: Neighbours | No
         following, figures = advance(sweep, borders, first, neighbours)
         if neighbours is not None:
             figures = neighbours.agree(figures)
-        residual, scale, carried, product = figures.tolist()
+        if has_numbers():
+            residual, scale, carried, product = figures.tolist()
+        else:  # the iterations that are expected
+            residual = carried = float(iterations < policy.expected)
+            scale = product = 1.0
         scale = max(1.0, scale)
         largest = product if with_products else largest
-        solved = residual <= policy.tolerance * scale
+        # What has overflown is within any share of what has overflown too.
+        solved = math.isfinite(scale) and residual <= policy.tolerance * scale
         if solved or iterations == policy.most:
             break
         iterations += 1
@@ -171,8 +177,5 @@ def no_iterations(like: Tensor) -> Health:
 
 
 def _health(numbers: tuple[float, ...], counts: tuple[int, ...], like: Tensor) -> Health:
-    device, dtype = like.device, torch.float32
-    return Health(
-        *(torch.tensor(x, dtype=dtype, device=device) for x in numbers),
-        *(torch.tensor(x, device=device) for x in counts),
-    )
+    both = torch.tensor((*numbers, *counts), dtype=torch.float32, device=like.device)  # one copy
+    return Health(*both[: len(numbers)].unbind(), *both[len(numbers) :].long().unbind())

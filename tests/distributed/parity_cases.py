@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rondo.kernels.segments import document_positions
 from rondo.models import ModelConfig
+from rondo.parallel.bounds import keep_bounds
 from rondo.parallel.build import ParallelModel
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.data_parallel import scale_gradients
@@ -117,6 +118,7 @@ def train_one(run: Run) -> dict[str, Any]:
         for each in optimizers:
             each.step()
             each.zero_grad()
+        keep_bounds(model.parts)
         move_biases(model.parts, take_loads(model.parts, ranks))
     result["evaluated"] = ranks.sum(model.evaluate(batches).item() * ranks.counts)[0] / valid
     result["similarity"] = list(expert_similarity(model).values())
