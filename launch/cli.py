@@ -129,6 +129,30 @@ def _generate(words: list[str]) -> int:
     return 0
 
 
+def _export(words: list[str]) -> int:
+    """Write a checkpoint as a Hugging Face model folder."""
+    from rondo.pretrain.interchange import ExportConfig, export_checkpoint
+    from rondo.pretrain.options import parse_command
+
+    usage = "rondo export CHECKPOINT --output FOLDER [--option value]..."
+    config = parse_command(ExportConfig, words, usage, ("checkpoint",))
+    if config is not None:
+        export_checkpoint(config)
+    return 0
+
+
+def _import(words: list[str]) -> int:
+    """Read a Hugging Face model folder into a checkpoint."""
+    from rondo.pretrain.interchange import ImportConfig, import_folder
+    from rondo.pretrain.options import parse_command
+
+    usage = "rondo import FOLDER --output CHECKPOINT [--option value]..."
+    config = parse_command(ImportConfig, words, usage, ("folder",))
+    if config is not None:
+        import_folder(config)
+    return 0
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "train": _train,
@@ -140,6 +164,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "forgetting": _forgetting,
     "compare": _compare,
     "generate": _generate,
+    "export": _export,
+    "import": _import,
 }
 
 if __name__ == "__main__":

@@ -35,11 +35,15 @@ class AttentionOptions:
     """Rotary position embedding (positions restart with each document)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_fraction: float = 1.0
+    """Share of a head's channels, the first ones, that rotate."""
     qk_norm: bool = True
     """RMSNorm of queries and keys, per head, before RoPE."""
     persistent_tokens: int = field(default=0, metadata={"zero": True})
     """Learned keys and values that every query sees, whatever its document (persistent memory,
     arXiv 1907.01470, 2501.00663). Queries meet them without RoPE."""
+    output_gate: bool = False
+    """Multiply what heads give by the sigmoid of a projection of the input (arXiv 2505.06708)."""
 
 
 class HeadsRead(NamedTuple):
@@ -91,8 +95,12 @@ class AttentionHeads(Mixer):
             found.append(f"num_heads: model.dim {config.dim} is not divisible by {heads} heads")
         if heads % kv:
             found.append(f"num_kv_heads: {heads} heads are not divisible by {kv} key/value heads")
-        if options.rope and head_dim % 2:
-            found.append(f"head_dim: RoPE needs an even width, got {head_dim}")
+        turning = int(head_dim * options.rope_fraction)
+        if options.rope and (turning % 2 or not 2 <= turning <= head_dim):
+            found.append(
+                f"head_dim: RoPE needs an even number of channels, 2 or more, got {turning} "
+                f"({options.rope_fraction:g} of {head_dim})"
+            )
         return found
 
     @classmethod
@@ -120,7 +128,7 @@ class AttentionHeads(Mixer):
         if self.options.rope:
             table = rope_table(
                 ctx.positions,
-                self.head_dim,
+                int(self.head_dim * self.options.rope_fraction),
                 theta=self.options.rope_theta,
                 dtype=torch.promote_types(q.dtype, torch.float32),
             )
@@ -169,18 +177,27 @@ class Attention(AttentionHeads):
     positions belong to the document that goes on.
     """
 
-    sharding: ClassVar[dict[str, str]] = {**AttentionHeads.sharding, "o_proj": "row"}
+    sharding: ClassVar[dict[str, str]] = {
+        **AttentionHeads.sharding,
+        "gate_proj": "column",
+        "o_proj": "row",
+    }
 
     def __init__(self, config: ModelConfig, options: AttentionOptions, layer: int) -> None:
         super().__init__(config, options, layer)
         inner = self.num_heads * self.head_dim
+        if options.output_gate:
+            self.gate_proj = Linear(config.dim, inner, std=config.init_std)
         self.o_proj = Linear(inner, config.dim, std=config.residual_std)
 
     def forward(
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
         found, state = super().forward(x, ctx, state)
-        return self.o_proj(found.o.flatten(2)), state
+        o = found.o.flatten(2)
+        if self.options.output_gate:
+            o = o * self.gate_proj(x).sigmoid()
+        return self.o_proj(o), state
 
 
 def _sizes(config: ModelConfig, options: AttentionOptions) -> tuple[int, int, int]:

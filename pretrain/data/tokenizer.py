@@ -166,6 +166,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._fast.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
 
+    def piece(self, token: int) -> str:
+        """The name of a token."""
+        return self._fast.id_to_token(token)
+
     def byte_lengths(self) -> np.ndarray:
         description = json.loads(self._fast.to_str())
         parts = json.dumps([description.get("decoder"), description.get("pre_tokenizer")])

@@ -1,0 +1,72 @@
+"""What Hugging Face's configurations have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rondo.errors import UserError
+from rondo.models.config import LayerSpec, ModelConfig, make_options
+from rondo.models.hf.bonds import Bond, same
+
+
+def sizes(config: ModelConfig) -> dict[str, Any]:
+    """Keys that every architecture has."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "intermediate_size": config.inner_dim,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "initializer_range": config.init_std,
+    }
+
+
+def attention_values(config: ModelConfig, spec: LayerSpec) -> dict[str, Any]:
+    """Keys of attention, from one layer's options."""
+    options = make_options(spec.mixer, spec.options, spec.name)
+    heads = options.num_heads or max(1, config.dim // 64)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": options.rope_theta}
+    if options.rope_fraction != 1.0:
+        rope["partial_rotary_factor"] = options.rope_fraction
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": options.num_kv_heads or heads,
+        "head_dim": options.head_dim or config.dim // heads,
+        "attention_bias": False,
+        # Libraries before transformers 5 read the first.
+        "rope_theta": options.rope_theta,
+        "rope_parameters": rope,
+    }
+
+
+def read_rope(values: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies. Raises UserError for scaled frequencies."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope_type {kind!r} has no counterpart; only 'default' has")
+    return float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
+
+
+def refuse(values: Mapping[str, Any], **expected: Any) -> None:
+    """Raises UserError where a key has another value than the one we can stand for."""
+    for key, value in expected.items():
+        if values.get(key, value) != value:
+            raise UserError(
+                f"config.json: {key} {values[key]!r} has no counterpart; only {value!r} has"
+            )
+
+
+def matrices(config: ModelConfig, embedding: str) -> list[Bond]:
+    """Embedding and output matrix."""
+    found = [same(f"{embedding}.weight", "embedding.weight")]
+    return found if config.tie_embeddings else [*found, same("lm_head.weight", "head.weight")]
+
+
+def swiglu_bonds(ours: str, theirs: str) -> list[Bond]:
+    """The channel mixer of one layer."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [same(f"{theirs}.mlp.{n}.weight", f"{ours}.ffn.{n}.weight") for n in names]

@@ -1,0 +1,125 @@
+"""Llama and Qwen3: attention in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rondo.models.config import LayerSpec, ModelConfig, make_options
+from rondo.models.hf.bonds import Bond, same
+from rondo.models.hf.common import (
+    attention_values,
+    matrices,
+    read_rope,
+    refuse,
+    sizes,
+    swiglu_bonds,
+)
+
+NORMS = {"mixer_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+class Llama:
+    """`LlamaForCausalLM` (arXiv 2307.09288): without norms of queries and keys, or windows."""
+
+    name, model_type, qk_norm = "LlamaForCausalLM", "llama", False
+
+    def unlike(self, config: ModelConfig) -> str | None:
+        """Why a model of ours is none of these; None if it is one."""
+        specs = config.layers()
+        for spec in specs:
+            if problem := _unlike_layer(spec, qk_norm=self.qk_norm):
+                return f"{self.name} {problem}"
+        every = [_options(spec) for spec in specs]
+        first = every[0]
+        if any({**o, "window": None} != {**first, "window": None} for o in every):
+            return f"{self.name} has the same attention in every layer, but for windows"
+        windows = {o["window"] for o in every}
+        if not self.qk_norm and windows != {None}:
+            return f"{self.name} has no windows"
+        if len(windows - {None}) > 1:
+            return f"{self.name} has one size of window, not {sorted(windows - {None})}"
+        return None
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """What their config.json says of it."""
+        specs = config.layers()
+        values = {**sizes(config), **attention_values(config, specs[0])}
+        windows = [_options(spec)["window"] for spec in specs]
+        if self.qk_norm:
+            values["layer_types"] = [
+                "full_attention" if window is None else "sliding_attention" for window in windows
+            ]
+            window = next((w for w in windows if w is not None), None)
+            values |= {"use_sliding_window": window is not None, "sliding_window": window}
+        return values
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of our configuration, from their config.json. Raises UserError."""
+        refuse(values, attention_bias=False, mlp_bias=False, hidden_act="silu")
+        heads = int(values["num_attention_heads"])
+        options = {
+            "num_heads": heads,
+            "num_kv_heads": int(values.get("num_key_value_heads") or heads),
+            "head_dim": int(values.get("head_dim") or values["hidden_size"] // heads),
+            "rope_theta": read_rope(values),
+            "qk_norm": self.qk_norm,
+        }
+        kinds = values.get("layer_types") or ["full_attention"] * int(values["num_hidden_layers"])
+        mixers: dict[str, dict[str, Any]] = {"attention": options}
+        if "sliding_attention" in kinds:
+            mixers["window"] = {
+                "kind": "attention",
+                **options,
+                "window": int(values["sliding_window"]),
+            }
+        names = {"full_attention": "attention", "sliding_attention": "window"}
+        return {
+            "vocab_size": int(values["vocab_size"]),
+            "dim": int(values["hidden_size"]),
+            "num_layers": int(values["num_hidden_layers"]),
+            "ffn_dim": int(values["intermediate_size"]),
+            "norm_eps": float(values.get("rms_norm_eps", 1e-6)),
+            "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+            "pattern": [names[kind] for kind in kinds],
+            "mixers": mixers,
+        }
+
+    def bonds(self, config: ModelConfig) -> list[Bond]:
+        """All tensors."""
+        found = matrices(config, "model.embed_tokens")
+        found.append(same("model.norm.weight", "norm.weight"))
+        for i in range(config.num_layers):
+            ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+            found += [same(f"{theirs}.{b}.weight", f"{ours}.{a}.weight") for a, b in NORMS.items()]
+            found += attention_bonds(ours, theirs, qk_norm=self.qk_norm)
+            found += swiglu_bonds(ours, theirs)
+        return found
+
+
+class Qwen3(Llama):
+    """`Qwen3ForCausalLM`: queries and keys are normalised per head; windows in some layers."""
+
+    name, model_type, qk_norm = "Qwen3ForCausalLM", "qwen3", True
+
+
+def attention_bonds(ours: str, theirs: str, *, qk_norm: bool) -> list[Bond]:
+    """Of one layer's attention."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", *(["q_norm", "k_norm"] if qk_norm else [])]
+    return [same(f"{theirs}.self_attn.{n}.weight", f"{ours}.mixer.{n}.weight") for n in names]
+
+
+def _options(spec: LayerSpec) -> dict[str, Any]:
+    return vars(make_options(spec.mixer, spec.options, spec.name))
+
+
+def _unlike_layer(spec: LayerSpec, *, qk_norm: bool) -> str | None:
+    if spec.mixer != "attention" or spec.ffn != "swiglu":
+        return f"has attention+swiglu in every layer, not {spec.mixer}+{spec.ffn}"
+    options = _options(spec)
+    wanted = {"rope": True, "qk_norm": qk_norm, "persistent_tokens": 0, "output_gate": False}
+    wanted["rope_fraction"] = 1.0
+    for key, value in wanted.items():
+        if options[key] != value:
+            return f"needs {key} {value}, not {options[key]}"
+    return None

@@ -1,0 +1,173 @@
+"""`rondo export` and `rondo import`: checkpoints and Hugging Face folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rondo.errors import UserError
+from rondo.models import Decoder, ModelConfig, hf, manifest
+from rondo.models.loading import difference, find_checkpoint, load, tensor_index
+from rondo.pretrain.data import Tokenizer, load_tokenizer
+from rondo.pretrain.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_EOD = "<|endoftext|>"
+
+
+@dataclass
+class ExportConfig:
+    """What `rondo export` writes."""
+
+    checkpoint: str
+    """A checkpoint folder, or a run folder (its newest checkpoint)."""
+    output: str
+    """Folder for the model; must be empty or not there."""
+    format: Literal["hf"] = "hf"
+    """hf: a Hugging Face folder, with config.json, safetensors and the tokenizer."""
+    architecture: str = "auto"
+    """LlamaForCausalLM, Qwen3ForCausalLM, Mamba2ForCausalLM, Qwen3NextForCausalLM, or
+    RondoForCausalLM, which takes any model; auto: the first that fits."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the tensors."""
+    max_positions: int = 8192
+    """The longest sequence that config.json tells libraries of."""
+
+
+@dataclass
+class ImportConfig:
+    """What `rondo import` reads."""
+
+    folder: str
+    """A Hugging Face folder: config.json, safetensors and tokenizer.json."""
+    output: str
+    """Folder for the checkpoint, which `checkpoint.init_from` takes; must not be there."""
+    tokenizer: str | None = None
+    """Tokenizer of the model, where the folder has none: bytes, a .model or a tokenizer.json."""
+
+
+def export_checkpoint(config: ExportConfig) -> Path:
+    """Writes a checkpoint's model in another format. Raises UserError."""
+    folder, output = find_checkpoint(Path(config.checkpoint)), Path(config.output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output: {output} is not empty")
+    model = load(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tensors = {name: param.detach() for name, param in model.named_parameters()}
+    tensors |= {k: v for k, v in model.state_dict().items() if k not in tensors}
+    name = hf.write_folder(
+        output,
+        model.config,
+        tensors,
+        architecture=config.architecture,
+        dtype=DTYPES[config.dtype],
+        max_position_embeddings=config.max_positions,
+        eos_token_id=tokenizer.eod,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    read_by = _write_tokenizer(tokenizer, output)
+    print(f"{folder} -> {output}: {name}, {config.dtype}; tokenizer: {read_by}")
+    if name == hf.RONDO:
+        print("transformers loads it after `import rondo.models.hf.modeling`")
+    return output
+
+
+def import_folder(config: ImportConfig) -> Path:
+    """Writes a Hugging Face model as a checkpoint. Raises UserError."""
+    folder, output = Path(config.folder), Path(config.output)
+    if output.exists():
+        raise UserError(f"output: {output} is there already")
+    model, tensors = hf.read_folder(folder)
+    with torch.device("meta"):
+        wanted = Decoder(model).state_dict()
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    tokenizer = _find_tokenizer(folder, config.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"tokenizer: {tokenizer.vocab_size} tokens, and the embedding has {model.vocab_size}"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as parent:
+        written = Path(parent) / output.name
+        _write_checkpoint(written, model, tensors, tokenizer)
+        problem = difference(tensor_index(written / "model"), wanted, wanted.keys())
+        if problem:
+            raise UserError(f"{folder}: {problem}")
+        written.rename(output)
+    print(f"{folder} -> {output}: {model.num_layers} layers; checkpoint.init_from takes it")
+    return output
+
+
+def _write_checkpoint(
+    folder: Path, model: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    for part in ("model", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+    save_torch_state_dict(dict(tensors), folder / "model", max_shard_size="5GB")
+    (folder / "model" / "model.safetensors.index.json").unlink(missing_ok=True)
+    text = json.dumps(dataclasses.asdict(model), indent=1)
+    (folder / "model" / "config.json").write_text(text)
+    tokenizer.save(folder / "tokenizer")
+    names = [path for path in folder.rglob("*") if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): manifest.record(path) for path in names}
+    manifest.write(folder, 0, files)
+
+
+def _find_tokenizer(folder: Path, given: str | None) -> Tokenizer:
+    if given is not None:
+        return load_tokenizer(given)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return load_tokenizer(folder / name)
+    raise UserError(
+        f"{folder}: no tokenizer.json or tokenizer.model; name the model's with --tokenizer"
+    )
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
+    """Writes it so that transformers reads it, if it can; says what it did."""
+    if isinstance(tokenizer, ByteTokenizer):
+        content, end = _bytes_json(tokenizer), _EOD
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        content = tokenizer.content.decode()
+        end = tokenizer.piece(tokenizer.eod)
+    else:
+        tokenizer.save(folder)
+        return f"{tokenizer.file_name}, which is to be read with sentencepiece"
+    (folder / "tokenizer.json").write_text(content)
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
+    return "tokenizer.json"
+
+
+def _bytes_json(tokenizer: ByteTokenizer) -> str:
+    """The tokenizer of bytes as a `tokenizer.json`: no merges, so that every byte is a token."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+
+    letters = _letters()
+    fast = Fast(models.BPE(vocab={letters[i]: i for i in range(256)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken(_EOD, special=True)])
+    assert fast.token_to_id(_EOD) == tokenizer.eod, "the next after 256 bytes"
+    return fast.to_str()
+
+
+def _letters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies: itself where it can be
+    printed, else the next one from 256 on."""
+    printed = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(i) if i in printed else chr(next(others)) for i in range(256)]

@@ -1,0 +1,89 @@
+"""`rondo export` and `rondo import`: checkpoints become folders of transformers, and again one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rondo.launch.cli import main
+from rondo.models import Decoder, ModelConfig, load, manifest
+from rondo.pretrain.data import load_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+
+def checkpoint(folder: Path, **changes: Any) -> Path:
+    """That of a small model of bytes."""
+    sizes: dict[str, Any] = {"dim": 32, "num_layers": 2, "ffn_dim": 48, "pattern": ["attention"]}
+    sizes["mixers"] = {"attention": {"num_heads": 2, "qk_norm": False}}
+    config = ModelConfig(vocab_size=257, **{**sizes, **changes})
+    for part in ("model", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+    save_file(Decoder(config, seed=1).state_dict(), folder / "model" / "model.safetensors")
+    (folder / "model" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    load_tokenizer("bytes").save(folder / "tokenizer")
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    manifest.write(folder, 7, {p.relative_to(folder).as_posix(): manifest.record(p) for p in paths})
+    return folder
+
+
+def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = checkpoint(tmp_path / "start")
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert main(["export", str(start), "--output", str(there)]) == 0
+    assert "LlamaForCausalLM, float32; tokenizer: tokenizer.json" in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(there)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(there)
+    text = "naïve café — \t\n\x00€ 'll  two"
+    ids = tokenizer(text).input_ids
+    assert ids == load_tokenizer("bytes").encode(text) and tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 256
+    ours = load(start)
+    rows = torch.tensor([ids])
+    with torch.no_grad():
+        logits = ours.logits(ours(rows).hidden)
+        torch.testing.assert_close(model(rows).logits, logits, rtol=1e-4, atol=1e-4)
+
+    words = ["import", str(there), "--output", str(back), "--tokenizer", "bytes"]
+    assert main(words) == 0
+    assert manifest.damage(back) is None
+    for name, value in load(back).state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+    assert main(["generate", str(back), "--prompt", "a", "--max_tokens", "3"]) == 0
+
+
+@pytest.mark.quick
+def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start, there = checkpoint(tmp_path / "start"), tmp_path / "there"
+    there.mkdir()
+    (there / "file").touch()
+    assert main(["export", str(start), "--output", str(there)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    words = ["export", str(start), "--output", str(tmp_path / "new")]
+    assert main([*words, "--architecture", "Qwen3ForCausalLM"]) == 2
+    assert "Qwen3ForCausalLM needs qk_norm True, not False" in capsys.readouterr().err
+    assert main(["import", str(there), "--output", str(tmp_path / "new")]) == 2
+    assert "no config.json; expected a Hugging Face model folder" in capsys.readouterr().err
+    assert main(["import", str(there), "--output", str(start)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_any_model_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixers = {"mamba2": {"head_dim": 8, "state_dim": 4}}
+    start = checkpoint(tmp_path / "start", pattern=["mamba2"], mixers=mixers)
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert main(["export", str(start), "--output", str(there), "--dtype", "bfloat16"]) == 0
+    assert "import rondo.models.hf.modeling" in capsys.readouterr().out
+    assert main(["import", str(there), "--output", str(back)]) == 0
+    ours, again = load(start), load(back)
+    for name, value in ours.state_dict().items():
+        kept = name in ours.float32_names()
+        expected = value if kept else value.bfloat16().float()
+        assert torch.equal(again.state_dict()[name], expected), name
