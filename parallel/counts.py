@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def take_gauges(parts: Sequence[Decoder], ranks: Ranks) -> dict[str, float]:
     ]
     if not names:
         return {}
-    blocks = {int(layer): block for part in parts for layer, block in part.blocks.items()}
+    blocks: dict[int, Any] = {int(i): block for part in parts for i, block in part.blocks.items()}
     nothing = torch.zeros((), device=ranks.device)
     buffers = [
         blocks[layer].mixer.get_buffer(buffer) if layer in blocks else nothing

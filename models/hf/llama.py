@@ -117,8 +117,8 @@ def _unlike_layer(spec: LayerSpec, *, qk_norm: bool) -> str | None:
     if spec.mixer != "attention" or spec.ffn != "swiglu":
         return f"has attention+swiglu in every layer, not {spec.mixer}+{spec.ffn}"
     options = _options(spec)
-    wanted = {"rope": True, "qk_norm": qk_norm, "persistent_tokens": 0, "output_gate": False}
-    wanted["rope_fraction"] = 1.0
+    wanted: dict[str, Any] = {"rope": True, "qk_norm": qk_norm, "rope_fraction": 1.0}
+    wanted |= {"persistent_tokens": 0, "output_gate": False}
     for key, value in wanted.items():
         if options[key] != value:
             return f"needs {key} {value}, not {options[key]}"

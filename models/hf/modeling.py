@@ -77,7 +77,7 @@ class RondoForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
     _is_stateful = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012  (as the base class has it)
 
     def __init__(self, config: RondoConfig) -> None:
         super().__init__(config)

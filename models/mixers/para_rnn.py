@@ -97,10 +97,9 @@ class ParaRNN(Mixer):
         self.recurrent = parameter((heads, rows, width), self._recurrent_values())
         self.norm = GatedRMSNorm(self.inner, config.norm_eps)
         self.o_proj = Linear(self.inner, config.dim, std=config.residual_std)
-        for name in self.gauges.values():
-            self.register_buffer(name, torch.zeros(()), persistent=False)
-        for name in self.counters.values():
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
+        for names, dtype in ((self.gauges, torch.float32), (self.counters, torch.int64)):
+            for name in names.values():
+                self.register_buffer(name, torch.zeros((), dtype=dtype), persistent=False)
 
     def _recurrent_values(self) -> Initializer:
         draw, limit = normal(2 / math.sqrt(5 * self.inner)), self.options.max_recurrent
@@ -158,15 +157,18 @@ class ParaRNN(Mixer):
     @torch.no_grad()
     def observe(self, health: Health) -> None:
         """Adds a solve to what is counted, on the device."""
-        self.extra += health.extra
-        self.fallbacks += health.sequential
-        for largest, value in (
-            (self.residual, health.relative),
-            (self.product, health.product),
-            (self.iterations, health.iterations),
-            (self.fallback, health.sequential),
-        ):
-            largest.copy_(torch.maximum(largest, value.to(largest.dtype)))
+        counts = {"extra": health.extra, "fallbacks": health.sequential}
+        for name, value in counts.items():
+            self.get_buffer(name).add_(value)
+        largest = {
+            "residual": health.relative,
+            "product": health.product,
+            "iterations": health.iterations,
+            "fallback": health.sequential,
+        }
+        for name, value in largest.items():
+            buffer = self.get_buffer(name)
+            buffer.copy_(torch.maximum(buffer, value.to(buffer.dtype)))
 
     def state_shapes(
         self, batch: int, length: int

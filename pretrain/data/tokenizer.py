@@ -168,7 +168,7 @@ class HuggingFaceTokenizer:
 
     def piece(self, token: int) -> str:
         """The name of a token."""
-        return self._fast.id_to_token(token)
+        return self._fast.id_to_token(token) or ""
 
     def byte_lengths(self) -> np.ndarray:
         description = json.loads(self._fast.to_str())

@@ -101,8 +101,7 @@ def test_a_mistyped_command_gives_the_nearest(capsys):
     assert err == (
         "rondo: error: unknown command 'trian'; did you mean train? "
         "(commands: prepare, train, launch, status, stop, plan, "
-        "anneal, forgetting, compare, generate, export, import)
-"
+        "anneal, forgetting, compare, generate, export, import)\n"
     )
     assert out == ""
 
