@@ -42,6 +42,7 @@ from rondo.pretrain.data import (
     rank_indices,
     unigram_bits_per_byte,
 )
+from rondo.pretrain.eval_jobs import EvalJobs
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.optim import build_optimizers, set_learning_rate
 from rondo.pretrain.parse import dump_recipe
@@ -90,6 +91,7 @@ def train(recipe: Recipe) -> int:
             return trainer.run(origin)
         finally:
             trainer.checkpointer.close()
+            trainer.eval_jobs.close(done=False)
 
 
 class Trainer:
@@ -126,6 +128,7 @@ class Trainer:
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
         )
+        self.eval_jobs = EvalJobs(recipe, folder, ranks, stop)
         ffns = {spec.ffn for spec in self.config.layers()} - {"none"}
         losses = [(ffn, loss) for ffn in ffns for loss in FFNS[ffn].losses(self.config)]
         self.loss_names = {loss: f"{ffn}/{loss}" for ffn, loss in losses}
@@ -168,6 +171,7 @@ class Trainer:
             tensorboard=recipe.logging.tensorboard,
             active=self.ranks.rank == 0,
         )
+        self.eval_jobs.start()
         with self.metrics:
             self._greet(beginning)
             if start == 0 and self.held_out:
@@ -181,15 +185,22 @@ class Trainer:
                 extra = self._observe(step, batches, last)
                 due = bool(self.loads) and _due(step, recipe.logging.norms_every)
                 shares = {"expert_load": load_shares(self.loads)} if due else None
-                self.metrics.log(row, extra, shares)
+                self.metrics.log(row | self.eval_jobs.metrics(), extra, shares)
                 self.state["step"] = step + 1
-                if stopping or last or _due(step, recipe.checkpoint.every):
+                scored = self.eval_jobs.due(step + 1)
+                if stopping or last or scored or _due(step, recipe.checkpoint.every):
                     self.save()
                 if stopping and not last:
                     self.checkpointer.close()
                     self.metrics.say(f"stopped by a signal after step {step + 1}; start again")
                     return STOPPED
+                if scored:
+                    if recipe.evals.where == "loop":
+                        self.checkpointer.wait()
+                    self.eval_jobs.wait(step + 1)
             self.checkpointer.close()
+            if self._end_evals():
+                return STOPPED
             self._part(extra or self._observe(start, [], True))
         return DONE
 
@@ -292,6 +303,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint of the state after the last step."""
+        self.eval_jobs.hold(self.state["step"])
         config = json.dumps(dataclasses.asdict(self.config), indent=1)
         tokenizer = {f"tokenizer/{self.tokenizer.file_name}": self.tokenizer.content}
         self.checkpointer.save(
@@ -377,6 +389,19 @@ class Trainer:
             self.metrics.say(note)
         for line in beginning:
             self.metrics.say(line)
+
+    def _end_evals(self) -> bool:
+        """Lets the scoring of checkpoints come to its end; returns whether a signal cut it."""
+        training = self.eval_jobs.seconds
+        cut = self.eval_jobs.close(done=True)
+        if self.eval_jobs.active:
+            after = self.eval_jobs.seconds - training
+            self.metrics.say(
+                f"scoring checkpoints took {training:.2f} s of training, and {after:.1f} s after it"
+            )
+        if cut:
+            self.metrics.say("a signal ended the scoring of checkpoints; start again to go on")
+        return cut
 
     def _part(self, extra: dict[str, float]) -> None:
         """The closing words of a finished run."""
