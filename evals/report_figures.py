@@ -76,7 +76,9 @@ def time_spent(runs: Sequence[RunData]) -> go.Figure | None:
             width=0.5,
             hovertemplate="%{y}: %{x:.1%}",
         )
-    figure.update_layout(barmode="stack", xaxis={"tickformat": ".0%", "range": [0, 1]})
+    figure.update_layout(
+        barmode="stack", xaxis={"tickformat": ".0%", "dtick": 0.25, "range": [0, 1]}
+    )
     return _finish(figure, "", x="share of the time since the first start")
 
 
@@ -126,7 +128,7 @@ def expert_load(run: RunData) -> go.Figure | None:
             for y in borders
         ],
     )
-    return _finish(figure, "", keep_x=True)
+    return _finish(figure, "")
 
 
 def _load(table: list[list[float]], layer: int, expert: int) -> float:
@@ -170,25 +172,20 @@ def forgetting(run: RunData) -> go.Figure | None:
     figure.update_layout(
         yaxis={"autorange": "reversed", "type": "category"}, xaxis={"type": "category"}
     )
-    return _finish(figure, "after stage", x="domain", keep_x=True)
+    return _finish(figure, "after stage", x="domain")
 
 
 def _line(index: int) -> dict[str, object]:
     return {"color": color(index), "width": 1.8}
 
 
-def _finish(
-    figure: go.Figure, y: str, *, x: str = "step", log: bool = False, keep_x: bool = False
-) -> go.Figure | None:
+def _finish(figure: go.Figure, y: str, *, x: str = "step", log: bool = False) -> go.Figure | None:
     if not figure.data:
         return None
-    axis = {"title": {"text": y}, "automargin": True} | ({"type": "log"} if log else {})
-    if log:
-        axis |= {"dtick": "D1" if _narrow(figure) else 1, "exponentformat": "power"}
+    # A logarithmic axis within a decade may have no tick at all.
+    axis = {"type": "log", "exponentformat": "power"} if log and _decades(figure) else {}
+    figure.update_yaxes(title={"text": y}, automargin=True, **axis)
     figure.update_xaxes(title={"text": x}, automargin=True)
-    if not keep_x:
-        figure.update_xaxes(rangemode="normal")
-    figure.update_yaxes(**axis)
     # Colours of text and lines are the page's, which knows whether it is light or dark.
     figure.update_layout(
         template="none",
@@ -202,7 +199,7 @@ def _finish(
     return figure
 
 
-def _narrow(figure: go.Figure) -> bool:
-    """Whether a logarithmic axis spans less than a decade."""
-    values = [value for trace in figure.data for value in trace.y if value > 0]
-    return bool(values) and max(values) / min(values) < 10
+def _decades(figure: go.Figure) -> bool:
+    """Whether the values are positive and span more than a decade."""
+    values = [value for trace in figure.data for value in trace.y]
+    return min(values) > 0 and max(values) / min(values) > 10
