@@ -89,6 +89,20 @@ def _stop(words: list[str]) -> int:
     return stop(words)
 
 
+def _evals(words: list[str]) -> int:
+    """Score the checkpoints of a run as they appear, from outside of it."""
+    from rondo.launch.evals import main as evals
+
+    return evals(words)
+
+
+def _report(words: list[str]) -> int:
+    """Show runs on one page of HTML: curves, norms, experts, evals, differences."""
+    from rondo.evals.report import main as report
+
+    return report(words)
+
+
 def _plan(words: list[str]) -> int:
     """Lay a recipe out on any number of GPUs without having them: memory, traffic, time."""
     from rondo.pretrain.plan import main as plan
@@ -159,6 +173,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
     "status": _status,
     "stop": _stop,
+    "evals": _evals,
+    "report": _report,
     "plan": _plan,
     "anneal": _anneal,
     "forgetting": _forgetting,

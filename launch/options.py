@@ -183,6 +183,59 @@ def _add_container(add: Callable[..., object]) -> None:
     )
 
 
+def parse_watch(words: Sequence[str]) -> argparse.Namespace:
+    """Options of `rondo evals watch`."""
+    parser = Parser(
+        prog="rondo evals watch",
+        description="Scores the checkpoints of a run as they appear, in processes of this machine "
+        "or SLURM jobs, until the last one has its results.",
+        usage="rondo evals watch RUN --tasks A,B [--option value]...",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, or the name of one under runs/")
+    add("--tasks", type=_tasks, required=True, metavar="A,B", help="tasks of `rondo eval`")
+    add(
+        "--where",
+        choices=("process", "slurm"),
+        default="process",
+        help="one process after the other on this machine, or a SLURM job each (default: process)",
+    )
+    add(
+        "--every",
+        type=_count(0),
+        default=1,
+        metavar="N",
+        help="score checkpoints of steps that are multiples of N, and the last; 0: only the last "
+        "(default: 1)",
+    )
+    add("--limit", type=_count(1), metavar="N", help="samples a task (default: all)")
+    add("--batch-size", type=_count(1), metavar="N", help="of `rondo eval` (default: its own)")
+    add(
+        "--retries",
+        type=_count(0),
+        default=2,
+        metavar="N",
+        help="failures of a job to bear, and as many jobs that vanish (default: 2)",
+    )
+    for name in ("partition", "account", "qos"):
+        add(f"--{name}", metavar="NAME", help=f"SLURM: {name} of the jobs")
+    add("--time", type=_time, metavar="D-HH:MM:SS", help="SLURM: time limit of a job")
+    add("--gpus", type=_count(0), default=0, metavar="N", help="SLURM: GPUs a job (default: 0)")
+    add("--cpus", type=_count(1), metavar="N", help="SLURM: CPU cores a job")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="any option of sbatch")
+    add("--python", metavar="PATH", help="interpreter of the jobs (default: this one)")
+    add("--child", action="store_true", help=argparse.SUPPRESS)  # training started it
+    return parser.parse_args(words)
+
+
+def _tasks(text: str) -> list[str]:
+    tasks = text.split(",")
+    if "" in tasks or len({*tasks}) < len(tasks):
+        raise argparse.ArgumentTypeError(f"expected different names as in A,B, got {text!r}")
+    return tasks
+
+
 def parse_folder(
     words: Sequence[str], command: str, about: str, text: str, default: str | None = None
 ) -> str:

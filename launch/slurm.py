@@ -14,11 +14,16 @@ ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "SIGNA
 _ANSWER_SECONDS = 60.0
 
 
-def call(*words: str) -> str:
+def call(*words: str, environment: Mapping[str, str] | None = None) -> str:
     """What a SLURM command prints. Raises UserError with what it says when it fails."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_ANSWER_SECONDS,
+            env=environment,
         )
     except FileNotFoundError as error:
         raise UserError(f"{words[0]}: no such command; SLURM is not installed here") from error

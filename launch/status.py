@@ -12,15 +12,17 @@ from typing import Any
 
 from rondo.errors import UserError
 from rondo.launch import slurm
+from rondo.launch.eval_records import scored
 from rondo.launch.folder import FINAL, RunFolder, is_run
 from rondo.launch.lock import is_alive, read_owner
 from rondo.launch.options import parse_folder
 
 _ABOUT = (
-    "Lists runs: state, steps, loss, tokens a second, age of the last step, goodput, jobs. "
-    "Goodput is the time in steps that count over the time since the first start."
+    "Lists runs: state, steps, loss, tokens a second, age of the last step, goodput, scored "
+    "checkpoints, jobs. Goodput is the time in steps that count over the time since the first "
+    "start."
 )
-_HEADER = ("run", "state", "step", "loss", "tokens/s", "last step", "goodput", "jobs")
+_HEADER = ("run", "state", "step", "loss", "tokens/s", "last step", "goodput", "scored", "jobs")
 _QUIET_SECONDS = 120.0
 
 
@@ -43,6 +45,8 @@ class Status:
     goodput: float | None
     """Share of the time from the first start to the last step that went into steps that count;
     None for runs that `rondo launch` did not start, whose first start is not known."""
+    scored: tuple[int, int]
+    """Checkpoints with results of all their tasks, and all that are or were to be scored."""
     jobs: tuple[str, ...]
     """Jobs in the queue, with their states."""
 
@@ -66,6 +70,7 @@ def read_status(folder: RunFolder, queue: Mapping[str, str], now: float | None =
         tokens_per_second=row.get("tokens_per_second"),
         age=age,
         goodput=_goodput(content, starts[0]["time"], changed) if starts and changed else None,
+        scored=scored(folder.path),
         jobs=jobs,
     )
 
@@ -133,6 +138,7 @@ def _cells(status: Status) -> tuple[str, ...]:
         show(status.tokens_per_second, ",.0f"),
         "-" if status.age is None else duration(status.age),
         show(status.goodput, ".1%"),
+        "/".join(map(str, status.scored)) if status.scored[1] else "-",
         ", ".join(status.jobs) or "-",
     )
 

@@ -209,13 +209,46 @@ class CheckpointConfig:
 
 
 @dataclass
+class SlurmEvalConfig:
+    """What the SLURM jobs that score checkpoints ask for, besides one task each."""
+
+    partition: str | None = None
+    """Partition; null takes SLURM's default."""
+    account: str | None = None
+    """Account."""
+    qos: str | None = None
+    """Quality of service."""
+    time: str | None = None
+    """Time limit of a job, as D-HH:MM:SS."""
+    gpus: int = 0
+    """GPUs of a job."""
+    cpus: int = 0
+    """CPU cores of a job; 0 takes SLURM's default."""
+    sbatch: list[str] = field(default_factory=list)
+    """Any other options of sbatch, as [--constraint=h100]."""
+
+
+@dataclass
 class EvalConfig:
-    """Validation during training."""
+    """Validation during training, and the scoring of checkpoints beside it."""
 
     every: int = 0
-    """Steps between validations; 0 validates only before the first and after the last step."""
+    """Steps between validations; 0 validates only before the first and after the last step. With
+    tasks, a checkpoint is saved and scored at each of these steps and at the last."""
     batches: int = 8
     """Global batches of held-out text in one validation."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of `rondo eval` on which checkpoints are scored; [] scores none."""
+    where: Literal["loop", "process", "slurm"] = "process"
+    """Scored while training waits (loop), in a process beside the first rank, which shares its
+    machine (process), or as a SLURM job each (slurm)."""
+    limit: int = 0
+    """Samples a task; 0 takes all."""
+    batch_size: int = 0
+    """Sequences that `rondo eval` runs at once; 0 takes its default."""
+    retries: int = 2
+    """Failures that one checkpoint's job may have before it is given up."""
+    slurm: SlurmEvalConfig = field(default_factory=SlurmEvalConfig)
 
 
 @dataclass

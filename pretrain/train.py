@@ -46,6 +46,7 @@ from rondo.pretrain.data.repeats import describe, warnings
 from rondo.pretrain.data.seen import NAME as SAMPLES
 from rondo.pretrain.domain_loads import DomainLoads
 from rondo.pretrain.domains import Domains
+from rondo.pretrain.eval_jobs import EvalJobs
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.optim import build_optimizers, set_learning_rate
 from rondo.pretrain.probe import layer_norms
@@ -88,6 +89,7 @@ def train(recipe: Recipe) -> int:
             return trainer.run(origin)
         finally:
             trainer.checkpointer.close()
+            trainer.eval_jobs.close(done=False)
 
 
 class Trainer:
@@ -126,6 +128,7 @@ class Trainer:
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
         )
+        self.eval_jobs = EvalJobs(recipe, folder, ranks, stop)
         ffns = {spec.ffn for spec in self.config.layers()} - {"none"}
         losses = [(ffn, loss) for ffn in ffns for loss in FFNS[ffn].losses(self.config)]
         self.loss_names = {loss: f"{ffn}/{loss}" for ffn, loss in losses}
@@ -169,6 +172,7 @@ class Trainer:
             tensorboard=recipe.logging.tensorboard,
             active=self.ranks.rank == 0,
         )
+        self.eval_jobs.start()
         with self.metrics:
             self._greet(beginning)
             before = self._validate_first(start)
@@ -178,16 +182,25 @@ class Trainer:
                 row, stopping = self.step(step, batches)
                 last = step + 1 == self.steps
                 extra, tables = self._observe(step, batches, step + 1 == stage.end)
+                row |= self.eval_jobs.metrics()
                 self.metrics.log(row, extra | before, tables, stage=stage.name or None)
                 before = {}
                 self.state["step"] = step + 1
-                if stopping or step + 1 == stage.end or _due(step, recipe.checkpoint.every):
+                scored = self.eval_jobs.due(step + 1)
+                saving = scored or step + 1 == stage.end or _due(step, recipe.checkpoint.every)
+                if stopping or saving:
                     self.save()
                 if stopping and not last:
                     self.checkpointer.close()
                     self.metrics.say(f"stopped by a signal after step {step + 1}; start again")
                     return STOPPED
+                if scored:
+                    if recipe.evals.where == "loop":
+                        self.checkpointer.wait()
+                    self.eval_jobs.wait(step + 1)
             self.checkpointer.close()
+            if self._end_evals():
+                return STOPPED
             self._part(extra or self._observe(start, [], True)[0])
         return DONE
 
@@ -339,6 +352,7 @@ class Trainer:
         """Saves a checkpoint of the state after the last step."""
         step = self.state["step"]
         self.state["data"] = self.training.fingerprint(step)
+        self.eval_jobs.hold(step)
         config = json.dumps(dataclasses.asdict(self.config), indent=1)
         tokenizer = {f"tokenizer/{self.tokenizer.file_name}": self.tokenizer.content}
         self.checkpointer.save(
@@ -453,6 +467,19 @@ class Trainer:
             self.metrics.say(note)
         for line in [*describe(self.repeats), *warnings(self.repeats, cost.parameters), *beginning]:
             self.metrics.say(line)
+
+    def _end_evals(self) -> bool:
+        """Lets the scoring of checkpoints come to its end; returns whether a signal cut it."""
+        training = self.eval_jobs.seconds
+        cut = self.eval_jobs.close(done=True)
+        if self.eval_jobs.active:
+            after = self.eval_jobs.seconds - training
+            self.metrics.say(
+                f"scoring checkpoints took {training:.2f} s of training, and {after:.1f} s after it"
+            )
+        if cut:
+            self.metrics.say("a signal ended the scoring of checkpoints; start again to go on")
+        return cut
 
     def _part(self, extra: dict[str, float]) -> None:
         """The closing words of a finished run."""

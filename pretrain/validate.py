@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import os
+import re
 import signal
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -30,6 +31,11 @@ _AT_LEAST = {
     "checkpoint.keep": 0,
     "evals.every": 0,
     "evals.batches": 0,
+    "evals.limit": 0,
+    "evals.batch_size": 0,
+    "evals.retries": 0,
+    "evals.slurm.gpus": 0,
+    "evals.slurm.cpus": 0,
     "logging.every": 1,
     "logging.norms_every": 0,
 }
@@ -42,6 +48,7 @@ _ABOVE_0 = (
 _NOT_BELOW_0 = ("optimizer.weight_decay", "optimizer.clip_norm")
 _NOT_EMPTY = ("output_dir", "data.folder", "data.tokenizer", "checkpoint.resume")
 _LONGEST_NAME = 128
+_TIME = r"\d+(:\d+(:\d+)?)?|\d+-\d+(:\d+(:\d+)?)?"
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> None:
@@ -62,7 +69,7 @@ def problems(
     def all_read(*prefixes: str) -> bool:
         return not any(key.startswith(prefixes) for key in unread)
 
-    found = [*_numbers(recipe), *_names(recipe), *_sources(recipe)]
+    found = [*_numbers(recipe), *_names(recipe), *_sources(recipe), *_evals(recipe)]
     sizes = ("data.global_batch_size", "data.micro_batch_size", "data.sequence_length")
     if all_read("steps", "schedule.", "reweight.warmup_steps", *sizes):
         wrong = schedule_problems(recipe, fit=not recipe.stages)
@@ -140,6 +147,20 @@ def _sources(recipe: Recipe) -> Iterator[str]:
     if not recipe.data.sources:
         yield "data.sources: needs at least one source, as [{path: stdlib-english}], got []"
     yield from source_problems("data.sources", recipe.data.sources)
+
+
+def _evals(recipe: Recipe) -> Iterator[str]:
+    config = recipe.evals
+    for i, task in enumerate(config.tasks):
+        if not task or set(task) & set(", /\\") or task.startswith(("-", ".")):
+            yield f"evals.tasks.{i}: must be the name of a task of `rondo eval`, got {show(task)}"
+        elif task in config.tasks[:i]:
+            yield f"evals.tasks.{i}: {show(task)} is there already"
+    limit = config.slurm.time
+    if limit is not None and not re.fullmatch(_TIME, limit):
+        yield (
+            f"evals.slurm.time: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, got {show(limit)}"
+        )
 
 
 def _texts(plain: Any, key: str = "") -> Iterator[tuple[str, str]]:

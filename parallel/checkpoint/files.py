@@ -1,7 +1,9 @@
 """The folder of checkpoints: names, what is in it, putting a new one in place.
 
 Names that begin with a dot are not checkpoints: `.step-000000100.partial` is being written,
-`.step-000000100.old` is being replaced, `.step-000000100.removed` is being deleted.
+`.step-000000100.old` is being replaced, `.step-000000100.removed` is being deleted. A file
+`.step-000000100.hold` says that somebody is going to read that checkpoint, for as long as its time
+stays fresh: whoever reads touches it, and a dead reader's hold ends by itself.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 _STEP = re.compile(r"step-(\d{9,18})", re.ASCII)
 _LEFTOVER = re.compile(r"\.(step-\d{9,18})\.(partial|old|removed)", re.ASCII)
+
+HOLD_SECONDS = 900.0
+"""How long a hold counts after it was last touched."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -69,10 +75,25 @@ def publish(folder: Path, step: int) -> None:
         shutil.rmtree(replaced)
 
 
+def hold(folder: Path, step: int) -> None:
+    """Keeps the checkpoint of `step`, which may be still to come, from being pruned."""
+    _aside(step_folder(folder, step), "hold").touch()
+
+
+def is_held(folder: Path, step: int) -> bool:
+    """Whether somebody is going to read the checkpoint of `step`, or reads it."""
+    try:
+        touched = _aside(step_folder(folder, step), "hold").stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return time.time() - touched < HOLD_SECONDS
+
+
 def prune(folder: Path, keep: int, newest: int) -> None:
-    """Deletes all but the `keep` newest checkpoints (0 keeps all), never that of step `newest`."""
+    """Deletes all but the `keep` newest checkpoints (0 keeps all), never that of step `newest` nor
+    one that is held."""
     for step in steps(folder)[keep:] if keep else []:
-        if step != newest:
+        if step != newest and not is_held(folder, step):
             final = step_folder(folder, step)
             removed = _aside(final, "removed")
             final.rename(removed)  # what is half deleted must not look like a checkpoint

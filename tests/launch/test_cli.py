@@ -100,7 +100,7 @@ def test_a_mistyped_command_gives_the_nearest(capsys):
     out, err = capsys.readouterr()
     assert err == (
         "rondo: error: unknown command 'trian'; did you mean train? "
-        "(commands: prepare, train, launch, status, stop, plan, "
+        "(commands: prepare, train, launch, status, stop, evals, report, plan, "
         "anneal, forgetting, compare, generate, export, import)\n"
     )
     assert out == ""

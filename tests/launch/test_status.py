@@ -52,8 +52,8 @@ def test_numbers(folder: RunFolder) -> None:
     assert found.age == pytest.approx(90, abs=1)
     assert found.goodput == pytest.approx(6 * 2 / 100, rel=0.01)  # both starts, once each step
     header, line = table([found]).splitlines()
-    assert " ".join(header.split()) == "run state step loss tokens/s last step goodput jobs"
-    assert " ".join(line.split()) == "mine dead 6/10 3.5000 10,000 90 s 12.0% -"
+    assert " ".join(header.split()) == "run state step loss tokens/s last step goodput scored jobs"
+    assert " ".join(line.split()) == "mine dead 6/10 3.5000 10,000 90 s 12.0% - -"
 
 
 def test_states_of_a_launched_run(folder: RunFolder) -> None:
@@ -91,7 +91,7 @@ def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     folder.record("submit", launch="a", jobs=["7"])
     found = read_status(folder, {"7": "PENDING"})
     assert (found.state, found.step, found.steps, found.loss) == ("queued", 0, None, None)
-    assert " ".join(table([found]).splitlines()[1].split()) == "new queued 0/? - - - - 7 PENDING"
+    assert " ".join(table([found]).splitlines()[1].split()) == "new queued 0/? - - - - - 7 PENDING"
 
 
 def test_runs_are_found_by_path_and_by_name(folder: RunFolder, monkeypatch) -> None:

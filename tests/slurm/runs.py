@@ -35,6 +35,7 @@ class Run:
     def __init__(self, cluster: Cluster, home: Path, data: Path) -> None:
         self.cluster, self.home, self.data = cluster, home, data
         self.name = "tiny"
+        self.overrides: list[str] = []
         self.environment = {
             **cluster.environment,
             "PYTHONPATH": str(ROOT / ".typing"),
@@ -66,7 +67,7 @@ class Run:
         words = ["launch", "slurm", "tiny", "--nodes=2", "--time=10", f"--python={sys.executable}"]
         overrides = [*SMALL, f"--name={self.name}", f"--data.folder={self.data}"]
         overrides.append(f"--evals.every={self._mark}")
-        return self.rondo(*words, *options, "--", *overrides).split()
+        return self.rondo(*words, *options, "--", *overrides, *self.overrides).split()
 
     @property
     def _mark(self) -> int:

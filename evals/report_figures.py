@@ -1,0 +1,205 @@
+"""The figures of a report. Each function gives one, or None where no run has what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from rondo.evals.report_data import RunData
+
+COLORS = ("#3b82c4", "#e07b39", "#4b9e6a", "#b65fcf", "#c94f5d", "#8a7f3d", "#2fa5a5", "#8b8f98")
+"""Readable on white and on dark grey."""
+_LOSS = "loss (nats a token)"
+
+
+def color(index: int) -> str:
+    """Colour of the run, or layer, of a number."""
+    return COLORS[index % len(COLORS)]
+
+
+def curves(
+    runs: Sequence[RunData], key: str, title: str, *, log: bool = False, percent: bool = False
+) -> go.Figure | None:
+    """A metric by step, a line a run."""
+    figure = go.Figure()
+    for index, run in enumerate(runs):
+        steps, values = run.series(key)
+        if values:
+            figure.add_scatter(x=steps, y=values, name=run.name, mode="lines", line=_line(index))
+    figure.update_layout(yaxis={"tickformat": ".1%"} if percent else {})
+    return _finish(figure, title, log=log)
+
+
+def loss(runs: Sequence[RunData]) -> go.Figure | None:
+    """Training loss as a line, held-out loss as points on a dotted one."""
+    figure = go.Figure()
+    for index, run in enumerate(runs):
+        steps, values = run.series("loss")
+        figure.add_scatter(x=steps, y=values, name=run.name, mode="lines", line=_line(index))
+        steps, values = run.series("validation/loss")
+        if values:
+            name = f"{run.name}, held out"
+            line = {**_line(index), "dash": "dot"}
+            figure.add_scatter(x=steps, y=values, name=name, mode="lines+markers", line=line)
+    return _finish(figure, _LOSS)
+
+
+def layers(run: RunData, prefix: str, title: str) -> go.Figure | None:
+    """A metric that is logged by layer, a line a layer."""
+    figure = go.Figure()
+    for index, key in enumerate(run.keys(f"{prefix}/")):
+        steps, values = run.series(key)
+        name = f"layer {int(layer)}" if (layer := key.partition("/")[2]).isdecimal() else layer
+        mode = "lines+markers" if len(steps) < 30 else "lines"
+        figure.add_scatter(x=steps, y=values, name=name, mode=mode, line=_line(index))
+    return _finish(figure, title, log=True)
+
+
+def time_spent(runs: Sequence[RunData]) -> go.Figure | None:
+    """Where the time of each run went, as shares."""
+    known = [run for run in runs if run.elapsed]
+    figure = go.Figure()
+    names = [run.name for run in known]
+    steps = [run.goodput or 0.0 for run in known]
+    lost = [run.total("eval_seconds") / run.elapsed for run in known if run.elapsed]
+    rest = [max(0.0, 1 - a - b) for a, b in zip(steps, lost, strict=True)]
+    parts = (("steps that count", steps), ("eval jobs", lost), ("everything else", rest))
+    for index, (name, shares) in enumerate(parts if known else ()):
+        bar = {"color": color((2, 1, 7)[index])}
+        figure.add_bar(
+            x=shares,
+            y=names,
+            name=name,
+            orientation="h",
+            marker=bar,
+            width=0.5,
+            hovertemplate="%{y}: %{x:.1%}",
+        )
+    figure.update_layout(
+        barmode="stack", xaxis={"tickformat": ".0%", "dtick": 0.25, "range": [0, 1]}
+    )
+    return _finish(figure, "", x="share of the time since the first start")
+
+
+def expert_load(run: RunData) -> go.Figure | None:
+    """Load of each expert over the even one, by layer and step: a block of rows a mixture."""
+    if not run.tables:
+        return None
+    steps = [step for step, _ in run.tables]
+    names, values = [], []
+    for layer in range(len(run.tables[-1][1])):
+        for expert in range(len(run.tables[-1][1][layer])):
+            names.append(f"mixture {layer}, expert {expert}")
+            values.append([_load(table, layer, expert) for _, table in run.tables])
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=values,
+        x=[str(step) for step in steps],
+        y=list(range(len(names))),
+        customdata=[[name] * len(steps) for name in names],
+        hovertemplate="%{customdata}<br>step %{x}: %{z:.2f} x even<extra></extra>",
+        colorscale="Cividis",
+        zmin=0,
+        zmax=max(2.0, max(map(max, values))),
+        colorbar={"title": {"text": "x even"}, "thickness": 12},
+    )
+    count = len(run.tables[-1][1])
+    each = len(names) // count
+    ticks = [each * layer + (each - 1) / 2 for layer in range(count)]
+    borders = [each * layer - 0.5 for layer in range(1, count)]
+    figure.update_layout(
+        yaxis={
+            "tickvals": ticks,
+            "ticktext": [f"mixture {i}" for i in range(count)],
+            "autorange": "reversed",
+        },
+        xaxis={"type": "category"},
+        shapes=[
+            {
+                "type": "line",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": y,
+                "y1": y,
+                "line": {"color": "white", "width": 1},
+            }
+            for y in borders
+        ],
+    )
+    return _finish(figure, "")
+
+
+def _load(table: list[list[float]], layer: int, expert: int) -> float:
+    return table[layer][expert] * len(table[layer])
+
+
+def scores(runs: Sequence[RunData], label: str) -> go.Figure | None:
+    """A task's metric by checkpoint, with its standard error."""
+    figure = go.Figure()
+    for index, run in enumerate(runs):
+        found = run.scores.get(label)
+        if found:
+            figure.add_scatter(
+                x=[score.step for score in found],
+                y=[score.value for score in found],
+                error_y={"array": [score.error or 0.0 for score in found], "thickness": 1},
+                name=run.name,
+                mode="lines+markers",
+                line=_line(index),
+            )
+    return _finish(figure, label.partition(" ")[2])
+
+
+def forgetting(run: RunData) -> go.Figure | None:
+    """Bits per byte of each domain's held-out text after each stage."""
+    found = run.forgetting
+    if not found:
+        return None
+    table = found["bits_per_byte"]
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=table,
+        x=found["domains"],
+        y=found["stages"],
+        colorscale="Cividis_r",
+        text=[["" if cell is None else f"{cell:.3f}" for cell in row] for row in table],
+        texttemplate="%{text}",
+        hovertemplate="after %{y}, %{x}: %{z:.3f}<extra></extra>",
+        colorbar={"title": {"text": "bits a byte"}, "thickness": 12},
+    )
+    figure.update_layout(
+        yaxis={"autorange": "reversed", "type": "category"}, xaxis={"type": "category"}
+    )
+    return _finish(figure, "after stage", x="domain")
+
+
+def _line(index: int) -> dict[str, object]:
+    return {"color": color(index), "width": 1.8}
+
+
+def _finish(figure: go.Figure, y: str, *, x: str = "step", log: bool = False) -> go.Figure | None:
+    if not figure.data:
+        return None
+    # A logarithmic axis within a decade may have no tick at all.
+    axis = {"type": "log", "exponentformat": "power"} if log and _decades(figure) else {}
+    figure.update_yaxes(title={"text": y}, automargin=True, **axis)
+    figure.update_xaxes(title={"text": x}, automargin=True)
+    # Colours of text and lines are the page's, which knows whether it is light or dark.
+    figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        legend={"orientation": "h", "y": -0.35, "yanchor": "top", "x": 0, "traceorder": "normal"},
+        showlegend=len(figure.data) > 1,
+        hovermode="closest",
+    )
+    return figure
+
+
+def _decades(figure: go.Figure) -> bool:
+    """Whether the values are positive and span more than a decade."""
+    values = [value for trace in figure.data for value in trace.y]
+    return min(values) > 0 and max(values) / min(values) > 10

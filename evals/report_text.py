@@ -1,0 +1,31 @@
+"""What a report says about its figures, as HTML."""
+
+SUMMARY = """The last step of each run. Loss is the mean over its last tenth of steps. Goodput
+is the time in steps that count, each once however often a restart repeated it, over the time
+since the first start; only runs of <code>rondo launch</code> have it."""
+LOSS = """Cross-entropy in nats a token, averaged over groups of steps where there are many.
+Held-out text is the same at every validation, so its points can be compared along a run, and
+between runs with the same data and tokenizer. With different tokenizers compare bits a byte,
+which do not depend on how text is cut into tokens. A loss that jumps and comes back is an
+unstable step: look at the gradient norm beside it."""
+SPEED = """Tokens a second over all ranks, and MFU: the floating-point operations the model
+needs for them (forward and backward, nothing counted twice for recomputation), as a share of
+what the hardware could do. The bar shows where the time since the first start went. Everything
+else is start-up, compilation, validation, checkpoints, steps that were done again after a
+failure, and waiting in the queue. Eval jobs is the time for which scoring checkpoints held
+training up."""
+EVALS = """Scores of checkpoints as <code>rondo eval</code> wrote them; bars are one standard
+error. A difference within two of them says little."""
+FORGETTING = """Bits a byte of held-out text of each domain (columns) after each stage (rows);
+less is better. Down a column: how a domain fares while the model learns others. A value that
+rises below the row of the domain's own stage is forgetting."""
+EXPERTS = """The tokens that chose an expert over what it would get if all were chosen alike, at
+the steps at which norms are logged: 1 is even, 0 is an expert that nobody asks. One dark row
+for the whole run is a dead expert; one bright row is a collapsing router. The curve is the
+worst expert of any mixture at every step; with expert parallelism it is what the slowest rank
+waits for."""
+NORMS = """The gradient's norm before clipping, over all parameters; and root mean squares by
+layer, of the residual stream after each block and of the recurrent state after the last token.
+Activations that grow with depth are usual, states that grow with time are not: a decay is stuck
+near one, or a memory is not normalised."""
+RECIPES = """Every key that is not the same in all runs, with the defaults written out."""

@@ -1,0 +1,117 @@
+"""Checkpoints that are scored while a run trains, with a stand-in for `rondo eval`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rondo.errors import UserError
+from rondo.parallel.checkpoint import files
+from rondo.pretrain import load_recipe, train
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--model.dim=16", "--model.num_layers=1", "--model.pattern=[attention]"]
+SMALL += ["--data.sequence_length=32", "--data.global_batch_size=2", "--data.micro_batch_size=2"]
+SMALL += ["--evals.batches=0", "--logging.tensorboard=false", "--logging.norms_every=0"]
+SMALL += ["--steps=6", "--checkpoint.every=1", "--checkpoint.keep=1", "--evals.every=2"]
+
+
+@pytest.fixture
+def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Steers the stand-in."""
+    path = tmp_path / "control"
+    path.mkdir()
+    fake = ROOT / "tests" / "launch" / "fake_eval.py"
+    monkeypatch.setenv("RONDO_EVAL_COMMAND", f"{sys.executable} -S {fake}")
+    monkeypatch.setenv("RONDO_FAKE_EVAL", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / ".typing"))
+    return path
+
+
+def run(tmp_path: Path, *overrides: str) -> Path:
+    places = [f"--output_dir={tmp_path}/runs", f"--data.folder={tmp_path}/data"]
+    assert train(load_recipe("tiny", [*SMALL, "--evals.tasks=[a]", *places, *overrides])) == 0
+    return tmp_path / "runs" / "tiny"
+
+
+def starts(control: Path) -> list[int]:
+    return [int(line) for line in (control / "starts").read_text().split()]
+
+
+def lost(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["eval_seconds"] for line in lines]
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(files.steps(folder / "checkpoints"))
+
+
+def test_beside_training(tmp_path: Path, control: Path) -> None:
+    """Slower than training is; what is held stays although the run keeps one checkpoint."""
+    (control / "wait").touch()
+    seen: list[list[int]] = []
+
+    def release() -> None:
+        rows = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not rows.exists() or len(rows.read_text().splitlines()) < 6:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        time.sleep(0.5)  # the last checkpoint
+        seen.append(steps(tmp_path / "runs" / "tiny"))
+        (control / "wait").unlink()
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    folder = run(tmp_path)
+    thread.join()
+    assert seen == [[2, 4, 6]]
+    assert starts(control) == [2, 4, 6]
+    assert max(lost(folder)) < 0.5  # the time it takes to start a process, once
+    run(tmp_path)  # there is nothing left to score
+    assert starts(control) == [2, 4, 6]
+
+
+def test_in_the_loop(tmp_path: Path, control: Path) -> None:
+    folder = run(tmp_path, "--evals.where=loop", "--evals.every=3")
+    assert starts(control) == [3, 6]
+    assert [seconds > 0.05 for seconds in lost(folder)][1:] == [False, False, True, False, False]
+    results = json.loads((folder / "evals" / "step-000000003" / "a.json").read_text())
+    assert results["results"]["a"]["acc,none"] == 0.5
+
+
+def test_holds_end_by_themselves(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        files.step_folder(tmp_path, step).mkdir()
+    files.hold(tmp_path, 1)
+    files.hold(tmp_path, 2)
+    old = time.time() - files.HOLD_SECONDS - 1
+    os.utime(tmp_path / ".step-000000002.hold", (old, old))
+    files.prune(tmp_path, 1, 4)
+    assert files.steps(tmp_path) == [4, 1]
+    files.recover(tmp_path)
+    assert files.is_held(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--evals.tasks=[a, a]", 'evals.tasks.1: "a" is there already'),
+        ("--evals.tasks=[../a]", "evals.tasks.0: must be the name"),
+        ("--evals.where=slrum", "slurm"),
+        ("--evals.slurm.time=soon", "D-HH:MM:SS"),
+        ("--evals.retries=-1", "evals.retries: must be at least 0"),
+    ],
+)
+def test_what_is_wrong_is_said_before_training(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("tiny", [override])
+    assert message in str(error.value)
