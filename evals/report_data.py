@@ -43,7 +43,7 @@ class RunData:
     jobs: list[dict[str, Any]] = field(default_factory=list)
     """What the eval jobs say of themselves."""
     forgetting: dict[str, Any] | None = None
-    """Of `forgetting.json`: stages, domains and bits_per_byte[stage][domain], None where unknown."""
+    """Of `forgetting.json`: stages, domains, bits_per_byte[stage][domain]; None where unknown."""
     elapsed: float | None = None
     """Seconds from the first start to the last step, queue included; None where `rondo launch` did
     not start the run."""
