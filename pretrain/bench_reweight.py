@@ -22,13 +22,14 @@ from rondo.errors import run_command
 from rondo.parallel.hardware import reuse_memory
 from rondo.parallel.mesh import process_group, world_size
 from rondo.parallel.signals import StopFlag
+from rondo.pretrain.batches import micro_batch
 from rondo.pretrain.data import rank_indices
 from rondo.pretrain.options import split_arguments
 from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting
 from rondo.pretrain.run_data import open_data
-from rondo.pretrain.train import Trainer, micro_batch
+from rondo.pretrain.train import Trainer
 
 
 def contest(recipe: Recipe, rounds: int) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rondo.parallel.mesh import Layout
+from rondo.pretrain.batches import micro_batch
 from rondo.pretrain.data import Batch
-from rondo.pretrain.train import micro_batch
 
 pytestmark = pytest.mark.quick
 TOKENS = torch.arange(16).view(2, 8)
