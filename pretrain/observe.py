@@ -95,7 +95,7 @@ class Observer:
         state: Mapping[str, Any],
         *,
         sources: Callable[[], Sequence[Sequence[int]]],
-        loads: Mapping[int, torch.Tensor] | None = None,
+        loads: dict[int, torch.Tensor] | None = None,
         last: bool = False,
     ) -> tuple[dict[str, float], Tables]:
         """Validation, norms and tables, when they are due after `step`.
