@@ -28,7 +28,10 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 @torch.no_grad()
 def continuations(
-    model: Decoder, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 8
+    model: Decoder,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> list[Score]:
     """The score of each `(context, continuation)`, token ids, in the order given.
 
@@ -49,7 +52,8 @@ def continuations(
     # The longest first: a batch that does not fit in memory shows at once.
     order = sorted(by_context, key=len, reverse=True)
     found: dict[Pair, Score] = {}
-    for group in track(_batches(order, batch_size), "scores", console=Console(stderr=True)):
+    groups, console = _batches(order, batch_size), Console(stderr=True)
+    for group in track(groups, "scores", console=console, disable=not progress):
         state = _read(model, group)
         jobs = [(row, c) for row, context in enumerate(group) for c in by_context[context]]
         for start in range(0, len(jobs), batch_size):

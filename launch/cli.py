@@ -108,6 +108,13 @@ def _generate(words: list[str]) -> int:
     return 0
 
 
+def _eval(words: list[str]) -> int:
+    """Score checkpoints: lm-eval's tasks, and ours for recurrent models."""
+    from rondo.evals.run import main as evaluate
+
+    return evaluate(words)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "train": _train,
@@ -116,6 +123,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "stop": _stop,
     "plan": _plan,
     "generate": _generate,
+    "eval": _eval,
 }
 
 if __name__ == "__main__":

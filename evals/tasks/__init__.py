@@ -15,6 +15,8 @@ from rondo.errors import UserError
 from rondo.evals.tasks.recall import mqar
 from rondo.evals.tasks.state_tracking import group_word, modular_arithmetic, parity
 
+_PATIENCE = 10_000
+"""Draws in a row of the other split after which this one counts as empty."""
 SPLITS = ("train", "test")
 KINDS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     "parity": parity,
@@ -41,7 +43,7 @@ def examples(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Exa
         split: "train" or "test".
 
     Raises:
-        UserError: kind or split is unknown, or the size is below 1.
+        UserError: kind or split is unknown, or the size is below 1, or too small for two splits.
     """
     if kind not in KINDS:
         raise UserError(f"kind: unknown task {kind!r} (known: {', '.join(KINDS)})")
@@ -50,7 +52,11 @@ def examples(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Exa
     if size < 1:
         raise UserError(f"size: must be at least 1, got {size}")
     draw = random.Random(f"{kind} {size} {split} {seed}")
-    while True:
+    rejected = 0
+    while rejected < _PATIENCE:
         prompt, answer = KINDS[kind](draw, size)
+        rejected += 1
         if (zlib.crc32(prompt.encode()) % 4 == 0) == (split == "test"):
+            rejected = 0
             yield Example(prompt, f" {answer}")
+    raise UserError(f"size: {kind} of {size} has too few prompts for a {split} split")

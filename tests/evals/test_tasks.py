@@ -66,6 +66,7 @@ def test_bad_arguments_are_named() -> None:
         (("party", 3, "train"), "party"),
         (("parity", 0, "train"), "size"),
         (("parity", 3, "dev"), "dev"),
+        (("parity", 3, "test"), "parity of 3 has too few prompts for a test split"),
     ):
         with pytest.raises(UserError, match=message):
             next(examples(*words))
