@@ -20,7 +20,13 @@ _FILE_ERRORS = (
 )
 # Names to import whose package is called otherwise, and packages that an extra adds.
 _PACKAGES = {"yaml": "pyyaml", "megatron": "megatron-core", "flash_attn": "flash-attn"}
-_EXTRAS = {"transformers": "hf", "triton": "gpu", "flash-attn": "gpu", "plotly": "report"}
+_EXTRAS = {
+    "flash-attn": "gpu",
+    "lm_eval": "evals",
+    "plotly": "report",
+    "transformers": "hf",
+    "triton": "gpu",
+}
 # Launchers end every rank when the first one leaves: this long the others let rank 0 speak first.
 _SPEAK_LAST_SECONDS = 10.0
 

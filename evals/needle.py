@@ -182,7 +182,7 @@ def score(config: NeedleConfig) -> dict[str, dict[str, float]]:
     """
     folder = find_checkpoint(Path(config.checkpoint or ""))
     model, tokenizer = load(folder, config.device).eval(), load_tokenizer(folder / "tokenizer")
-    text = _text(config.text)
+    text = real_text(config.text)
     kinds, lengths = config.kinds.split(","), _lengths(config.lengths)
     jobs = [(kind, length) for kind in kinds for length in lengths]
     scores: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
@@ -211,7 +211,7 @@ def score(config: NeedleConfig) -> dict[str, dict[str, float]]:
 
 def write(config: NeedleConfig) -> Path:
     """Texts with their answers as JSON lines, to train on: all kinds and lengths in turn."""
-    path, text = Path(config.write or ""), _text(config.text)
+    path, text = Path(config.write or ""), real_text(config.text)
     jobs = [(k, n) for k in config.kinds.split(",") for n in _lengths(config.lengths)]
     streams = [samples(k, n, config.samples, seed=config.seed, text=text) for k, n in jobs]
     with path.open("w") as file:
@@ -228,7 +228,7 @@ def _lengths(text: str) -> list[int]:
         raise UserError(f"lengths: expected numbers and commas, got {text!r}") from None
 
 
-def _text(path: str) -> Callable[[], str]:
+def real_text(path: str) -> Callable[[], str]:
     """The text of a corpus, read when it is needed: a few megabytes of it."""
 
     def read() -> str:

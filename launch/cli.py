@@ -167,6 +167,13 @@ def _import(words: list[str]) -> int:
     return 0
 
 
+def _eval(words: list[str]) -> int:
+    """Score checkpoints: lm-eval's tasks, and ours for recurrent models."""
+    from rondo.evals.run import main as evaluate
+
+    return evaluate(words)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "train": _train,
@@ -182,6 +189,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "export": _export,
     "import": _import,
+    "eval": _eval,
 }
 
 if __name__ == "__main__":

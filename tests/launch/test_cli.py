@@ -101,7 +101,7 @@ def test_a_mistyped_command_gives_the_nearest(capsys):
     assert err == (
         "rondo: error: unknown command 'trian'; did you mean train? "
         "(commands: prepare, train, launch, status, stop, evals, report, plan, "
-        "anneal, forgetting, compare, generate, export, import)\n"
+        "anneal, forgetting, compare, generate, export, import, eval)\n"
     )
     assert out == ""
 

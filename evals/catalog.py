@@ -1,0 +1,180 @@
+"""Tasks of lm-evaluation-harness by name: its own, on local files, and ours from a seed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+
+from rondo.errors import UserError
+from rondo.evals import needle
+from rondo.evals.local_data import find_file, read_rows
+from rondo.evals.tasks import KINDS, examples
+from rondo.pretrain.data import Tokenizer
+from rondo.pretrain.data.corpora import open_corpus
+
+TEXT_TASK = "bits_per_byte"
+_MEAN = [
+    {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+    {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+]
+_ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What tasks are made from."""
+
+    tokenizer: Tokenizer
+    """Measures the length of needles."""
+    data_dir: Path | None = None
+    """Folder with files of lm-eval's tasks; None: they come from the Hugging Face hub."""
+    text: str = "stdlib-english"
+    """Corpus for `bits_per_byte`, and to hide needles in."""
+    samples: int = 500
+    """Texts of a task from a seed."""
+    seed: int = 0
+    """Seeds those texts."""
+
+
+@cache
+def harness_tasks() -> TaskManager:
+    """The harness's own list of tasks, which takes seconds to read."""
+    return TaskManager()
+
+
+class Catalog:
+    """Finds tasks by name; the harness's own list is read when it is needed."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+
+    def find(self, name: str) -> Any:
+        """A task that `lm_eval.simple_evaluate` takes.
+
+        Raises:
+            UserError: there is no such task, or the data folder has no file for it.
+        """
+        if name == TEXT_TASK:
+            return _text_task(self.sources.text)
+        if kind_and_size(name):
+            return _generated_task(name, self.sources)
+        folder = self.sources.data_dir
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"data_dir: {folder} is no folder")
+        if name not in harness_tasks().task_index:
+            near = difflib.get_close_matches(name, [*known(), *harness_tasks().all_tasks], n=3)
+            raise UserError(
+                f"tasks: unknown task {name!r} (nearest: {', '.join(near) or 'none'}; ours: "
+                f"{', '.join(known())}; all others: lm_eval ls tasks)"
+            )
+        if folder is None:
+            return name
+        file = find_file(folder, name)
+        return TaskFactory().build(
+            harness_tasks().task_index[name],
+            overrides=_dataset(partial(_local, file=file, task=name)),
+            registry=harness_tasks().task_index,
+        )
+
+
+def known() -> list[str]:
+    """Our tasks; SIZE stands for a number."""
+    return [TEXT_TASK, *(f"{kind}_SIZE" for kind in (*KINDS, *needle.KINDS))]
+
+
+def kind_and_size(name: str) -> tuple[str, int] | None:
+    """Of a task from a seed, `mqar_16`; None for all others."""
+    match = re.fullmatch(r"(\w+)_(\d+)", name)
+    if match is None or match[1] not in (*KINDS, *needle.KINDS):
+        return None
+    return match[1], int(match[2])
+
+
+def _dataset(build: Callable[..., Any]) -> dict[str, Any]:
+    """Settings of a task whose samples are `build()["test"]`."""
+    return {
+        "custom_dataset": build,
+        "dataset_path": None,
+        "dataset_name": None,
+        "dataset_kwargs": None,
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": None,
+    }
+
+
+def _splits(rows: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict({"test": Dataset.from_list(rows)})
+
+
+def _local(*, file: Path, task: str, **_: Any) -> Any:
+    return _splits(read_rows(file, task))
+
+
+def _text_task(path: str) -> ConfigurableTask:
+    def build(**_: Any) -> Any:
+        return _splits([{"text": each} for each in open_corpus(path).documents()])
+
+    return ConfigurableTask(
+        config={
+            **_dataset(build),
+            "task": TEXT_TASK,
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": name} for name in _ROLLING],
+            "metadata": {"version": 1.0},
+        }
+    )
+
+
+def _generated_task(name: str, sources: Sources) -> ConfigurableTask:
+    def build(**_: Any) -> Any:
+        return _splits([{"prompt": p, "answer": a} for p, a in texts(name, sources)])
+
+    return ConfigurableTask(
+        config={
+            **_dataset(build),
+            "task": name,
+            "output_type": "loglikelihood",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{answer}}",
+            "target_delimiter": "",
+            "metric_list": _MEAN,
+            "metadata": {"version": 1.0},
+        }
+    )
+
+
+def texts(name: str, sources: Sources) -> list[tuple[str, str]]:
+    """Prompts and answers of a task from a seed, of the test split.
+
+    Raises:
+        UserError: the size is impossible.
+    """
+    kind, size = kind_and_size(name) or (name, 0)
+    if kind in KINDS:
+        found = islice(examples(kind, size, "test", seed=sources.seed), sources.samples)
+        return [(each.prompt, each.answer) for each in found]
+    drawn = needle.samples(
+        kind,
+        size,
+        sources.samples,
+        seed=sources.seed,
+        text=needle.real_text(sources.text),
+        tokens=lambda text: len(sources.tokenizer.encode(text)),
+    )
+    return [(each.prompt, each.answer) for each in drawn]
