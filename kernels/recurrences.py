@@ -1,6 +1,6 @@
 """Each recurrence with what other ranks must know of it: a linear one's summary (what a stretch
-of tokens does to any state), a nonlinear one's state before a document, or that its steps are sums
-over tokens."""
+of tokens does to any state), a nonlinear one's state before a document, that its steps are sums
+over tokens, or that its heads can run apart."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rondo.kernels.fast_weights import fast_weights
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.memory_context import fresh_context, memory_context
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
+from rondo.kernels.nonlinear_rnn import nonlinear_rnn
 from rondo.kernels.scan import linear_scan, linear_scan_summary
 from rondo.kernels.summary import DiagonalSummary, MatrixSummary
 
@@ -46,3 +47,7 @@ before a document: a tuple of numbers `(B, H, ...)` and integers `(B,)`."""
 SUMS: frozenset[Callable[..., Any]] = frozenset({fast_weights})
 """Nonlinear operators whose steps are sums over the tokens of a chunk: with their argument `share`
 ranks each add up a part of every chunk."""
+
+HEADS: frozenset[Callable[..., Any]] = frozenset({nonlinear_rnn})
+"""Operators that must run through a row from end to end, but on any of the heads alone: they take
+(cell, gates `(B, T, G, H, D)`, recurrent `(G, H, D, D)`)."""

@@ -129,7 +129,7 @@ def _run(cell: Cell, parts: Tensor, path: Tensor, weights: Tensor, cuts: dict[in
         if t in cuts:
             each = zip(cell.fresh, before, strict=True)
             before = tuple(torch.where(cuts[t], fresh, s) for fresh, s in each)
-        product.baddbmm_(before[0], weights)
+        torch.baddbmm(product, before[0], weights, out=product)
         cell.step(x, before, states[t + 1])
 
 
