@@ -11,6 +11,7 @@ from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_
 from rondo.kernels.memory_context import memory_context
 from rondo.kernels.neural_memory import neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
+from rondo.kernels.nonlinear_rnn import nonlinear_rnn
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from rondo.kernels.pointwise import swiglu
 from rondo.kernels.rope import rope
@@ -39,6 +40,7 @@ __all__ = [
     "memory_context",
     "neural_memory",
     "newton_rnn",
+    "nonlinear_rnn",
     "rms_norm",
     "rope",
     "short_conv",

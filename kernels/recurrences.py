@@ -1,6 +1,6 @@
 """Each recurrence with what other ranks must know of it: a linear one's summary (what a stretch
 of tokens does to any state), a nonlinear one's state before a document, or that its steps are sums
-over tokens, or that iterations solve it."""
+over tokens, that iterations solve it, or that its heads can run apart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_
 from rondo.kernels.memory_context import fresh_context, memory_context
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
+from rondo.kernels.nonlinear_rnn import nonlinear_rnn
 from rondo.kernels.scan import linear_scan, linear_scan_summary
 from rondo.kernels.summary import DiagonalSummary, MatrixSummary
 
@@ -51,3 +52,7 @@ ranks each add up a part of every chunk."""
 SOLVED: frozenset[Callable[..., Any]] = frozenset({newton_rnn})
 """Nonlinear operators that iterate on all of a row at once: with their argument `neighbours` each
 rank does so on its stretch."""
+
+HEADS: frozenset[Callable[..., Any]] = frozenset({nonlinear_rnn})
+"""Operators that must run through a row from end to end, but on any of the heads alone: they take
+(cell, gates `(B, T, G, H, D)`, recurrent `(G, H, D, D)`)."""

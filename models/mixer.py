@@ -70,7 +70,7 @@ class Mixer(nn.Module):
     """Submodule or parameter, by its dotted name -> "column" (split by output), "row" (split by
     input), "head" (split along its first dimension with the heads) or "replicate". What is split,
     is split by heads: a part of the mixer holds consecutive heads, and its output adds up over the
-    parts."""
+    parts. One without a "row" parameter says so by `output: "row"`."""
     first_head: int = 0
     """The first head this part of the mixer holds."""
     float32_parameters: ClassVar[tuple[str, ...]] = ()

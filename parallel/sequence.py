@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rondo.kernels import attention, short_conv
-from rondo.kernels.recurrences import CHAINS, SOLVED, SUMMARIES, SUMS
+from rondo.kernels.recurrences import CHAINS, HEADS, SOLVED, SUMMARIES, SUMS
 from rondo.models.ffn.dispatch import whole_sequence
 from rondo.parallel.attention import attention_over_ranks
 from rondo.parallel.chain import ChainOverRanks
@@ -36,6 +36,7 @@ from rondo.parallel.collectives import (
 )
 from rondo.parallel.config import Exchange
 from rondo.parallel.fast_weights import SumsOverRanks
+from rondo.parallel.heads import HeadsOverRanks
 from rondo.parallel.newton import NewtonOverRanks
 from rondo.parallel.summaries import SummaryExchange, as_bits, as_ids, if_same
 
@@ -86,6 +87,8 @@ def over_ranks(
         return SumsOverRanks(operator, group)
     if operator in SOLVED:
         return NewtonOverRanks(operator, group)
+    if operator in HEADS:
+        return HeadsOverRanks(operator, group)
     if operator is short_conv:
         return _ConvOverRanks(group)
     if operator is attention:
@@ -93,7 +96,8 @@ def over_ranks(
     if operator is whole_sequence:
         return functools.partial(_sum_over_ranks, group)
     raise ValueError(
-        f"{operator} has no sequence-parallel form; add it to SUMMARIES, CHAINS, SUMS or SOLVED"
+        f"{operator} has no sequence-parallel form; add it to SUMMARIES, CHAINS, SUMS, SOLVED or "
+        "HEADS"
     )
 
 

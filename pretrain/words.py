@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -13,12 +13,9 @@ from rondo.parallel.checkpoint import model_tensors, state_digest
 from rondo.pretrain.data import unigram_bits_per_byte
 from rondo.pretrain.data.repeats import describe, warnings
 
-if TYPE_CHECKING:
-    from rondo.pretrain.train import Trainer
 
-
-def greeting(run: Trainer) -> Iterator[str]:
-    """Sizes and costs of the model, the layout, what the data is worth."""
+def greeting(run: Any) -> Iterator[str]:
+    """Sizes and costs of the model, the layout, what the data is worth. `run`: its `Trainer`."""
     cost, layout = run.cost, run.ranks.layout
     used = active_parameters(run.config)
     active = f" ({used:,} active)" if used < cost.parameters else ""
@@ -38,7 +35,7 @@ def greeting(run: Trainer) -> Iterator[str]:
     yield from warnings(repeats, cost.parameters)
 
 
-def farewell(run: Trainer, validation: Mapping[str, float]) -> Iterator[str]:
+def farewell(run: Any, validation: Mapping[str, float]) -> Iterator[str]:
     """The digest of the model, and what it makes of held-out text. Collective."""
     digest = state_digest({"model": model_tensors(run.model.parts)})
     yield f"model digest after step {run.state['step']}: {digest}"

@@ -40,9 +40,10 @@ OPTIONS = {
     },
     # Orthogonalised steps, less exact than the rest, are in test_lact.py.
     "lact": {"num_heads": 4, "chunk_size": 5, "init_rank": 4, "update": "gradient"},
+    "bare": {"kind": "slstm", "output_projection": False},
     "groups": {"kind": "mamba2", "head_dim": 8, "state_dim": 4, "num_groups": 2},
 }
-MIXED = [*MIXERS, "grouped", "toy+toy_router", "groups+toy_router", "toy"]
+MIXED = [*MIXERS, "grouped", "bare", "toy+toy_router", "groups+toy_router", "toy"]
 PATTERNS = {"mixed": MIXED, **{name: [name] for name in MIXERS}}
 # Layout, schedule, activation checkpointing. With "ring" in the name states go from rank to rank.
 LAYOUTS = {
@@ -72,6 +73,8 @@ EACH = ("cp4-ring", "dp_shard2", "pp2-zero_bubble")
 """Layouts that every mixer meets alone too; on the others, the pattern of all mixers has them."""
 SLOW = ("titans_mac",)
 """Elsewhere in the pattern of all mixers only: documents of a token or two cut it into pieces."""
+ALIKE = ("lstm", "gru", "elman")
+"""In the pattern of all mixers only: alone, `slstm` stands for its class."""
 
 
 def config(pattern: str, precision: str, **changes: Any) -> ModelConfig:
@@ -126,7 +129,7 @@ def cases(layout: str) -> list[tuple[str, str, bool]]:
     found = [("mixed", "float64", True)]
     if layout == "dp_shard2" or (FULL and layout in EACH):
         found += [("mixed", "float32", False)]
-    alone = [name for name in MIXERS if name not in SLOW]
+    alone = [name for name in MIXERS if name not in (*SLOW, *ALIKE)]
     if layout in ("tp2", "cp2") or (FULL and layout in EACH):
         found += [(name, "float64", False) for name in alone]
     if layout in ("tp2", "cp2"):

@@ -20,6 +20,7 @@ VARIANTS = [
     Case("titans_memory", {"head_dim": 16, "depth": 1, "chunk_size": 5}),
     Case("titans_mac", {"head_dim": 16, "segment_size": 10, "chunk_size": 5, "depth": 1}),
     Case("titans_mag", {"head_dim": 16, "window": None, "persistent_tokens": 0, "depth": 3}),
+    Case("slstm", {"num_heads": 2, "output_projection": False}),
     Case(
         "lact",
         {
