@@ -83,7 +83,7 @@ def test_help(words, capsys):
 
 
 def test_help_of_other_commands(capsys):
-    for command, key in (("prepare", "--input"), ("generate", "--prompt")):
+    for command, key in (("prepare", "--input"), ("generate", "--prompt"), ("eval", "--tasks")):
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert f"usage: rondo {command} " in text
@@ -100,7 +100,7 @@ def test_a_mistyped_command_gives_the_nearest(capsys):
     out, err = capsys.readouterr()
     assert err == (
         "rondo: error: unknown command 'trian'; did you mean train? "
-        "(commands: prepare, train, launch, status, stop, plan, generate)\n"
+        "(commands: prepare, train, launch, status, stop, plan, generate, eval)\n"
     )
     assert out == ""
 
