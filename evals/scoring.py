@@ -118,6 +118,6 @@ def _go_on(
     for row, (_, _, continuation) in enumerate(jobs):
         target = torch.tensor(continuation, device=device)
         logits = model.logits(hidden[row, : len(continuation)]).float()
-        likely = logits.log_softmax(-1).gather(1, target[:, None]).sum()
+        likely = logits.log_softmax(-1).gather(1, target[:, None]).double().sum()
         scores.append(Score(float(likely), bool((logits.argmax(-1) == target).all())))
     return scores

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from rondo.errors import UserError
-from rondo.evals.tasks.recall import mqar
-from rondo.evals.tasks.state_tracking import group_word, modular_arithmetic, parity
+from rondo.evals.tasks.recall import mqar, mqar_twice, path_finding
+from rondo.evals.tasks.state_tracking import delayed_match, group_word, modular_arithmetic, parity
 
 _PATIENCE = 10_000
 """Draws in a row of the other split after which this one counts as empty."""
@@ -23,7 +23,10 @@ KINDS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     "modular_arithmetic": modular_arithmetic,
     "s3": lambda draw, size: group_word(draw, size, 3),
     "s5": lambda draw, size: group_word(draw, size, 5),
+    "delayed_match": delayed_match,
     "mqar": mqar,
+    "mqar_twice": mqar_twice,
+    "path_finding": path_finding,
 }
 
 
@@ -39,7 +42,7 @@ def examples(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Exa
 
     Args:
         kind: a key of `KINDS`.
-        size: bits, numbers, permutations or pairs in a prompt.
+        size: bits, numbers, permutations, pairs or edges; for `delayed_match` the delay.
         split: "train" or "test".
 
     Raises:

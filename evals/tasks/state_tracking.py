@@ -36,3 +36,10 @@ def group_word(draw: random.Random, size: int, points: int) -> tuple[str, str]:
     for index in word:
         product = tuple(elements[index][p] for p in product)
     return " ".join(map(str, word)) + " =", str(elements.index(product))
+
+
+def delayed_match(draw: random.Random, size: int) -> tuple[str, str]:
+    """1 if the last bit is that of `size` bits before it (N-delayed match to sample), else 0;
+    up to `size` more bits come first."""
+    bits = [draw.randrange(2) for _ in range(draw.randint(size + 1, 2 * size + 1))]
+    return f"{' '.join(map(str, bits))} =", str(int(bits[-1] == bits[-1 - size]))

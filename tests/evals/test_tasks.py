@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rondo.errors import UserError
 from rondo.evals.tasks import KINDS, Example, examples
+from rondo.evals.tasks.__main__ import main
 
 pytestmark = pytest.mark.quick
 
@@ -24,7 +27,7 @@ def matrices(points: int) -> list[np.ndarray]:
     return [np.eye(points, dtype=int)[list(p)] for p in images if len(set(p)) == points]
 
 
-def solve(kind: str, prompt: str) -> str:
+def solve(kind: str, prompt: str, size: int) -> str:
     if kind == "parity":
         return str(prompt.count("1") & 1)
     if kind == "modular_arithmetic":
@@ -34,6 +37,19 @@ def solve(kind: str, prompt: str) -> str:
         for index in prompt.split()[:-1]:
             product = product @ all_of_them[int(index)]
         return str(next(i for i, m in enumerate(all_of_them) if (m == product).all()))
+    if kind == "delayed_match":
+        bits = prompt.split()[:-1]
+        return str(int(bits[-1] == bits[-1 - size]))
+    if kind == "path_finding":
+        edges, here = prompt.split(" ? ")
+        after = {edge[0]: edge[1] for edge in edges.split()}
+        while here in after:
+            here = after[here]
+        return here
+    if kind == "mqar_twice":
+        parts = prompt.split(" ? ")
+        assert parts[:2] == parts[2:]
+        prompt = " ? ".join(parts[:2])
     pairs, key = prompt.split(" ? ")
     words = pairs.split()
     return dict(zip(words[::2], words[1::2], strict=True))[key]
@@ -43,7 +59,7 @@ def solve(kind: str, prompt: str) -> str:
 @pytest.mark.parametrize("size", [1, 7])
 def test_answers_are_right(kind: str, size: int) -> None:
     for prompt, answer in draw(kind, size, n=60):
-        assert answer == f" {solve(kind, prompt)}"
+        assert answer == f" {solve(kind, prompt, size)}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +69,7 @@ def test_seeds_repeat_and_splits_share_nothing(kind: str) -> None:
     assert not train & {e.prompt for e in draw(kind, 8, "test")}
 
 
-@pytest.mark.parametrize(("kind", "classes"), [("parity", 2), ("s3", 6)])
+@pytest.mark.parametrize(("kind", "classes"), [("parity", 2), ("delayed_match", 2), ("s3", 6)])
 def test_classes_are_uniform(kind: str, classes: int) -> None:
     counts = Counter(e.answer for e in draw(kind, 12, n=3000))
     assert len(counts) == classes
@@ -70,3 +86,15 @@ def test_bad_arguments_are_named() -> None:
     ):
         with pytest.raises(UserError, match=message):
             next(examples(*words))
+
+
+def test_texts_to_train_on(tmp_path: Path) -> None:
+    file = tmp_path / "s3.jsonl"
+    words = ["s3", "--output", str(file), "--sizes", "6,9", "--examples", "5"]
+    assert main(words) == 0
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    streams = [examples("s3", size, "train") for size in (6, 9)]
+    want = [next(streams[i % 2]) for i in range(5)]
+    assert texts == [each.prompt + each.answer for each in want]
+    with pytest.raises(UserError, match=r"sizes: .*'six'"):
+        main([*words[:-4], "--sizes", "six"])

@@ -83,7 +83,7 @@ def test_help(words, capsys):
 
 
 def test_help_of_other_commands(capsys):
-    for command, key in (("prepare", "--input"), ("generate", "--prompt")):
+    for command, key in (("prepare", "--input"), ("generate", "--prompt"), ("eval", "--tasks")):
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert f"usage: rondo {command} " in text
