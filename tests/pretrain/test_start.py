@@ -64,7 +64,7 @@ def test_routers_frozen_and_balanced_by_bias_from_a_run_without(
     assert all(learns[name].any() for name in BIASES)
     capsys.readouterr()
     same = run(tmp_path, "same", 7, f"--checkpoint.resume={tmp_path}/runs/learns", BIASED)
-    assert "fresh" not in capsys.readouterr().err
+    assert "begins fresh" not in capsys.readouterr().err
     learns = run(tmp_path, "learns", 7, BIASED)
     assert same.keys() == learns.keys()
     assert all(same[name].equal(learns[name]) for name in learns)
