@@ -49,7 +49,7 @@ class HeadwiseRNN(Mixer):
     """Name of the kernel's cell."""
     convolved: ClassVar[int] = 2
     """Gates, from the first one on, that see the convolved input."""
-    sharding: ClassVar[dict[str, str]] = {
+    sharding = {  # noqa: RUF012  (and where the heads' outputs are mixed)
         "x_conv": "head",
         "weight": "head",
         "recurrent": "head",
