@@ -9,6 +9,7 @@ from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.fast_weights import FastWeights, FastWeightState, fast_weights
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.memory_context import memory_context
+from rondo.kernels.mlstm import mlstm, mlstm_summary
 from rondo.kernels.neural_memory import neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.nonlinear_rnn import nonlinear_rnn
@@ -17,12 +18,13 @@ from rondo.kernels.pointwise import swiglu
 from rondo.kernels.rope import rope
 from rondo.kernels.scan import linear_scan, linear_scan_summary
 from rondo.kernels.softmax_attention import attend_prefix, attention
-from rondo.kernels.summary import DiagonalSummary, MatrixSummary, combine
+from rondo.kernels.summary import DiagonalSummary, LogSummary, MatrixSummary, combine
 
 __all__ = [
     "DiagonalSummary",
     "FastWeightState",
     "FastWeights",
+    "LogSummary",
     "MatrixSummary",
     "attend_prefix",
     "attention",
@@ -38,6 +40,8 @@ __all__ = [
     "linear_scan",
     "linear_scan_summary",
     "memory_context",
+    "mlstm",
+    "mlstm_summary",
     "neural_memory",
     "newton_rnn",
     "nonlinear_rnn",

@@ -13,13 +13,14 @@ from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.fast_weights import fast_weights
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.memory_context import fresh_context, memory_context
+from rondo.kernels.mlstm import mlstm, mlstm_summary
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.nonlinear_rnn import nonlinear_rnn
 from rondo.kernels.scan import linear_scan, linear_scan_summary
-from rondo.kernels.summary import DiagonalSummary, MatrixSummary
+from rondo.kernels.summary import DiagonalSummary, LogSummary, MatrixSummary
 
-Summarize = Callable[..., DiagonalSummary | MatrixSummary]
+Summarize = Callable[..., DiagonalSummary | MatrixSummary | LogSummary]
 
 
 def _without_queries(summarize: Summarize) -> Summarize:
@@ -35,6 +36,7 @@ SUMMARIES: dict[Callable[..., tuple[Tensor, Tensor]], Summarize] = {
     linear_scan: linear_scan_summary,
     gated_linear_attention: _without_queries(gated_linear_attention_summary),
     gated_delta_rule: _without_queries(gated_delta_rule_summary),
+    mlstm: _without_queries(mlstm_summary),
 }
 """Operator -> function of the operator's own tensors and `segment_ids` that gives its summary."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -34,13 +35,30 @@ class MatrixSummary(NamedTuple):
         return self.transition @ state + self.state
 
 
-S = TypeVar("S", DiagonalSummary, MatrixSummary)
+class LogSummary(NamedTuple):
+    """A transition `(..., 1)` by its logarithm, and a state whose last number m, a constant, says
+    that the others are to be multiplied by exp(m): nothing overflows."""
+
+    transition: Tensor
+    state: Tensor
+
+    def apply(self, state: Tensor) -> Tensor:
+        """The state after the stretch when it starts from `state`."""
+        before, own = state[..., -1:].detach(), self.state[..., -1:].detach()
+        m = torch.maximum(self.transition.detach() + before, own)
+        kept = torch.exp(self.transition + before - m) * state[..., :-1]
+        return torch.cat((kept + torch.exp(own - m) * self.state[..., :-1], m), -1)
+
+
+S = TypeVar("S", DiagonalSummary, MatrixSummary, LogSummary)
 
 
 def combine(first: S, second: S) -> S:
     """The summary of `first` followed by `second`. Associative, not commutative."""
     if isinstance(second, MatrixSummary):
         transition = second.transition @ first.transition
+    elif isinstance(second, LogSummary):
+        transition = second.transition + first.transition
     else:
         transition = second.transition * first.transition
     return type(second)(transition, second.apply(first.state))

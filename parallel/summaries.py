@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rondo.kernels.summary import DiagonalSummary, MatrixSummary
+from rondo.kernels.summary import DiagonalSummary, LogSummary, MatrixSummary
 from rondo.parallel.collectives import start_gather
 
 
@@ -27,7 +27,7 @@ class SummaryExchange:
 
     def __init__(
         self,
-        summary: DiagonalSummary | MatrixSummary,
+        summary: DiagonalSummary | MatrixSummary | LogSummary,
         initial_state: Tensor | None,
         ids: Tensor | None,
         group: dist.ProcessGroup,

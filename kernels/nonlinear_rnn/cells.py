@@ -233,7 +233,7 @@ class SLSTM(Cell):
 
 
 def _through_sigmoid(grad: Tensor, y: Tensor, out: Tensor) -> None:
-    """`grad y (1 - y)`; torch's own operator takes several times as long."""
+    """`grad y (1 - y)`."""
     torch.mul(grad, y, out=out).addcmul_(out, y, value=-1.0)
 
 

@@ -145,7 +145,7 @@ def _run_back(
     """Fills `dparts` and turns `carry`, the gradient of the last states, into that of the first.
     `kept`: parts, and states before and after each position."""
     parts, before, after = kept
-    back = weights.mT.contiguous()  # twice as fast in products of few rows
+    back = weights.mT.contiguous()  # faster in products of few rows
     products = dparts.flatten(3)[..., : weights.shape[2]].unbind(0)
     outs, grads, states = cell.outs(dparts), douts.unbind(0), carry.unsqueeze(3).unbind(0)
     to_h = carry[0].clone()

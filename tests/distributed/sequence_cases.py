@@ -15,6 +15,7 @@ from rondo.kernels import (
     gated_linear_attention,
     l2_norm,
     linear_scan,
+    mlstm,
     short_conv,
 )
 from rondo.kernels.segments import document_positions
@@ -44,6 +45,7 @@ def operands(time: int) -> dict[str, tuple[Callable[..., Any], list[Tensor], Ten
     a, b = draw(BATCH, time, 5).tanh(), draw(BATCH, time, 5)
     grouped = [q[:, :, :1], k[:, :, :1], v, head]
     conv = [draw(BATCH, time, 5), draw(5, 4), draw(5)]
+    mlstm_operands = [q, k, v, 2 * draw(BATCH, time, HEADS), draw(BATCH, time, HEADS)]
     return {
         "linear_scan": (linear_scan, [a, b], wide),
         "attention, no decay": (gated_linear_attention, [q, k, v], state),
@@ -53,6 +55,7 @@ def operands(time: int) -> dict[str, tuple[Callable[..., Any], list[Tensor], Ten
         "delta rule": (gated_delta_rule, [q, k, v, beta], state),
         "delta rule, decay a head": (gated_delta_rule, [q, k, v, beta, head], state),
         "delta rule, decay a key": (gated_delta_rule, [q, k, v, beta, key], state),
+        "mlstm": (mlstm, mlstm_operands, mlstm(*mlstm_operands)[1]),
         "conv": (short_conv, conv, draw(BATCH, 3, 5)),
     }  # fmt: skip
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from rondo.models import ModelConfig
 from rondo.parallel.mesh import Layout
 from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
-from rondo.tests.distributed.test_parity import FULL, compare
+from rondo.tests.distributed.test_parity import compare
 
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
@@ -21,7 +23,7 @@ CONFIG = ModelConfig(
 LAYOUTS = (Layout(dp_shard=2), Layout(cp=2), Layout(pp=2))
 
 
-@pytest.mark.skipif(not FULL, reason="compiles for minutes; RONDO_PARITY=full runs it")
+@pytest.mark.skipif("RONDO_COMPILE" not in os.environ, reason="takes minutes; RONDO_COMPILE=1 runs it")
 def test_compiled_blocks_under_layouts() -> None:
     runs = [Run(CONFIG, layout, precision="float32", compile=True) for layout in LAYOUTS]
     expected = train(Run(CONFIG, Layout(), precision="float32"))

@@ -1,14 +1,12 @@
 """The parity matrix: training under any layout is training in one process.
 
 Losses, every gradient, gradient norms and the parameters after three optimizer steps, with packed
-documents. The matrix is made from the registry: a new mixer is in it without an edit. `make test`
-runs the core of it; with RONDO_PARITY=full, as .ci/run sets it, all of it runs.
+documents. The matrix is made from the registry: a new mixer is in it without an edit.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from rondo.parallel.mesh import Layout
 from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
 
-FULL = os.environ.get("RONDO_PARITY") == "full"
 OPTIONS = {
     "attention": {"num_heads": 4},
     "mamba2": {"head_dim": 8, "state_dim": 4},
@@ -69,10 +66,10 @@ LAYOUTS = {
 
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
-EACH = ("cp4-ring", "dp_shard2", "pp2-zero_bubble")
-"""Layouts that every mixer meets alone too; on the others, the pattern of all mixers has them."""
-SLOW = ("titans_mac",)
-"""Elsewhere in the pattern of all mixers only: documents of a token or two cut it into pieces."""
+EACH = ("tp2", "cp2")
+"""Layouts that every mixer meets alone too: they divide what it computes."""
+SINGLE = ("tp2", "cp2", "cp4-ring", "dp_shard2", "pp2-zero_bubble")
+"""Layouts of the pattern of all mixers in float32, with its own weight for logits."""
 ALIKE = ("lstm", "gru", "elman")
 """In the pattern of all mixers only: alone, `slstm` stands for its class."""
 
@@ -127,14 +124,10 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: fl
 def cases(layout: str) -> list[tuple[str, str, bool]]:
     """Pattern, precision, tied embeddings."""
     found = [("mixed", "float64", True)]
-    if layout == "dp_shard2" or (FULL and layout in EACH):
+    if layout in SINGLE:
         found += [("mixed", "float32", False)]
-    alone = [name for name in MIXERS if name not in (*SLOW, *ALIKE)]
-    if layout in ("tp2", "cp2") or (FULL and layout in EACH):
-        found += [(name, "float64", False) for name in alone]
-    if layout in ("tp2", "cp2"):
-        found += [(name, "float64", False) for name in SLOW]
-        found += [(name, "float32", False) for name in alone]
+    if layout in EACH:
+        found += [(name, "float64", False) for name in MIXERS if name not in ALIKE]
     return found
 
 

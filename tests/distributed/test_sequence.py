@@ -32,13 +32,13 @@ def test_operators_over_ranks_equal_the_whole(ranks: int, exchange: str) -> None
     for worst in run_ranks(operators_over_ranks, ranks, [1, 2, 9, 70], exchange):
         wrong = {case: error for case, error in worst.items() if not error < 1e-11}
         assert not wrong
-        assert len(worst) == 4 * 9 * 4
+        assert len(worst) == 4 * 10 * 4
 
 
 def test_an_exchange_is_under_way_while_the_other_half_is_computed() -> None:
     """Forward and backward; and halves are the whole."""
     for worst, events in run_ranks(halves_and_whole, 2, 9):
-        assert len(worst) == 2 * 8
+        assert len(worst) == 2 * 9
         assert not {case: error for case, error in worst.items() if not error < 1e-12}
         forward = ["start", "start", "end", "forward", "end", "forward"]
         assert events == [*forward, "backward", "start", "backward", "start", "end", "end"]

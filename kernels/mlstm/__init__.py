@@ -1,0 +1,139 @@
+"""xLSTM's matrix memory (arXiv 2405.04517): gated linear attention with an exponential input gate,
+a normaliser, and a stabiliser that keeps both finite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rondo.kernels.backend import choose, full_precision
+from rondo.kernels.mlstm import chunked, reference
+from rondo.kernels.mlstm.summary import summarize
+from rondo.kernels.summary import LogSummary
+
+__all__ = ["mlstm", "mlstm_state_size", "mlstm_summary"]
+
+_IMPLEMENTATIONS = {"chunked": chunked.mlstm, "reference": reference.mlstm}
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Runs the recurrence over every row; the state restarts from zero at each new document.
+
+        m' = max(log σ(f~) + m, i~)      i = exp(i~ - m')      f = exp(log σ(f~) + m - m')
+        C' = f C + i k vᵀ                n' = f n + i k
+        h  = scale C'ᵀ q / (max(|scale n'ᵀ q|, exp(-m')) + eps)
+
+    C, n and exp(-m) are all relative to exp(m), which cancels but for eps: m counts as a constant,
+    so that gradients of C and n are those at this m.
+
+    Args:
+        q: `(B, T, G, K)`, cast to the dtype of v.
+        k: `(B, T, G, K)`, cast to the dtype of v.
+        v: `(B, T, H, V)`, H a multiple of G; head h uses group `h // (H // G)`.
+        input_gate: i~ `(B, T, H)`. Keep it float32.
+        forget_gate: f~ `(B, T, H)`, before the sigmoid. Keep it float32.
+        scale: factor on what is read, `K ** -0.5` by default.
+        eps: added to the denominator.
+        initial_state: `(B, H, K (V + 1) + 1)` before position 0, of its document.
+        segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
+        chunk_size: positions handled by one matmul. Changes rounding only.
+        backend: "auto", "reference" or "chunked".
+
+    Returns:
+        h `(B, T, H, V)` in the dtype of v, and the state `(B, H, K (V + 1) + 1)` after the last
+        position, float32 (float64 for float64 inputs): the rows of (C, n), K of V + 1 numbers, and
+        m. Both are differentiable once in every input.
+
+    Raises:
+        ValueError: a shape, dtype, size or backend does not fit.
+    """
+    _check(k, v, input_gate, forget_gate)
+    size = mlstm_state_size(k.shape[-1], v.shape[-1])
+    expected = (v.shape[0], v.shape[2], size)
+    if initial_state is not None and tuple(initial_state.shape) != expected:
+        raise ValueError(
+            f"initial_state has shape {tuple(initial_state.shape)}, expected "
+            f"(B, H, K (V + 1) + 1) = {expected}"
+        )
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}, expected a finite number, 0 or more")
+    run = choose("mlstm", backend, _IMPLEMENTATIONS, v.device)
+    kind = torch.promote_types(v.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = v.new_zeros(expected, dtype=kind)
+    with full_precision(v.device):
+        return run(
+            q,
+            k,
+            v,
+            input_gate.to(kind),
+            torch.nn.functional.logsigmoid(forget_gate.to(kind)),
+            k.shape[-1] ** -0.5 if scale is None else scale,
+            eps,
+            initial_state.to(kind),
+            segment_ids,
+            chunk_size,
+        )
+
+
+def mlstm_summary(
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    *,
+    segment_ids: Tensor | None = None,
+    chunk_size: int = 64,
+) -> LogSummary:
+    """What the row does to any state, m included: `apply` gives the state after it.
+
+    Args: as for `mlstm`.
+
+    Returns:
+        transition `(B, H, 1)`, the logarithm of what is kept, -inf where a document starts inside
+        the row; state `(B, H, K (V + 1) + 1)`. Float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a shape, dtype or size does not fit.
+    """
+    _check(k, v, input_gate, forget_gate)
+    kind = torch.promote_types(v.dtype, torch.float32)
+    with full_precision(v.device):
+        forget = torch.nn.functional.logsigmoid(forget_gate.to(kind))
+        return summarize(k, v, input_gate.to(kind), forget, segment_ids, chunk_size)
+
+
+def mlstm_state_size(key_dim: int, value_dim: int) -> int:
+    """Numbers in a head's state: (C, n) and m."""
+    return key_dim * (value_dim + 1) + 1
+
+
+def _check(k: Tensor, v: Tensor, input_gate: Tensor, forget_gate: Tensor) -> None:
+    """What gated linear attention will not check."""
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected floating point "
+                "(batch, time, heads, dim)"
+            )
+    for name, x in (("input_gate", input_gate), ("forget_gate", forget_gate)):
+        if x.shape != v.shape[:3] or not x.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected floating point "
+                f"(B, T, H) = {tuple(v.shape[:3])}"
+            )
