@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
 LAYOUTS = (Layout(dp_shard=2), Layout(cp=2), Layout(pp=2))
 
 
-@pytest.mark.skipif("RONDO_COMPILE" not in os.environ, reason="takes minutes; RONDO_COMPILE=1 runs it")
+@pytest.mark.skipif("RONDO_COMPILE" not in os.environ, reason="minutes; RONDO_COMPILE=1 runs it")
 def test_compiled_blocks_under_layouts() -> None:
     runs = [Run(CONFIG, layout, precision="float32", compile=True) for layout in LAYOUTS]
     expected = train(Run(CONFIG, Layout(), precision="float32"))
