@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rondo.kernels.segments import document_positions
 from rondo.models import ModelConfig
+from rondo.models.ffn.moe import mixture_layers
 from rondo.parallel.bounds import keep_bounds
 from rondo.parallel.build import ParallelModel
 from rondo.parallel.config import ParallelConfig
@@ -19,6 +20,7 @@ from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.load import move_biases, take_loads
 from rondo.parallel.mesh import Layout, Ranks, make_mesh
 from rondo.parallel.pipeline import MicroBatch
+from rondo.pretrain.domain_loads import DomainLoads
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
 from rondo.pretrain.routing import expert_similarity
@@ -74,6 +76,12 @@ def micro_batches(run: Run, ranks: Ranks) -> list[MicroBatch]:
     return [MicroBatch(*tensors) for tensors in zip(*parts, strict=True)]
 
 
+def domains(run: Run, ranks: Ranks) -> list[list[int]]:
+    """Domains of this rank's rows, by micro-batch: 0 and 1 in turns over all rows."""
+    own = (torch.arange(run.rows) % 2).chunk(run.layout.data_size)[ranks.data_index]
+    return [part.tolist() for part in own.split(max(1, MICRO // run.layout.data_size))]
+
+
 def train(run: Run) -> dict[str, Any]:
     """`train_one`, with the toys of tests/toys.py known."""
     with registered():
@@ -81,9 +89,9 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def train_one(run: Run) -> dict[str, Any]:
-    """Losses, gradients of the first step, gradient norms, similarities of experts, and parameters
-    and biases of the choice of experts after `STEPS` steps, by name and whole; of a pipeline this
-    rank's names."""
+    """Losses, gradients of the first step, gradient norms, similarities of experts, their
+    loads by domain, and parameters and biases of the choice of experts after `STEPS` steps, by name
+    and whole; of a pipeline this rank's names."""
     rank, size, mesh = 0, 1, None
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -120,7 +128,13 @@ def train_one(run: Run) -> dict[str, Any]:
             each.zero_grad()
         keep_bounds(model.parts)
         move_biases(model.parts, take_loads(model.parts, ranks))
-    result["evaluated"] = ranks.sum(model.evaluate(batches).item() * ranks.counts)[0] / valid
+    if mixture_layers(run.config) and not run.compile:
+        with DomainLoads(model, domains(run, ranks), ["even", "odd"]) as loads:
+            nats = model.evaluate(batches)
+        result["domains"] = loads.tables()
+    else:
+        nats = model.evaluate(batches)
+    result["evaluated"] = ranks.sum(nats.item() * ranks.counts)[0] / valid
     result["similarity"] = list(expert_similarity(model).values())
     result["parameters"] = named(model, lambda param: param.detach())
     for part in model.parts:

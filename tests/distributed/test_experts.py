@@ -114,6 +114,8 @@ def test_training_equals_one_process(name: str) -> None:
     for number, model in enumerate(chosen):
         ranks = [of_rank[number] for of_rank in results]
         wrong += [f"{model}: {p}" for p in compare(ranks, alone(model, rows), 1e-10)]
+        expected = alone(model, rows)["domains"]
+        wrong += [f"{model}: {r['domains']} by domain" for r in ranks if r["domains"] != expected]
     assert not wrong, "\n".join(wrong[:20])
 
 
