@@ -19,6 +19,7 @@ class Linear(nn.Module):
         self, inputs: int, outputs: int, *, std: float, bias: Initializer | None = None
     ) -> None:
         super().__init__()
+        self.inputs, self.outputs = inputs, outputs  # an engine may keep a weight elsewhere
         self.weight = parameter((outputs, inputs), normal(std))
         self.bias = parameter((outputs,), bias) if bias is not None else None
 
@@ -27,7 +28,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"
+        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"
 
 
 class Embedding(nn.Module):

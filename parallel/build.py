@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from rondo.models import Decoder, ModelConfig
 from rondo.models.init import initial_values
 from rondo.parallel import data_parallel
+from rondo.parallel.checkpoint import model_tensors
 from rondo.parallel.checkpointing import checkpoint_block
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.expert import expert_mesh, shard_experts
@@ -85,12 +86,20 @@ class ParallelModel:
             for number in numbers
         ]
         for part in self.parts:
-            part.to_empty(device=ranks.device)
-            for buffer in part.buffers():
-                buffer.zero_()
             with torch.device("meta"):
                 template = Decoder(config, layers=part.layers)
-            data_parallel.fill(part, initial_values(template, seed))
+            self._materialise(part, initial_values(template, seed))
+
+    def _materialise(self, part: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Brings a part from the meta device to this rank's, with these parameters."""
+        part.to_empty(device=self.ranks.device)
+        for buffer in part.buffers():
+            buffer.zero_()
+        data_parallel.fill(part, values)
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name (`checkpoint.model_tensors`). Collective."""
+        return model_tensors(self.parts)
 
     def train(self) -> None:
         """Puts all parts in training mode."""
@@ -122,10 +131,10 @@ class ParallelModel:
                     plain = loss = self._loss(batch)
                 else:
                     plain, loss = weighted_loss(i, self._token_losses(batch), weigh)
-                self.parts[0].total_loss(loss, self._aux).backward()
+                self._backward(self.parts[0].total_loss(loss, self._aux))
                 nats += plain.detach()
                 aux.append({name: value.detach() for name, value in self._aux.items()})
-        data_parallel.finish_gradients(self.parts, self.ranks)
+        self._finish_gradients()
         zero = nats.new_zeros(())
         self.auxiliary = {
             name: sum((each[name] for each in aux), zero) for name in self.parts[0].loss_weights
@@ -161,6 +170,12 @@ class ParallelModel:
         """The 2-norm of all gradients, the same on every rank."""
         return data_parallel.gradient_norm(self.parts, self.ranks, self.stages)
 
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _finish_gradients(self) -> None:
+        data_parallel.finish_gradients(self.parts, self.ranks)
+
     def _weigh_auxiliary(self, batches: Sequence[MicroBatch]) -> None:
         if not self.parts[0].loss_weights:
             return
@@ -172,21 +187,15 @@ class ParallelModel:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Cross-entropy of the whole model, summed over tokens; auxiliary losses in `_aux`."""
-        return self.parts[0].hidden_loss(self._hidden(batch), batch.targets)
+        return self._losses(batch, "sum")
 
     def _token_losses(self, batch: MicroBatch) -> Tensor:
         """As `_loss`, `(B, T)`."""
-        return self.parts[0].hidden_loss(self._hidden(batch), batch.targets, reduction="none")
+        return self._losses(batch, "none")
 
-    def _hidden(self, batch: MicroBatch) -> Tensor:
-        output = self.parts[0](
-            batch.tokens,
-            segment_ids=batch.segment_ids,
-            positions=batch.positions,
-            return_state=False,
-        )
-        self._aux = output.aux
-        return output.hidden
+    def _losses(self, batch: MicroBatch, reduction: str) -> Tensor:
+        losses, self._aux = part_losses(self.parts[0], batch, reduction)
+        return losses
 
     def _piped(self, batches: Sequence[MicroBatch]) -> Pipeline:
         if self._pipeline is None:
@@ -205,6 +214,20 @@ class ParallelModel:
             if isinstance(part, FSDPModule):
                 part.set_requires_gradient_sync(last)
                 part.set_is_last_backward(last)
+
+
+def part_losses(
+    model: Decoder, batch: MicroBatch, reduction: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropies of a whole model, reduced as `Decoder.hidden_loss` says, and its summed
+    auxiliary losses."""
+    output = model(
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        return_state=False,
+    )
+    return model.hidden_loss(output.hidden, batch.targets, reduction=reduction), output.aux
 
 
 def build_part(

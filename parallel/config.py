@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Exchange = Literal["all_gather", "ring"]
+Engine = Literal["native", "deepspeed"]
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass
+class DeepSpeedOptions:
+    """What `parallel.engine: deepspeed` does; nothing of it counts with another engine."""
+
+    zero_stage: Literal[1, 2, 3] = 2
+    """What ranks divide among themselves: optimizer state (1), gradients too (2), parameters too
+    (3), as in arXiv 1910.02054."""
+    offload_optimizer: Offload = "none"
+    """Where optimizer state is kept and updated: on the device (none), in host memory (cpu), or,
+    with ZeRO 3, on a disk (nvme; arXiv 2104.07857)."""
+    offload_parameters: Offload = "none"
+    """Where parameters are kept that are not in use, with ZeRO 3."""
+    nvme_folder: str | None = None
+    """A folder on a fast local disk, for what is kept there."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own keys, as {zero_optimization: {reduce_bucket_size: 50000000}}; those that
+    the recipe decides are refused where they say something else."""
+    config_file: str | None = None
+    """A DeepSpeed JSON file of such keys; those in `config` come on top."""
 
 
 @dataclass
 class ParallelConfig:
-    """Sizes of the device mesh; their product is the number of ranks."""
+    """Sizes of the device mesh, whose product is the number of ranks, and the engine."""
 
     pp: int = 1
     """Pipeline ranks: each holds a run of layers and hands activations on."""
@@ -39,3 +62,7 @@ class ParallelConfig:
     """'full' keeps only block inputs and recomputes the rest in the backward pass; 'selective'
     keeps the results of weight products too and recomputes what is cheap. Not with the
     zero_bubble schedule."""
+    engine: Engine = "native"
+    """Who holds and updates parameters: torch (FSDP2), or DeepSpeed's ZeRO, which shares them out
+    over dp_shard alone."""
+    deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -152,11 +152,15 @@ def process_group(config: ParallelConfig) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if size == 1:
+    if size == 1 and config.engine == "native":
         yield Ranks(0, 1, device, None)
         return
+    # Other engines want a group, even of one process that no launcher started.
+    alone: dict[str, Any] = (
+        {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    )
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **alone
     )
     try:
         yield Ranks(dist.get_rank(), size, device, make_mesh(device.type, shape))

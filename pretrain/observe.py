@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rondo.parallel.build import ParallelModel
 from rondo.parallel.counts import take_counts, take_gauges
+from rondo.parallel.engines import NativeEngine
 from rondo.parallel.load import load_shares, take_loads
 from rondo.parallel.mesh import Ranks
 from rondo.parallel.pipeline import MicroBatch
@@ -42,7 +42,7 @@ class Observer:
     def __init__(
         self,
         recipe: Recipe,
-        model: ParallelModel,
+        model: NativeEngine,
         batches: RankBatches,
         held_out: Mapping[str, TokenDataset],
         sources: Sequence[str],
@@ -145,6 +145,8 @@ class Observer:
             found = routing(self.model, batches, information=information)
         if information:
             found |= expert_similarity(self.model)
+        if not self.model.looks_at_gradients:
+            return found, tables
         valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
         found |= router_gradients(self.model, batches, self.ranks.sum(valid)[0])
         return found, tables

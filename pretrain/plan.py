@@ -155,6 +155,11 @@ def make_job(recipe: Recipe, ranks: int) -> Job:
             f"parallel.ep: {recipe.parallel.ep} expert-parallel ranks exchange what routers "
             "choose, which a plan does not know; plan with --parallel.ep 1"
         )
+    if recipe.parallel.engine != "native":
+        raise UserError(
+            f"parallel.engine: a plan knows what the native engine holds and sends, not "
+            f"{recipe.parallel.engine}; plan with --parallel.engine native"
+        )
     return Job(
         model=Model(
             dataclasses.replace(recipe.model, vocab_size=vocab_size or ByteTokenizer.vocab_size),

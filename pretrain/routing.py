@@ -13,7 +13,6 @@ from rondo.models import Decoder, ModelConfig
 from rondo.models.ffn.moe import MoE
 from rondo.parallel import data_parallel
 from rondo.parallel.build import ParallelModel
-from rondo.parallel.checkpoint import model_tensors
 from rondo.parallel.load import mixtures, take_loads
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain.probe import gather_sums
@@ -90,7 +89,7 @@ def mutual_information(a: Tensor, b: Tensor, bins: int = BINS) -> float:
 def expert_similarity(model: ParallelModel) -> dict[str, float]:
     """`expert_similarity/<layer>`: mean cosine of the weights of two experts, over all pairs of a
     mixture (arXiv 2408.06793). Gathers one matrix of all experts at a time. Collective."""
-    tensors, sums = model_tensors(model.parts), dict[str, tuple[float, int]]()
+    tensors, sums = model.model_tensors(), dict[str, tuple[float, int]]()
     for layer, mixture in mixtures(model.parts).items():
         products = torch.zeros((), dtype=torch.float64, device=model.ranks.device)
         for name, _ in mixture.experts.named_parameters():

@@ -5,24 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim import Optimizer
 
 from rondo.errors import UserError
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import make_options
 from rondo.models.loading import find_checkpoint
-from rondo.parallel.checkpoint import (
-    Changes,
-    Checkpointer,
-    copy_to_twins,
-    model_tensors,
-    optimizer_tensors,
-)
+from rondo.parallel.checkpoint import Changes, Checkpointer
+from rondo.parallel.engines import NativeEngine
 from rondo.pretrain.data import Tokenizer, load_tokenizer
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.stages import Stage, stages_of, total_steps
@@ -56,8 +50,7 @@ def find_origin(recipe: Recipe) -> Origin | None:
 
 def begin(
     checkpointer: Checkpointer,
-    parts: Sequence[Decoder],
-    optimizers: Sequence[Optimizer],
+    engine: NativeEngine,
     recipe: Recipe,
     tokenizer: Tokenizer,
     state: dict[str, Any],
@@ -86,23 +79,22 @@ def begin(
         return state, []
     path = origin.path
     if not origin.whole:
-        lines = take(checkpointer, parts, optimizers, tokenizer, path, optimizer=origin.optimizer)
+        lines = take(checkpointer, engine, tokenizer, path, optimizer=origin.optimizer)
         return state, lines
-    tensors = _tensors(parts, optimizers)
+    tensors = engine.tensors()
     changes = Changes({}, {})
     if own is None:
-        changes = checkpointer.changes(path, tensors, _optional_names(parts[0].config))
+        changes = checkpointer.changes(path, tensors, _optional_names(engine.config))
     saved = checkpointer.load(path, changes.stored(tensors), dropped=changes.dropped)
     _check_state(saved, fingerprint, recipe, path)
-    copy_to_twins(parts, optimizers)
+    engine.take_in(tensors)
     lines = [f"going on after step {saved['step']}, from {path}", str(changes)]
-    return saved, [line for line in (*lines, *model_differences(path, parts[0].config)) if line]
+    return saved, [line for line in (*lines, *model_differences(path, engine.config)) if line]
 
 
 def take(
     checkpointer: Checkpointer,
-    parts: Sequence[Decoder],
-    optimizers: Sequence[Optimizer],
+    engine: NativeEngine,
     tokenizer: Tokenizer,
     path: Path,
     *,
@@ -111,7 +103,7 @@ def take(
     """Fills parameters, and the optimizers' state if `optimizer`, from a checkpoint of another run;
     returns what to say of it. Raises UserError where it does not fit."""
     check_tokenizer(tokenizer, path)
-    tensors, config = _tensors(parts, optimizers), parts[0].config
+    tensors, config = engine.tensors(), engine.config
     changes = checkpointer.changes(path, tensors, _optional_names(config))
     stored = changes.stored(tensors)
     chosen = ("model", "optimizer") if optimizer else ("model",)
@@ -120,7 +112,7 @@ def take(
         {part: stored[part] for part in chosen},
         dropped={part: changes.dropped[part] for part in chosen},
     )
-    copy_to_twins(parts, optimizers)
+    engine.take_in({part: tensors[part] for part in chosen})
     what = "parameters and optimizer" if optimizer else "parameters"
     return [f"beginning with the {what} of {path}", *model_differences(path, config)]
 
@@ -128,36 +120,27 @@ def take(
 def enter(
     stage: Stage,
     checkpointer: Checkpointer,
-    parts: Sequence[Decoder],
-    optimizers: Sequence[Optimizer],
+    engine: NativeEngine,
     tokenizer: Tokenizer,
 ) -> list[str]:
     """What changes before the first step of a stage that is not the run's first; returns what to
     say of it. Raises UserError where `init_from` does not fit."""
     lines = [f"stage {stage.name}: {stage.steps:,} steps from step {stage.start + 1:,} on"]
     if stage.reset_optimizer:
-        reset(parts, optimizers)
+        reset(engine)
     if stage.init_from is not None:
         path, keep = find_checkpoint(Path(stage.init_from)), not stage.reset_optimizer
-        lines += take(checkpointer, parts, optimizers, tokenizer, path, optimizer=keep)
+        lines += take(checkpointer, engine, tokenizer, path, optimizer=keep)
     return lines
 
 
 @torch.no_grad()
-def reset(parts: Sequence[Decoder], optimizers: Sequence[Optimizer]) -> None:
+def reset(engine: NativeEngine) -> None:
     """Brings optimizers back to where they were before their first step: no moments, step 0."""
-    for tensor in optimizer_tensors(parts, optimizers).values():
+    tensors = engine.optimizer_tensors()
+    for tensor in tensors.values():
         tensor.zero_()
-    copy_to_twins(parts, optimizers)
-
-
-def _tensors(
-    parts: Sequence[Decoder], optimizers: Sequence[Optimizer]
-) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        "model": model_tensors(parts),
-        "optimizer": optimizer_tensors(parts, optimizers),
-    }
+    engine.take_in({"optimizer": tensors})
 
 
 def _check_state(

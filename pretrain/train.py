@@ -15,15 +15,10 @@ import torch
 from rondo.errors import UserError
 from rondo.kernels.backend import show_choices
 from rondo.models import FFNS
-from rondo.parallel.bounds import keep_bounds
-from rondo.parallel.build import PRECISIONS, ParallelModel
-from rondo.parallel.checkpoint import (
-    Checkpointer,
-    model_tensors,
-    optimizer_tensors,
-)
+from rondo.parallel.build import PRECISIONS
+from rondo.parallel.checkpoint import Checkpointer
 from rondo.parallel.counts import take_counts, take_gauges
-from rondo.parallel.data_parallel import scale_gradients
+from rondo.parallel.engines import make_engine
 from rondo.parallel.hardware import peak_flops, peak_memory, reuse_memory
 from rondo.parallel.load import load_summary, move_biases, take_loads
 from rondo.parallel.mesh import Ranks, process_group, world_size
@@ -40,7 +35,7 @@ from rondo.pretrain.data.seen import NAME as SAMPLES
 from rondo.pretrain.eval_jobs import EvalJobs
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.observe import Observer, Tables, due
-from rondo.pretrain.optim import build_optimizers, set_learning_rate
+from rondo.pretrain.optim import set_learning_rate, updates_of
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting, SampleWeights
 from rondo.pretrain.run_data import describe_run, open_data
@@ -101,17 +96,17 @@ class Trainer:
         self.tokenizer = training.tokenizer
         self.config = dataclasses.replace(recipe.model, vocab_size=training.vocab_size)
         length = recipe.data.sequence_length
-        self.model = ParallelModel(
+        self.model = make_engine(
             self.config,
             ranks,
             recipe.parallel,
+            updates_of(recipe, ranks.layout.data_size),
             precision=recipe.precision,
             seed=recipe.seed,
             length=length,
             costs=stage_costs(recipe, self.config, folder, ranks),
             compile=recipe.compile,
         )
-        self.optimizers = build_optimizers(self.model.parts, recipe.optimizer)
         self.checkpointer = Checkpointer(
             folder / "checkpoints",
             keep=recipe.checkpoint.keep,
@@ -145,8 +140,7 @@ class Trainer:
         recipe = self.recipe
         self.state, beginning = begin(
             self.checkpointer,
-            self.model.parts,
-            self.optimizers,
+            self.model,
             recipe,
             self.tokenizer,
             self.state,
@@ -205,7 +199,7 @@ class Trainer:
         # Whatever draws random numbers draws the same after a resume.
         torch.manual_seed((recipe.seed << 32) + step * ranks.size + ranks.rank)
         scale = rate(self.stages, step, self.tokens_per_step)
-        set_learning_rate(self.optimizers, scale)
+        set_learning_rate(model.optimizers, scale)
         weights = self._sample_weights(step, batches)
         nats = model.forward_backward(batches, weights)
         loss_sum, valid, text, stopping, failed, *more = ranks.sum(
@@ -218,8 +212,8 @@ class Trainer:
         self.loads = take_loads(model.parts, ranks)
         if failed:
             self.checkpointer.check()
-        norm = model.gradient_norm() / max(1, valid)
-        self._update(step, norm, valid)
+        norm = model.update(max(1, valid))
+        self._note_update(step, norm)
         seconds = time.perf_counter() - began
         speed = self.tokens_per_step / seconds
         row = {
@@ -257,24 +251,16 @@ class Trainer:
         names = self.reweighting.domains
         return {f"epochs/{names[number]}": epochs for number, epochs in read.items()}
 
-    def _update(self, step: int, norm: float, valid: float) -> None:
-        """Divides summed gradients by the global count of valid tokens, clips, and steps; a step
-        whose gradients are not finite changes nothing, on any rank."""
+    def _note_update(self, step: int, norm: float) -> None:
+        """What follows an update; one whose gradients are not finite changed nothing, on any
+        rank."""
         if math.isfinite(norm):
-            clip = self.recipe.optimizer.clip_norm
-            shrink = clip / norm if clip and norm > clip else 1.0
-            scale_gradients(self.model.parts, shrink / max(1, valid))
-            for optimizer in self.optimizers:
-                optimizer.step()
-            keep_bounds(self.model.parts)
             move_biases(self.model.parts, self.loads)
             self.state["skipped_in_a_row"] = 0
         else:
             self.state["skipped_steps"] += 1
             self.state["skipped_in_a_row"] += 1
             self.metrics.say(f"step {step + 1}: gradients are not finite, step skipped")
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
         limit = self.recipe.optimizer.max_skipped_steps
         if self.state["skipped_in_a_row"] > limit:
             raise UserError(
@@ -317,8 +303,7 @@ class Trainer:
         """The stage of `step`; what begins with it begins."""
         stage = stage_at(self.stages, step)
         if stage.number and step == stage.start:
-            parts = self.model.parts
-            self._say(*enter(stage, self.checkpointer, parts, self.optimizers, self.tokenizer))
+            self._say(*enter(stage, self.checkpointer, self.model, self.tokenizer))
         return stage
 
     def save(self) -> None:
@@ -330,10 +315,7 @@ class Trainer:
         tokenizer = {f"tokenizer/{self.tokenizer.file_name}": self.tokenizer.content}
         self.checkpointer.save(
             step,
-            {
-                "model": model_tensors(self.model.parts),
-                "optimizer": optimizer_tensors(self.model.parts, self.optimizers),
-            },
+            self.model.tensors(),
             self.state,
             {
                 "model/config.json": config,

@@ -16,6 +16,7 @@ from rondo.models import config as model_config
 from rondo.pretrain.plain import show
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.typed import RecipeError
+from rondo.pretrain.validate_engine import engine_problems
 from rondo.pretrain.validate_layout import layout_problems, model_layout_problems
 from rondo.pretrain.validate_schedule import LARGEST, schedule_problems
 from rondo.pretrain.validate_stages import source_problems, stage_problems
@@ -78,6 +79,7 @@ def problems(
             found += stage_problems(recipe)
     if all_read("parallel.", *sizes):
         found += layout_problems(recipe, world_size)
+        found += engine_problems(recipe, world_size)
     if all_read("model."):
         found += (wrong := model_config.problems(recipe.model))
         if not wrong and all_read("parallel.", "compile"):

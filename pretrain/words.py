@@ -9,7 +9,7 @@ import torch
 
 from rondo.models import Decoder, ModelConfig
 from rondo.models.mixer import Cost
-from rondo.parallel.checkpoint import model_tensors, state_digest
+from rondo.parallel.checkpoint import state_digest
 from rondo.pretrain.data import unigram_bits_per_byte
 from rondo.pretrain.data.repeats import describe, warnings
 
@@ -37,7 +37,7 @@ def greeting(run: Any) -> Iterator[str]:
 
 def farewell(run: Any, validation: Mapping[str, float]) -> Iterator[str]:
     """The digest of the model, and what it makes of held-out text. Collective."""
-    digest = state_digest({"model": model_tensors(run.model.parts)})
+    digest = state_digest({"model": run.model.model_tensors()})
     yield f"model digest after step {run.state['step']}: {digest}"
     held_out = run.observer.held_out
     if run.recipe.stages:

@@ -206,14 +206,12 @@ def test_every_stage_ends_with_a_checkpoint_and_its_optimizer_begins_anew(
 def test_a_reset_optimizer_leaves_weights_as_they_are(
     straight: Path, corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rondo.parallel.checkpoint import model_tensors, optimizer_tensors
-
     whole, seen = Trainer.step, []
 
     def look(self: Trainer, number: int, batches: list) -> tuple:
         if number == 4:
-            tensors = optimizer_tensors(self.model.parts, self.optimizers)
-            model = {k: v.detach().clone() for k, v in model_tensors(self.model.parts).items()}
+            tensors = self.model.optimizer_tensors()
+            model = {k: v.detach().clone() for k, v in self.model.model_tensors().items()}
             seen.append((model, any(tensor.any() for tensor in tensors.values())))
         return whole(self, number, batches)
 

@@ -1,0 +1,57 @@
+"""What an engine cannot do, found before any process group starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rondo.parallel.config import DeepSpeedOptions
+from rondo.parallel.engines.deepspeed_config import config_problems
+from rondo.pretrain.recipe import Recipe
+
+_NOT_WITH_DEEPSPEED = {
+    "pp": "DeepSpeed's pipelines need models written for them",
+    "dp_replicate": "ZeRO divides over all ranks",
+    "cp": "ZeRO knows no ranks that read parts of one sequence",
+    "tp": "ZeRO holds each tensor whole or by its place in one long vector, DTensors are neither",
+    "ep": "ZeRO divides all experts over all ranks",
+}
+
+
+def engine_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    """What the engine of `recipe` cannot do, or is not told to; `world_size` may be unknown."""
+    config = recipe.parallel
+    if config.engine == "deepspeed":
+        yield from _deepspeed(recipe, world_size)
+    elif config.deepspeed != DeepSpeedOptions():
+        yield f"parallel.deepspeed: counts with parallel.engine deepspeed only, got {config.engine}"
+
+
+def _deepspeed(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    config, data = recipe.parallel, recipe.data
+    for key, reason in _NOT_WITH_DEEPSPEED.items():
+        if (size := getattr(config, key)) > 1:
+            yield f"parallel.{key}: {size} ranks, but {reason}; use parallel.engine native"
+    if recipe.optimizer.name != "adamw":
+        yield (
+            f"optimizer.name: {recipe.optimizer.name} needs whole matrices, of which ZeRO's ranks "
+            "hold pieces; use adamw, or parallel.engine native"
+        )
+    stage = config.deepspeed.zero_stage
+    if stage == 3 and recipe.compile:
+        yield "compile: torch.compile does not see through the parameters that ZeRO 3 divides"
+    if stage == 3 and config.activation_checkpointing != "none":
+        yield (
+            f"parallel.activation_checkpointing: {config.activation_checkpointing} compares what a "
+            "block keeps with what it recomputes, and ZeRO 3 gathers parameters in between; "
+            "use none, another zero_stage, or parallel.engine native"
+        )
+    ranks, micro, batch = world_size, data.micro_batch_size, data.global_batch_size
+    share = ranks * micro if ranks else 0
+    accumulation = batch // share if share > 0 and batch % share == 0 else None
+    yield from config_problems(
+        config.deepspeed,
+        micro_batch=micro,
+        accumulation=accumulation,
+        ranks=ranks,
+        clip_norm=recipe.optimizer.clip_norm,
+    )

@@ -1,0 +1,96 @@
+"""Whole runs under an engine, on the ranks that are there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rondo.parallel.mesh import Ranks, layout, make_mesh
+from rondo.parallel.signals import StopFlag
+from rondo.pretrain.parse import load_recipe
+from rondo.pretrain.run_data import open_data
+from rondo.pretrain.start import find_origin
+from rondo.pretrain.train import Trainer
+
+SMALL = [
+    "--model.dim=16",
+    "--model.num_layers=2",
+    "--model.pattern=[gated_deltanet+moe, para_gru]",
+    "--model.ffns.moe={num_experts: 4, top_k: 2}",
+    "--data.sequence_length=16",
+    "--data.global_batch_size=8",
+    "--data.micro_batch_size=2",
+    "--checkpoint.every=10",
+    "--evals.batches=1",
+    "--logging.norms_every=10",
+    "--logging.tensorboard=false",
+]
+"""A mixture of experts, matrices, float32 vectors, and parameters that are kept within bounds; two
+micro-batches a rank and step."""
+Rows = list[dict[str, Any]]
+
+
+class Killed(Exception):
+    """Ends a run without a word."""
+
+
+class KilledTrainer(Trainer):
+    """Does not live to see the end of step `LAST`."""
+
+    LAST = 13
+
+    def step(self, step: int, batches: list) -> Any:
+        if step == self.LAST:
+            raise Killed
+        return super().step(step, batches)
+
+
+def run(folder: str, name: str, *options: str, kill: bool = False) -> Rows:
+    """Trains the run `name` in `folder`, or goes on with it; the rows of its metrics so far."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    size, own = dist.get_world_size(), [f"--name={name}", f"--output_dir={folder}/runs"]
+    data = [f"--data.folder={folder}/data", f"--data.sources.0.path={folder}/text.txt"]
+    recipe = load_recipe("tiny", [*SMALL, *own, *data, *options], world_size=size)
+    mesh = make_mesh("cpu", layout(recipe.parallel, size))
+    ranks = Ranks(dist.get_rank(), size, torch.device("cpu"), mesh)
+    where = Path(recipe.output_dir) / name
+    origin = find_origin(recipe)
+    training, held_out = open_data(recipe, where)
+    kind = KilledTrainer if kill else Trainer
+    with StopFlag([recipe.checkpoint.signal]) as stop:
+        trainer = kind(recipe, where, ranks, stop, training, held_out)
+        try:
+            trainer.run(origin)
+        except Killed:
+            pass
+        finally:
+            trainer.checkpointer.close()
+            trainer.eval_jobs.close(done=False)
+    dist.barrier()
+    return [json.loads(line) for line in (where / "metrics.jsonl").open()]
+
+
+def zero(stage: int) -> list[str]:
+    """DeepSpeed with ZeRO of this stage."""
+    return ["--parallel.engine=deepspeed", f"--parallel.deepspeed.zero_stage={stage}"]
+
+
+def scenarios(folder: str) -> dict[str, Rows]:
+    """The same run under several engines, cut and not; rows by what was done."""
+
+    def after_10(name: str) -> str:
+        return f"--checkpoint.resume={folder}/runs/{name}/checkpoints/step-000000010"
+
+    found = {"native": run(folder, "native")}
+    for stage in (1, 2, 3):
+        found[f"before {stage}"] = run(folder, f"zero{stage}", *zero(stage), kill=True)
+        found[f"zero {stage}"] = run(folder, f"zero{stage}", *zero(stage))
+    for stage in (2, 3):
+        found[f"{stage} to native"] = run(folder, f"native{stage}", after_10(f"zero{stage}"))
+    found["native to 3"] = run(folder, "from-native", *zero(3), after_10("native"))
+    return found

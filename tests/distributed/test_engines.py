@@ -1,0 +1,51 @@
+"""Engines train alike, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip(
+    "deepspeed", reason="DeepSpeed is not installed: pip install 'rondo[deepspeed]'"
+)
+
+from rondo.tests.distributed.engine_cases import Rows, scenarios
+from rondo.tests.distributed.spawn import run_ranks
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
+    folder = tmp_path_factory.mktemp("engines")
+    text = "".join(f"the number {i} has square {i * i} and cube {i**3}\n\n" for i in range(2000))
+    (folder / "text.txt").write_text(text)
+    of_ranks = run_ranks(scenarios, 2, str(folder), timeout=240)
+    return of_ranks[0]
+
+
+def losses(rows: Rows) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_trains_as_fsdp2_does_killed_and_started_again(
+    rows: dict[str, Rows], stage: int
+) -> None:
+    expected, found = rows["native"], rows[f"zero {stage}"]
+    assert [row["step"] for row in found] == list(range(20))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys() - {
+            "router_grad_norm/tokens",
+            "router_grad_norm/auxiliary",
+        }
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
+    norms = [[row["grad_norm"] for row in each] for each in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    # What went on is what was killed, to the last bit.
+    before = rows[f"before {stage}"]
+    assert len(before) == 13 and losses(found)[:13] == losses(before)
+
+
+@pytest.mark.parametrize("key", ["2 to native", "3 to native", "native to 3"])
+def test_a_checkpoint_goes_on_under_another_engine(rows: dict[str, Rows], key: str) -> None:
+    found = rows[key]
+    assert [row["step"] for row in found] == list(range(10, 20))
+    assert losses(found) == pytest.approx(losses(rows["native"])[10:], abs=1e-4)
