@@ -1,0 +1,28 @@
+"""Block sizes, warps and stages of the Triton kernels: a row a kernel, chosen without measuring.
+
+A row maps "shape family", "shape", "family" or "*", the first that is there, to configurations: the
+one to use, then alternatives that RONDO_AUTOTUNE=1 measures as well. Families are "sm80" (163 KiB
+of shared memory a block), "sm90" (227 KiB) and "gfx942" (64 KiB, also taken for smaller chips);
+shapes are classes that a kernel's launch names, such as "d128". What is here must fit all three.
+"""
+
+from __future__ import annotations
+
+Config = dict[str, int]
+
+CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {}
+
+# norms_triton.py: a program holds whole rows; "dN" are rows of at most N numbers.
+for _name in ("rms_norm", "gated_rms_norm"):
+    CONFIGS[f"{_name}_forward"] = {
+        "d256": ({"ROWS": 8, "num_warps": 4, "num_stages": 1},),
+        "d1024": (
+            {"ROWS": 2, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 1, "num_warps": 2, "num_stages": 1},
+        ),
+        "*": (
+            {"ROWS": 1, "num_warps": 8, "num_stages": 1},
+            {"ROWS": 1, "num_warps": 4, "num_stages": 1},
+        ),
+    }
+    CONFIGS[f"{_name}_backward"] = dict(CONFIGS[f"{_name}_forward"])
