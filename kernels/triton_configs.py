@@ -26,3 +26,30 @@ for _name in ("rms_norm", "gated_rms_norm"):
         ),
     }
     CONFIGS[f"{_name}_backward"] = dict(CONFIGS[f"{_name}_forward"])
+
+# scan/triton.py: tiles of positions by channels, scanned in registers.
+for _name in ("linear_scan", "linear_scan_backward"):
+    CONFIGS[_name] = {
+        "*": (
+            {"TIME": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+            {"TIME": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 1},
+            {"TIME": 32, "BLOCK": 32, "num_warps": 4, "num_stages": 1},
+        )
+    }
+CONFIGS["linear_scan_borders"] = {"*": ({"BLOCK": 64, "num_warps": 4, "num_stages": 1},)}
+
+# conv_triton.py: tiles of positions by channels.
+CONFIGS["short_conv_forward"] = {
+    "*": (
+        {"TIME": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+        {"TIME": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 1},
+        {"TIME": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+    )
+}
+CONFIGS["short_conv_backward"] = {
+    "*": (
+        {"TIME": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+        {"TIME": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+        {"TIME": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 1},
+    )
+}
