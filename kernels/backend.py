@@ -88,9 +88,13 @@ def _require_triton(operator: str, device: str, refusal: str | None) -> None:
 
 
 def triton_refusal(*tensors: Tensor | None) -> str | None:
-    """Why no Triton kernel takes tensors of these dtypes, or None."""
+    """Why no Triton kernel takes these tensors, or None."""
     for x in tensors:
-        if x is not None and x.is_floating_point() and x.dtype not in TRITON_DTYPES:
+        if x is None:
+            continue
+        if type(x) not in (Tensor, torch.nn.Parameter):  # distributed, or without numbers
+            return f"it takes plain tensors, got {type(x).__name__}"
+        if x.is_floating_point() and x.dtype not in TRITON_DTYPES:
             taken = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
             return f"it takes {taken}, got {str(x.dtype).removeprefix('torch.')}"
     return None

@@ -179,5 +179,7 @@ def ahead_of_time() -> list[Compilation]:
         for direction, kernel in (("forward", norm_forward), ("backward", norm_backward)):
             names = set(kernel.arg_names)
             here = {k: v for k, v in constants.items() if k in names}
-            listed.append(Compilation(_name(order, direction), kernel, types, here, _shape(dim)))
+            strides = ("x_stride", "gate_stride", "grad_stride")
+            name = _name(order, direction)
+            listed.append(Compilation(name, kernel, types, here, _shape(dim), strides))
     return listed

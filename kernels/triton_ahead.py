@@ -46,7 +46,9 @@ def compile_for(compilation: Compilation, family: str) -> dict[str, Any]:
     names = compilation.kernel.arg_names
     types = {n: "constexpr" if n in constants else compilation.signature[n] for n in names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if types[n].startswith("*") or n in compilation.multiples
     }
     source = ASTSource(compilation.kernel, types, constants, aligned)
     start = time.perf_counter()

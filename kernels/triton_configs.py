@@ -48,8 +48,12 @@ CONFIGS["short_conv_forward"] = {
 }
 CONFIGS["short_conv_backward"] = {
     "*": (
+        {"TIME": 16, "BLOCK": 32, "num_warps": 4, "num_stages": 1},
         {"TIME": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
-        {"TIME": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
-        {"TIME": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 1},
+        {"TIME": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 1},
     )
 }
+
+# cross_entropy/triton.py: a program reads a row. The second kernel works in place: one row only.
+CONFIGS["target_logits"] = {"*": ({"BLOCK": 1024, "num_warps": 4, "num_stages": 1},)}
+CONFIGS["cross_entropy_losses"] = {"*": ({"BLOCK": 4096, "num_warps": 8, "num_stages": 1},)}

@@ -65,6 +65,9 @@ class Compilation:
     constants: dict[str, Any]
     """Constant arguments that are not in the table; pointers that are left out are None."""
     shape: str = "*"
+    multiples: tuple[str, ...] = ()
+    """Integers that are multiples of 16 in a real launch, which tells the compiler that rows are
+    aligned; without, it reads one number at a time and runs out of registers."""
 
 
 def configurations(name: str, shape: str, family: str) -> tuple[Config, ...]:

@@ -249,8 +249,9 @@ def ahead_of_time() -> list[Compilation]:
             ("linear_scan_backward", scan_chunks, {"REVERSE": True}),
             ("linear_scan_backward", scan_backward, {}),
         ):
-            listed.append(Compilation(name, kernel, types, constants))
+            listed.append(Compilation(name, kernel, types, constants, multiples=("width",)))
     types = dict.fromkeys(("products", "states", "first", "incoming"), "*fp32")
     types |= dict.fromkeys(("chunks", "blocks", "width"), "i32")
     outputs = {"product_out": None, "state_out": None, "REVERSE": True}
-    return [*listed, Compilation("linear_scan_borders", scan_borders, types, outputs)]
+    borders = Compilation("linear_scan_borders", scan_borders, types, outputs, multiples=("width",))
+    return [*listed, borders]

@@ -20,9 +20,10 @@ def _combine(first_factor, first_state, factor, state):
 
 @triton.jit
 def _place(program, chunks, blocks, width, BLOCK: tl.constexpr):
-    """Row, chunk and channels of a program."""
+    """Row, chunk and channels of a program, for offsets in int64 (whose divisions are slow)."""
+    row, chunk = program // blocks // chunks, program // blocks % chunks
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    return program // blocks // chunks, program // blocks % chunks, column, column < width
+    return row.to(tl.int64), chunk.to(tl.int64), column, column < width
 
 
 @triton.jit
@@ -66,8 +67,7 @@ def scan_chunks(
     REVERSE: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The product of factors, and the state from zero, of every chunk: `(B, N, W)`."""
-    program = tl.program_id(0).to(tl.int64)
-    row, chunk, column, inside = _place(program, chunks, blocks, width, BLOCK)
+    row, chunk, column, inside = _place(tl.program_id(0), chunks, blocks, width, BLOCK)
     product, carry = tl.full((BLOCK,), 1.0, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for i in range(length // TIME):
         tile = length // TIME - 1 - i if REVERSE else i
@@ -88,7 +88,7 @@ def scan_borders(
 ):  # fmt: skip
     """The state that enters every chunk, `(B, N, W)`; or, into `product_out` and `state_out`
     `(B, W)`, what all chunks do together."""
-    row, _, column, inside = _place(tl.program_id(0).to(tl.int64), 1, blocks, width, BLOCK)
+    row, _, column, inside = _place(tl.program_id(0), 1, blocks, width, BLOCK)
     product, carry = tl.full((BLOCK,), 1.0, tl.float32), tl.zeros((BLOCK,), tl.float32)
     if first is not None:
         carry = tl.load(first + row * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -111,8 +111,7 @@ def scan_forward(
     TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h `(B, T, W)` and the state after the last position, `(B, W)`."""
-    program = tl.program_id(0).to(tl.int64)
-    row, chunk, column, inside = _place(program, chunks, blocks, width, BLOCK)
+    row, chunk, column, inside = _place(tl.program_id(0), chunks, blocks, width, BLOCK)
     carry = tl.zeros((BLOCK,), tl.float32)
     if incoming is not None:
         entry = incoming + (row * chunks + chunk) * width + column
@@ -137,8 +136,7 @@ def scan_backward(
     time, length, chunks, blocks, width, TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients from those of h (`grad`, or None) and of the last state (in `incoming`)."""
-    program = tl.program_id(0).to(tl.int64)
-    row, chunk, column, inside = _place(program, chunks, blocks, width, BLOCK)
+    row, chunk, column, inside = _place(tl.program_id(0), chunks, blocks, width, BLOCK)
     carry = tl.zeros((BLOCK,), tl.float32)
     if incoming is not None:
         entry = incoming + (row * chunks + chunk) * width + column

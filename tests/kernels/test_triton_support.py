@@ -78,6 +78,18 @@ def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         choice("triton", "cuda", "it is Tuesday")
 
 
+def test_tensors_that_no_kernel_takes() -> None:
+    class Other(torch.Tensor):
+        pass
+
+    plain = torch.ones(2)
+    assert backend.triton_refusal(plain, None, torch.nn.Parameter(plain), plain.long()) is None
+    refusal = backend.triton_refusal(plain, plain.double())
+    assert refusal == "it takes float32, bfloat16, float16, got float64"
+    refusal = backend.triton_refusal(plain.as_subclass(Other))
+    assert refusal == "it takes plain tensors, got Other"
+
+
 def test_rows_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {key: ({"SIZE": size},) for size, key in enumerate(("d64 sm90", "d64", "sm80", "*"))}
     monkeypatch.setitem(CONFIGS, "op", rows)
