@@ -143,7 +143,9 @@ def _backward(
         )  # fmt: skip
 
     if not x.numel():
-        return tuple(y.zero_() for y in results)
+        for y in results:
+            y.zero_()
+        return results
     launch("short_conv_backward", "*", x.device, start)
     return results
 

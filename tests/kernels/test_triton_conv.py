@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from rondo.kernels import conv_triton
 from rondo.kernels.conv import short_conv
 from rondo.kernels.triton_configs import CONFIGS
 from rondo.tests.kernels.test_conv import documents, make, run
@@ -21,7 +22,8 @@ NAMES = ("y", "state", "dx", "dweight", "dbias", "dstate")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("short_conv_forward", "short_conv_backward"):
-        monkeypatch.setitem(CONFIGS, name, {"*": ({"TIME": 8, "BLOCK": 4},)})
+        monkeypatch.setitem(CONFIGS, name, {"*": ({"TIME": 8, "BLOCK": 8},)})
+    monkeypatch.setattr(conv_triton, "SHARES", 2)
 
 
 @pytest.mark.quick
@@ -29,7 +31,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "time,width,packed,activation",
     [
-        *itertools.product((2, 13), (4,), (False, True), ("silu",)),
+        *itertools.product((2, 11), (4,), (False, True), ("silu",)),
         (1, 1, True, "silu"),
         (7, 3, True, None),
     ],
@@ -37,7 +39,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matches_reference(time: int, width: int, packed: bool, activation: str | None) -> None:
     ids = documents(time).to(DEVICE) if packed else None
     for dtype, limits in ((torch.float32, (1e-5,) * 2), (torch.bfloat16, (5e-3, 8e-3))):
-        inputs = [x.to(DEVICE, dtype) for x in make(time, width)]
+        inputs = [x.to(DEVICE, dtype) for x in make(time, width, channels=9)]
         exact = [x.double() for x in inputs]
         expected, expected_grads = gradients(run("reference", ids, activation), exact)
         actual, actual_grads = gradients(run("triton", ids, activation), inputs)

@@ -74,10 +74,9 @@ def test_matches_reference(time: int, dtype: torch.dtype) -> None:
     check(make(time, (3,), dtype), None)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_documents(dtype: torch.dtype) -> None:
-    check(make(26, (5,), dtype), documents(26, 0.2))
-    check(make(26, (), dtype)[:2], documents(26, 0.2, seed=1).int())
+def test_documents() -> None:
+    check(make(26, (5,), torch.float32), documents(26, 0.2))
+    check(make(26, (), torch.bfloat16)[:2], documents(26, 0.2, seed=1).int())
 
 
 def test_one_gradient_at_a_time() -> None:
