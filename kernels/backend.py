@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -18,28 +21,29 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 
 def choose(
-    operator: str, backend: str, implementations: Mapping[str, Callable], device: torch.device
+    operator: str,
+    backend: str,
+    implementations: Mapping[str, Callable],
+    device: torch.device,
+    refusal: str | None = None,
 ) -> Callable:
     """Returns the implementation of `operator` that `backend` names.
 
     Args:
         operator: name of the operator, for messages.
         backend: "auto", or a key of `implementations`. "auto" takes triton on a GPU when the
-            operator has a kernel, else chunked, else reference.
-        implementations: backend name -> function; all share one signature.
+            operator has a kernel that serves this call, else chunked, else reference.
+        implementations: backend name -> function; all share one signature. The one for triton
+            imports it when it is called.
         device: where the inputs live.
+        refusal: why the Triton kernel cannot serve this call, or None.
 
     Raises:
-        ValueError: `backend` is unknown, has no implementation, or cannot run on `device`.
+        ValueError: `backend` is unknown, has no implementation, or cannot serve this call.
+        ModuleNotFoundError: `backend` is "triton", which is not installed.
     """
     if backend == "auto":
-        preferred = (
-            ("triton", "chunked", "reference")
-            if device.type == "cuda"
-            else ("chunked", "reference")
-        )
-        name = next(b for b in preferred if b in implementations)
-        reason = f"first of {', '.join(preferred)} that {operator} has on {device.type}"
+        name, reason = _best(operator, implementations, device.type, refusal)
     else:
         name, reason = backend, "asked for"
     if name not in implementations:
@@ -47,10 +51,66 @@ def choose(
             f"{operator}: backend {backend!r} is not available; "
             f"choose one of auto, {', '.join(implementations)}"
         )
-    if name == "triton" and device.type != "cuda":
-        raise ValueError(f"{operator}: backend 'triton' needs CUDA tensors, got {device.type}")
+    if backend == "triton":
+        _require_triton(operator, device.type, refusal)
     _log_once(operator, name, device.type, reason)
     return implementations[name]
+
+
+def _best(
+    operator: str, implementations: Mapping[str, Callable], device: str, refusal: str | None
+) -> tuple[str, str]:
+    """The implementation that "auto" takes, and why."""
+    preferred = ("triton", "chunked", "reference") if device == "cuda" else ("chunked", "reference")
+    if device == "cuda" and "triton" in implementations:
+        refusal = refusal or (None if _has_triton() else "triton is not installed")
+        if refusal is not None:
+            name = next(b for b in preferred[1:] if b in implementations)
+            return name, f"triton cannot: {refusal}"
+    name = next(b for b in preferred if b in implementations)
+    return name, f"first of {', '.join(preferred)} that {operator} has on {device}"
+
+
+def _require_triton(operator: str, device: str, refusal: str | None) -> None:
+    """Raises what stands against running the Triton kernel."""
+    if not _has_triton():
+        raise ModuleNotFoundError(
+            f"{operator}: backend 'triton' needs the package triton: pip install triton",
+            name="triton",
+        )
+    if device != "cuda" and not (device == "cpu" and _interprets()):
+        raise ValueError(
+            f"{operator}: backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs in "
+            "its interpreter only, slowly, with TRITON_INTERPRET=1 in the environment"
+        )
+    if refusal is not None:
+        raise ValueError(f"{operator}: backend 'triton' cannot run: {refusal}")
+
+
+def triton_refusal(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel takes these tensors, or None."""
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in (Tensor, torch.nn.Parameter):  # distributed, or without numbers
+            return f"it takes plain tensors, got {type(x).__name__}"
+        if x.is_floating_point() and x.dtype not in TRITON_DTYPES:
+            taken = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
+            return f"it takes {taken}, got {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _interprets() -> bool:
+    """Whether kernels run as numpy: what `triton.jit` saw when it was imported."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def show_choices(say: Callable[[str], None]) -> None:

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, triton_refusal
 from rondo.kernels.conv_library import library_conv, library_serves
 from rondo.kernels.tiles import Tile, tiles
 
 TILE = 2**19
 """Elements of x that are worked on at a time, so that float32 intermediates stay in cache."""
 MIN_TILE_TIME = 64
+TRITON_TAPS = 16
+"""The widest window whose taps the Triton kernel unrolls."""
 
 
 def short_conv(
@@ -39,8 +41,9 @@ def short_conv(
             zeros.
         segment_ids: `(B, T)` integer, non-decreasing in a row: inputs of other documents count
             as zeros.
-        backend: "auto", "reference", "chunked", or "library" (oneDNN; no `segment_ids`). "auto"
-            takes library in bfloat16 on a CPU where it serves these inputs, else chunked.
+        backend: "auto", "reference", "chunked", "triton", or "library" (oneDNN; no
+            `segment_ids`). "auto" takes triton on a GPU, library in bfloat16 on a CPU where it
+            serves these inputs, else chunked.
 
     Returns:
         y `(B, T, C)` and the state `(B, W - 1, C)`: the last W - 1 inputs, zeros where they lie
@@ -59,9 +62,23 @@ def short_conv(
         ids = torch.cat((segment_ids[:, :1].expand(-1, history), segment_ids), dim=1)
     if backend == "auto" and library_serves(x, segment_ids):
         backend = "library"
-    run = choose("short_conv", backend, IMPLEMENTATIONS, x.device)
+    refusal = _triton_refusal(x, weight, bias, initial_state)
+    run = choose("short_conv", backend, IMPLEMENTATIONS, x.device, refusal)
     y = run(x, weight, bias, initial_state, ids, activation == "silu")
     return y, _last_inputs(x, initial_state, ids)
+
+
+def _triton_refusal(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
+    """Why the Triton kernel cannot run, or None."""
+    if weight.shape[1] > TRITON_TAPS:
+        return f"it takes at most {TRITON_TAPS} taps, got {weight.shape[1]}"
+    return triton_refusal(x, weight, *others)
+
+
+def _triton(*arguments: Any) -> Tensor:
+    from rondo.kernels.conv_triton import triton_conv
+
+    return triton_conv(*arguments)
 
 
 def _last_inputs(x: Tensor, initial_state: Tensor, ids: Tensor | None) -> Tensor:
@@ -244,4 +261,9 @@ def _own(ids: Tensor, tile: Tile, tap: int, width: int, dtype: torch.dtype) -> T
     return (source == output).to(dtype).unsqueeze(-1)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "library": library_conv}
+IMPLEMENTATIONS = {
+    "reference": _reference,
+    "chunked": _chunked,
+    "library": library_conv,
+    "triton": _triton,
+}

@@ -1,12 +1,17 @@
 """Settings that every test shares."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton's kernels run as numpy then; read when triton is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +23,22 @@ def fresh_compiler() -> Iterator[None]:
     yield
     if "torch._dynamo.convert_frame" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills new floating tensors without values with NaN, so that what nothing wrote shows."""
+
+    def poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            x = make(*arguments, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return run
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

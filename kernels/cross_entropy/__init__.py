@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, triton_refusal
 from rondo.kernels.cross_entropy.chunked import chunked_loss
 from rondo.kernels.cross_entropy.reference import reference_loss
 
 __all__ = ["linear_cross_entropy"]
 
-IMPLEMENTATIONS = {"reference": reference_loss, "chunked": chunked_loss}
+
+def _triton(*arguments: Any) -> Tensor:
+    from rondo.kernels.cross_entropy.triton import triton_loss
+
+    return triton_loss(*arguments)
+
+
+IMPLEMENTATIONS = {"reference": reference_loss, "chunked": chunked_loss, "triton": _triton}
 REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -32,7 +41,7 @@ def linear_cross_entropy(
         targets: `(...)` int64 in `[0, V)`, or `ignore_index` (loss 0, no gradient).
         reduction: "none" `(...)`; "sum"; "mean" over the targets that are not ignored, 0 when
             all are.
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         float32 losses (float64 when `hidden` is).
@@ -59,7 +68,8 @@ def linear_cross_entropy(
             f"got {reduction!r}"
         )
     _check_range(targets, weight.shape[0], ignore_index)
-    run = choose("linear_cross_entropy", backend, IMPLEMENTATIONS, hidden.device)
+    refusal = triton_refusal(hidden, weight)
+    run = choose("linear_cross_entropy", backend, IMPLEMENTATIONS, hidden.device, refusal)
     flat = targets.reshape(-1)
     valid = flat != ignore_index
     losses = run(

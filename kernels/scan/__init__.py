@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, triton_refusal
 from rondo.kernels.scan import chunked, reference
 from rondo.kernels.summary import DiagonalSummary
 
 __all__ = ["linear_scan", "linear_scan_summary"]
 
-_IMPLEMENTATIONS = {"chunked": chunked.linear_scan, "reference": reference.linear_scan}
+
+def _triton_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from rondo.kernels.scan import triton
+
+    return triton.linear_scan(*arguments)
+
+
+def _triton_summary(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from rondo.kernels.scan import triton
+
+    return triton.summarize(*arguments)
+
+
+_IMPLEMENTATIONS = {
+    "chunked": chunked.linear_scan,
+    "reference": reference.linear_scan,
+    "triton": _triton_scan,
+}
+_SUMMARIES = {"chunked": chunked.summarize, "triton": _triton_summary}
 
 
 def linear_scan(
@@ -29,7 +48,7 @@ def linear_scan(
         b: `(B, T, ...)` inputs, of the same shape.
         initial_state: `(B, ...)` before position 0, of the document of position 0.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         h `(B, T, ...)` in the dtype of b, and the last state `(B, ...)`, float32 (float64 for
@@ -44,27 +63,26 @@ def linear_scan(
         raise ValueError(
             f"initial_state has shape {tuple(initial_state.shape)}, expected (B, ...) = {expected}"
         )
-    return choose("linear_scan", backend, _IMPLEMENTATIONS, b.device)(
-        a, b, initial_state, segment_ids
-    )
+    refusal = triton_refusal(a, b, initial_state)
+    run = choose("linear_scan", backend, _IMPLEMENTATIONS, b.device, refusal)
+    return run(a, b, initial_state, segment_ids)
 
 
 def linear_scan_summary(
-    a: Tensor, b: Tensor, *, segment_ids: Tensor | None = None
+    a: Tensor, b: Tensor, *, segment_ids: Tensor | None = None, backend: str = "auto"
 ) -> DiagonalSummary:
     """What the row does to any state: `transition * state + summary.state` is the state after it.
 
-    Args and Raises: as for `linear_scan`.
+    Args and Raises: as for `linear_scan`; there is no reference.
 
     Returns:
         transition `(B, ...)`, the product of a over the row, 0 where a document starts inside it;
         state `(B, ...)`, the one a zero state turns into. Both are differentiable.
     """
     _check(a, b, segment_ids)
-    ones = torch.ones_like(b[:, 0])
-    _, state = chunked.linear_scan(a, b, None, segment_ids)
-    _, transition = chunked.linear_scan(a, torch.zeros_like(b), ones, segment_ids)
-    return DiagonalSummary(transition, state)
+    refusal = triton_refusal(a, b)
+    run = choose("linear_scan_summary", backend, _SUMMARIES, b.device, refusal)
+    return DiagonalSummary(*run(a, b, segment_ids))
 
 
 def _check(a: Tensor, b: Tensor, segment_ids: Tensor | None) -> None:

@@ -36,6 +36,13 @@ def linear_scan(
     return h.view(b.shape), last.view(b[:, 0].shape)
 
 
+def summarize(a: Tensor, b: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The product of the factors and the state from zero, `(B, ...)`."""
+    _, state = linear_scan(a, b, None, segment_ids)
+    _, transition = linear_scan(a, torch.zeros_like(b), torch.ones_like(b[:, 0]), segment_ids)
+    return transition, state
+
+
 class LinearScan(torch.autograd.Function):
     """`(a, b, initial_state or None)` -> `(h, last)` for a and b of shape `(B, T, W)`."""
 

@@ -5,6 +5,8 @@ Needs torch, numpy and pytest alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,9 +14,11 @@ from rondo.kernels import (
     attention,
     gated_delta_rule,
     gated_linear_attention,
+    gated_rms_norm,
     l2_norm,
     linear_cross_entropy,
     linear_scan,
+    rms_norm,
     short_conv,
 )
 from rondo.models import MIXERS, Decoder, ModelConfig, generate
@@ -57,9 +61,25 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+LIMITS = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 5e-2}
+
+
+def skip_without_kernel(run: Callable[[], object]) -> None:
+    """Skips where the operator has no Triton kernel, or none for these inputs."""
+    try:
+        run()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    except ValueError as error:
+        if "is not available" not in str(error) and "cannot run" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator(name: str, dtype: torch.dtype) -> None:
+def test_operator(name: str, dtype: torch.dtype, backend: str) -> None:
     operator, inputs = OPERATORS[name]
 
     def run(backend: str, ids: torch.Tensor):
@@ -71,27 +91,85 @@ def test_operator(name: str, dtype: torch.dtype) -> None:
 
     expected = gradients(run("reference", segments()), inputs)
     moved = [value.to("cuda", dtype) for value in inputs]
+    skip_without_kernel(lambda: run(backend, segments().cuda())(*moved))
     actual = gradients(
-        lambda *args: [y.cpu() for y in run("auto", segments().cuda())(*args)], moved
+        lambda *args: [y.cpu() for y in run(backend, segments().cuda())(*args)], moved
     )
-    limit = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 5e-2}[dtype]
+    limit = LIMITS[dtype]
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         assert_ratio(name, got.cpu(), want, limit)
 
 
-def test_cross_entropy() -> None:
-    hidden, table = random(64, 32, seed=11), random(500, 32, seed=12)
-    targets = torch.arange(64) * 7
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_cross_entropy(dtype: torch.dtype, reduction: str) -> None:
+    hidden, table = random(700, 32, seed=11), random(5000, 32, seed=12)
+    targets = torch.arange(700) * 7
 
     def run(h: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
-        return [linear_cross_entropy(h, w, targets.to(h.device), reduction="sum").cpu()]
+        return [linear_cross_entropy(h, w, targets.to(h.device), reduction=reduction).cpu()]
 
-    expected, actual = (
-        gradients(run, [hidden, table]),
-        gradients(run, [hidden.cuda(), table.cuda()]),
+    expected = gradients(run, [hidden, table])
+    actual = gradients(run, [hidden.to("cuda", dtype), table.to("cuda", dtype)])
+    for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        assert_ratio("cross entropy", got.cpu(), want, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dim", [100, 256, 2048, 8192])
+def test_norms(dim: int, dtype: torch.dtype) -> None:
+    inputs = [random(1000, dim, seed=13), random(1000, dim, seed=14), random(dim, seed=15)]
+
+    def run(x: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        gated = [gated_rms_norm(x, gate, scale, norm_before_gate=b) for b in (True, False)]
+        return [rms_norm(x, scale), l2_norm(x), *gated]
+
+    expected = gradients(run, inputs)
+    actual = gradients(
+        lambda *args: [y.cpu() for y in run(*args)], [x.to("cuda", dtype) for x in inputs]
     )
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
-        assert_ratio("cross entropy", got.cpu(), want, 1e-9)
+        assert_ratio("norm", got.cpu(), want, LIMITS[dtype])
+
+
+LONG = {
+    "linear_scan": lambda t: (linear_scan, [(1, t, 64)] * 2),
+    "short_conv": lambda t: (short_conv, [(1, t, 64), (64, 4)]),
+    "linear_attention": lambda t: (gated_linear_attention, [(1, t, 2, 64)] * 3),
+}
+
+
+@pytest.mark.parametrize("time", [65_537, 131_072])
+@pytest.mark.parametrize("name", LONG)
+def test_long_rows(name: str, time: int) -> None:
+    """The end of a long row is what its end alone gives, since decays forget the rest."""
+    operator, shapes = LONG[name](time)
+    inputs = [random(*shape, seed=i).to("cuda", torch.float32) for i, shape in enumerate(shapes)]
+    if name == "linear_scan":
+        inputs[0] = inputs[0].sigmoid() / 2
+    if name == "linear_attention":
+        inputs.append(torch.full((1, time, 2), -1.0, device="cuda"))
+
+    def ends(*arguments: torch.Tensor) -> list[torch.Tensor]:
+        return [operator(*arguments)[0][:, -64:]]
+
+    last = [x[:, -512:] if x.ndim > 2 else x for x in inputs]
+    expected, actual = gradients(ends, last), gradients(ends, inputs)
+    assert_ratio("outputs", actual[0][0], expected[0][0], 1e-4)
+    for got, want in zip(actual[1], expected[1], strict=True):
+        got = got[:, -512:] if got.ndim > 2 else got
+        assert_ratio("gradient", got, want, 1e-4)
+
+
+def test_more_than_two_billion_elements() -> None:
+    """Offsets that 32 bits do not hold."""
+    x = torch.zeros(2**31 // 4096 + 8, 4096, device="cuda", dtype=torch.bfloat16)
+    x[-1] = torch.arange(4096, device="cuda")
+    with torch.no_grad():
+        y = rms_norm(x)
+        conv, _ = short_conv(x[None], torch.ones(4096, 2, device="cuda", dtype=x.dtype))
+    assert_ratio("norm", y[-1:], rms_norm(x[-1:], backend="reference"), 1e-2)
+    assert torch.equal(conv[0, -1], x[-1])
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))

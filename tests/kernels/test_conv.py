@@ -179,7 +179,7 @@ def test_traces_without_graph_breaks() -> None:
             r"initial_state must be \(2, 3, 6\), got \(2, 4, 6\)",
         ),
         ({"segment_ids": torch.zeros(2, 8)}, r"segment_ids must be \(2, 9\), got \(2, 8\)"),
-        ({"backend": "triton"}, "backend 'triton' is not available"),
+        ({"backend": "flash"}, "backend 'flash' is not available"),
     ],
 )
 def test_invalid_inputs(change: dict, message: str) -> None:

@@ -245,7 +245,7 @@ def test_targets_outside_the_vocabulary(backend: str) -> None:
         ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets \(4,\) must be \(3,\)"),
         ({"targets": torch.zeros(3, dtype=torch.int32)}, "must be int64, got torch.int32"),
         ({"reduction": "max"}, "one of none, sum, mean, got 'max'"),
-        ({"backend": "triton"}, "backend 'triton' is not available"),
+        ({"backend": "flash"}, "backend 'flash' is not available"),
     ],
 )
 def test_invalid_inputs(change: dict[str, object], message: str) -> None:

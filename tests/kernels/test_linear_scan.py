@@ -239,5 +239,5 @@ def test_wrong_inputs() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run(*arguments)
-    with pytest.raises(ValueError, match="backend 'triton' is not available"):
-        run(a, b, backend="triton")
+    with pytest.raises(ValueError, match="backend 'flash' is not available"):
+        run(a, b, backend="flash")

@@ -1,0 +1,177 @@
+"""What is timed: operators at the shapes of presets, and what they have to move and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rondo.kernels import (
+    attention,
+    gated_delta_rule,
+    gated_linear_attention,
+    gated_rms_norm,
+    l2_norm,
+    linear_cross_entropy,
+    linear_scan,
+    rms_norm,
+    short_conv,
+)
+
+CHUNK = 64
+"""Tokens in a chunk: what a chunked form computes depends on it."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a model whose layers are timed."""
+
+    dim: int
+    vocabulary: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    attention_heads: int
+    attention_dim: int
+
+
+PRESETS = {
+    "1.3b": Preset(2048, 32000, 8, 256, 256, 32, 64),
+    "7b": Preset(3840, 100352, 32, 96, 192, 32, 128),
+}
+"""Those of `models/presets/gated-deltanet-{1.3b,7b}.yaml`."""
+SHAPES = ((32, 2048), (8, 8192), (2, 32768), (1, 131072))
+"""Batch and time."""
+
+
+@dataclass
+class Case:
+    """An operator at one shape."""
+
+    operator: str
+    preset: str
+    batch: int
+    time: int
+    run: Callable[..., Tensor]
+    """Called with the inputs, by name."""
+    inputs: dict[str, Tensor]
+    flops: float
+    """Of products, forward; 0 for what memory alone limits."""
+    backward_flops: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What a peer is given besides the inputs; `run` has it."""
+
+    def bytes(self, output: Tensor, backward: bool) -> int:
+        """What cannot be avoided: inputs read and outputs written once; in the backward pass
+        inputs and the gradient of the outputs read, and gradients of the inputs written."""
+        inputs = sum(x.nbytes for x in self.inputs.values())
+        forward = inputs + output.nbytes
+        return forward + inputs + forward if backward else forward
+
+
+def _draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+
+
+def _norm(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    inputs = {"x": _draw(batch, time, p.dim, device=device), "weight": _draw(p.dim, device=device)}
+    return rms_norm, inputs, 0.0, 0.0
+
+
+def _gated_norm(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    shape = (batch, time, p.heads, p.value_dim)
+    inputs = {name: _draw(*shape, device=device) for name in ("x", "gate")}
+    return gated_rms_norm, inputs | {"weight": _draw(p.value_dim, device=device)}, 0.0, 0.0
+
+
+def _scan(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    gate = -torch.rand(batch, time, p.dim, device=device) / 8  # a logarithm, as the peers take it
+    inputs = {"g": gate.requires_grad_(), "x": _draw(batch, time, p.dim, device=device)}
+    return (lambda g, x: linear_scan(g.exp(), x)[0]), inputs, 0.0, 0.0
+
+
+def _conv(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    inputs = {
+        "x": _draw(batch, time, p.dim, device=device),
+        "weight": _draw(p.dim, 4, device=device),
+    }
+    return (lambda x, weight: short_conv(x, weight, activation="silu")[0]), inputs, 0.0, 0.0
+
+
+def _loss(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    targets = torch.randint(p.vocabulary, (batch * time,), device=device)
+    inputs = {
+        "hidden": _draw(batch * time, p.dim, device=device),
+        "weight": (torch.randn(p.vocabulary, p.dim, device=device) / p.dim**0.5)
+        .bfloat16()
+        .requires_grad_(),
+    }
+    flops = 2.0 * batch * time * p.dim * p.vocabulary
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, reduction="mean")
+
+    return run, inputs, flops, 2 * flops, {"targets": targets}
+
+
+def _linear(decay: str, delta: bool) -> Callable[..., Any]:
+    """Linear attention or the delta rule, with a decay of one kind."""
+
+    def make(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+        shape = (batch, time, p.heads)
+        inputs = {name: _draw(*shape, p.key_dim, device=device) for name in ("q", "k")}
+        if delta:  # keys of length 1, as everyone's must be
+            inputs["k"] = l2_norm(inputs["k"].detach()).requires_grad_()
+        inputs["v"] = _draw(*shape, p.value_dim, device=device)
+        if delta:
+            inputs["beta"] = torch.rand(shape, device=device).bfloat16().requires_grad_()
+        if decay:
+            gates = shape if decay == "head" else (*shape, p.key_dim)
+            inputs["g"] = F.logsigmoid(torch.randn(gates, device=device) + 3).requires_grad_()
+
+        def run(q: Tensor, k: Tensor, v: Tensor, beta: Any = None, g: Any = None) -> Tensor:
+            if delta:
+                return gated_delta_rule(q, k, v, beta, g)[0]
+            return gated_linear_attention(q, k, v, g)[0]
+
+        keys, values = (3 * p.key_dim, 2 * p.value_dim) if delta else (p.key_dim, p.value_dim)
+        each = 2 * CHUNK * (keys + values) + (6 if delta else 4) * p.key_dim * p.value_dim
+        each += 2 / 3 * CHUNK**2 if delta else 0
+        flops = float(each * batch * time * p.heads)
+        return run, inputs, flops, 2 * flops
+
+    return make
+
+
+def _attention(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    shape = (batch, time, p.attention_heads, p.attention_dim)
+    inputs = {name: _draw(*shape, device=device) for name in ("q", "k", "v")}
+    flops = 2.0 * batch * time * time * p.attention_heads * p.attention_dim  # half is masked
+    return (lambda q, k, v: attention(q, k, v)), inputs, flops, 2.5 * flops
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "rms_norm": _norm,
+    "gated_rms_norm": _gated_norm,
+    "linear_scan": _scan,
+    "short_conv": _conv,
+    "linear_cross_entropy": _loss,
+    "linear_attention": _linear("", False),
+    "linear_attention_head_decay": _linear("head", False),
+    "linear_attention_key_decay": _linear("key", False),
+    "delta_rule": _linear("", True),
+    "delta_rule_head_decay": _linear("head", True),
+    "delta_rule_key_decay": _linear("key", True),
+    "attention": _attention,
+}
+
+
+def make_case(operator: str, preset: str, batch: int, time: int, device: torch.device) -> Case:
+    """Random inputs on `device` and all that is known of the case."""
+    torch.manual_seed(0)
+    run, inputs, flops, backward, *extra = OPERATORS[operator](PRESETS[preset], batch, time, device)
+    return Case(operator, preset, batch, time, run, inputs, flops, backward, *extra)

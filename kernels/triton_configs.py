@@ -1,0 +1,59 @@
+"""Block sizes, warps and stages of the Triton kernels: a row a kernel, chosen without measuring.
+
+A row maps "shape family", "shape", "family" or "*", the first that is there, to configurations: the
+one to use, then alternatives that RONDO_AUTOTUNE=1 measures as well. Families are "sm80" (163 KiB
+of shared memory a block), "sm90" (227 KiB) and "gfx942" (64 KiB, also taken for smaller chips);
+shapes are classes that a kernel's launch names, such as "d128". What is here must fit all three.
+"""
+
+from __future__ import annotations
+
+Config = dict[str, int]
+
+CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {}
+
+# norms_triton.py: a program holds whole rows; "dN" are rows of at most N numbers.
+for _name in ("rms_norm", "gated_rms_norm"):
+    CONFIGS[f"{_name}_forward"] = {
+        "d256": ({"ROWS": 8, "num_warps": 4, "num_stages": 1},),
+        "d1024": (
+            {"ROWS": 2, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 1, "num_warps": 2, "num_stages": 1},
+        ),
+        "*": (
+            {"ROWS": 1, "num_warps": 8, "num_stages": 1},
+            {"ROWS": 1, "num_warps": 4, "num_stages": 1},
+        ),
+    }
+    CONFIGS[f"{_name}_backward"] = dict(CONFIGS[f"{_name}_forward"])
+
+# scan/triton.py: tiles of positions by channels, scanned in registers.
+for _name in ("linear_scan", "linear_scan_backward"):
+    CONFIGS[_name] = {
+        "*": (
+            {"TIME": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+            {"TIME": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 1},
+            {"TIME": 32, "BLOCK": 32, "num_warps": 4, "num_stages": 1},
+        )
+    }
+CONFIGS["linear_scan_borders"] = {"*": ({"BLOCK": 64, "num_warps": 4, "num_stages": 1},)}
+
+# conv_triton.py: tiles of positions by channels.
+CONFIGS["short_conv_forward"] = {
+    "*": (
+        {"TIME": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+        {"TIME": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 1},
+        {"TIME": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+    )
+}
+CONFIGS["short_conv_backward"] = {
+    "*": (
+        {"TIME": 16, "BLOCK": 32, "num_warps": 4, "num_stages": 1},
+        {"TIME": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+        {"TIME": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 1},
+    )
+}
+
+# cross_entropy/triton.py: a program reads a row. The second kernel works in place: one row only.
+CONFIGS["target_logits"] = {"*": ({"BLOCK": 1024, "num_warps": 4, "num_stages": 1},)}
+CONFIGS["cross_entropy_losses"] = {"*": ({"BLOCK": 4096, "num_warps": 8, "num_stages": 1},)}

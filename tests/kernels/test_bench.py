@@ -1,0 +1,85 @@
+"""The benchmark of the kernels: what it times runs, on a CPU too, and it refuses without a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rondo.kernels.bench import __main__ as bench
+from rondo.kernels.bench import cases, peers
+
+CPU = torch.device("cpu")
+SMALL = cases.Preset(16, 40, 2, 8, 4, 2, 8)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.PRESETS, "1.3b", SMALL)
+    monkeypatch.setattr(bench, "milliseconds", lambda run, device: (run(), 2.0)[1])
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("no such package")
+
+    def failing() -> None:
+        raise RuntimeError("heads must be\nmany")
+
+    found = {"itself": lambda: case.run, "absent": missing, "broken": failing}
+    case = cases.make_case(operator, "1.3b", 2, 6, CPU)
+    if case.extra:  # a peer is given what ours has bound
+        found["itself"] = lambda: lambda targets, **inputs: case.run(**inputs)
+    monkeypatch.setitem(peers.PEERS, operator, found)
+    forward, both = bench.measure(case, CPU, {"bytes": 1e6, "flops": 1e6})
+    assert (forward["direction"], both["direction"]) == ("forward", "both")
+    assert both["bandwidth"] > forward["bandwidth"] > 0
+    assert both["peers"] == {
+        "itself": 2.0,
+        "absent": "not installed",
+        "broken": "failed: RuntimeError: heads must be",
+    }
+    assert "itself 1.00x, absent -, broken -" in bench.line(both)
+    assert json.loads(json.dumps(both)) == both
+
+
+def test_bytes_and_flops() -> None:
+    case = cases.make_case("attention", "1.3b", 2, 6, CPU)
+    one = 2 * 6 * 2 * 8 * 2  # a bfloat16 tensor of batch, time, heads and dim
+    output = case.run(**case.inputs)
+    assert (case.bytes(output, False), case.bytes(output, True)) == (4 * one, 11 * one)
+    assert case.flops == 2 * 2 * (2 * 6 * 6 * 8 * 2) / 2  # two products, half of each masked
+    # A copy of the output and a product of the same work are at the ceiling.
+    row = bench.measure(case, CPU, {"bytes": 2 * one / 1e-3, "flops": case.flops / 2e-3})[0]
+    assert row["bandwidth"] == pytest.approx(1.0)
+    assert row["compute"] == pytest.approx(1.0)
+
+
+def test_stops_when_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    best = {"bytes": 1e6, "flops": 1e6}
+    shapes = ((1, 4), (2, 4))
+    rows = bench.run(["rms_norm"], ["1.3b"], shapes, CPU, best, math.inf)
+    assert [row["shape"] for row in rows] == ["1 x 4"] * 2 + ["2 x 4"] * 2
+    assert bench.run(["rms_norm"], ["1.3b"], shapes, CPU, best, -1.0) == []
+    assert "2 of 2 cases left out" in capsys.readouterr().out
+
+
+def test_ceilings_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    best = bench.ceilings(CPU, 32)
+    assert min(best.values()) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_refuses_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rondo.kernels.bench", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("no CUDA device here, and nothing else to time")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,137 @@
+"""What the Triton kernels share: the choice of the backend, products, configurations."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from rondo.kernels import backend, triton_support
+from rondo.kernels.triton_configs import CONFIGS
+from rondo.kernels.triton_support import chip_family, configurations, dot, launch, narrow
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.quick
+
+
+@triton.jit
+def product(a, b, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    result = dot(tl.load(a + at), tl.trans(tl.load(b + at)))
+    tl.store(out + at, narrow(result, out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_dot_and_narrow(dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    out = torch.empty_like(a)
+    product[(1,)](a, b, out, 16)
+    expected = a.double() @ b.double().T
+    torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_narrow_keeps_infinity() -> None:
+    a, b = torch.eye(16, device=DEVICE), torch.eye(16, device=DEVICE) * 3.4e38
+    out = torch.empty_like(a, dtype=torch.bfloat16)
+    product[(1,)](a, b, out, 16)
+    assert out.isinf().sum() == 16
+
+
+def choice(name: str, device: str = "cpu", refusal: str | None = None) -> Any:
+    functions = {"chunked": len, "triton": sum}
+    return backend.choose("op", name, functions, torch.device(device), refusal)
+
+
+def test_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level(logging.INFO, backend.logger.name):
+        assert choice("auto") is len  # even where the interpreter could run
+        assert choice("auto", "cuda") is sum
+        assert choice("auto", "cuda", "it is Tuesday") is len
+    assert "op runs on backend chunked (triton cannot: it is Tuesday)" in caplog.text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choice("auto", "cuda") is len
+    with pytest.raises(ModuleNotFoundError, match="pip install triton") as error:
+        choice("triton", "cuda")
+    assert error.value.name == "triton"
+
+
+def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choice("triton", "cuda") is sum
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert choice("triton") is sum
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match=r"needs CUDA tensors, got cpu; .* TRITON_INTERPRET=1"):
+        choice("triton")
+    with pytest.raises(ValueError, match="op: backend 'triton' cannot run: it is Tuesday"):
+        choice("triton", "cuda", "it is Tuesday")
+
+
+def test_tensors_that_no_kernel_takes() -> None:
+    class Other(torch.Tensor):
+        pass
+
+    plain = torch.ones(2)
+    assert backend.triton_refusal(plain, None, torch.nn.Parameter(plain), plain.long()) is None
+    refusal = backend.triton_refusal(plain, plain.double())
+    assert refusal == "it takes float32, bfloat16, float16, got float64"
+    refusal = backend.triton_refusal(plain.as_subclass(Other))
+    assert refusal == "it takes plain tensors, got Other"
+
+
+def test_rows_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {key: ({"SIZE": size},) for size, key in enumerate(("d64 sm90", "d64", "sm80", "*"))}
+    monkeypatch.setitem(CONFIGS, "op", rows)
+    sizes = [
+        configurations("op", shape, family)[0]["SIZE"]
+        for shape in ("d64", "d128")
+        for family in ("sm90", "sm80", "gfx942")
+    ]
+    assert sizes == [0, 1, 1, 3, 2, 3]
+    assert chip_family(CPU) == "sm80"
+
+
+def test_measured_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "chip")
+    monkeypatch.setattr(triton_support, "_measured", {})
+    measured: list[int] = []
+
+    def do_bench(run: Any, return_mode: str) -> float:
+        run()
+        return float(measured[-1])
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+
+    def start(config: dict[str, int]) -> None:
+        if config["SIZE"] == 1:
+            raise triton.runtime.errors.OutOfResources(9, 8, "shared memory")
+        measured.append(config["SIZE"])
+
+    candidates = tuple({"SIZE": size} for size in (7, 1, 3))
+    for _ in range(2):  # the second time from the file
+        assert triton_support._fastest("op", "d64", CPU, candidates, start) == {"SIZE": 3}
+        triton_support._measured.clear()
+    assert measured == [7, 3]
+    kept = json.loads(triton_support.cache_file().read_text())
+    assert kept == {f"op | d64 | chip | triton {triton.__version__}": {"SIZE": 3}}
+    other = ({"SIZE": 9}, {"SIZE": 8})  # the table has changed: measured again
+    assert triton_support._fastest("op", "d64", CPU, other, start) == {"SIZE": 8}
+
+
+def test_launch_takes_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIGS, "op", {"*": ({"SIZE": 1}, {"SIZE": 2})})
+    started: list[dict[str, int]] = []
+    launch("op", "d64", CPU, started.append)
+    assert started == [{"SIZE": 1}]
