@@ -26,3 +26,25 @@ for _name in ("rms_norm", "gated_rms_norm"):
         ),
     }
     CONFIGS[f"{_name}_backward"] = dict(CONFIGS[f"{_name}_forward"])
+
+# linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
+for _name in ("walk", "mix", "gradients"):
+    CONFIGS[f"linear_attention_{_name}"] = {
+        "half": ({"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},),
+        "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
+    }
+CONFIGS["linear_attention_gradients"]["float32"] = (
+    {"BK": 16, "BV": 16, "num_warps": 4, "num_stages": 2},
+)
+CONFIGS["linear_attention_gradients"]["float32 sm80"] = (
+    {"BK": 16, "BV": 32, "num_warps": 4, "num_stages": 2},
+)
+CONFIGS["linear_attention_mix"]["half"] = (
+    {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 3},
+)
+CONFIGS["linear_attention_score_gradients"] = {
+    "half": ({"BV": 64, "num_warps": 4, "num_stages": 2},),
+    "float32": ({"BV": 32, "num_warps": 4, "num_stages": 2},),
+}
+CONFIGS["linear_attention_step"] = {"*": ({"BK": 32, "BV": 32, "num_warps": 2, "num_stages": 1},)}
