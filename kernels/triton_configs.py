@@ -48,3 +48,11 @@ CONFIGS["linear_attention_score_gradients"] = {
     "float32": ({"BV": 32, "num_warps": 4, "num_stages": 2},),
 }
 CONFIGS["linear_attention_step"] = {"*": ({"BK": 32, "BV": 32, "num_warps": 2, "num_stages": 1},)}
+CONFIGS["linear_attention_key_scores"] = {"*": ({"num_warps": 4, "num_stages": 1},)}
+CONFIGS["linear_attention_key_gradients"] = {
+    "half": ({"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},),
+    "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},),
+}
+CONFIGS["linear_attention_gate_sums"] = {
+    "*": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},)
+}

@@ -124,8 +124,8 @@ def _refusal(
     k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
 ) -> str | None:
     """Why the Triton kernels cannot serve a call, or None. (q and k are cast to the dtype of v.)"""
-    if log_decay is not None and log_decay.dim() == 4:
-        return "it has no decay a key channel"
+    if log_decay is not None and log_decay.dim() == 4 and k.shape[3] > 256:
+        return f"with a decay a key channel it takes up to 256 of them, got {k.shape[3]}"
     return triton_refusal(v, log_decay, initial_state)
 
 

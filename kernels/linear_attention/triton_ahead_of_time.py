@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rondo.kernels.linear_attention.triton_key_calls import BLOCK
+from rondo.kernels.linear_attention.triton_key_gradients import key_gradients_kernel
+from rondo.kernels.linear_attention.triton_key_scores import gate_sums_kernel, key_scores_kernel
 from rondo.kernels.linear_attention.triton_outputs import (
     gradients_kernel,
     mix_kernel,
@@ -18,7 +21,7 @@ _STATES = dict.fromkeys(("first", "met", "last", "states", "dstates"), "*fp32")
 
 
 def _compilation(
-    name: str, kernel: Any, gate: int, tensors: str, dtype: str = "bf16", **constants: Any
+    name: str, kernel: Any, gate: int | None, tensors: str, dtype: str = "bf16", **constants: Any
 ) -> Compilation:
     """With documents and a float32 decay; `tensors` are of `dtype`."""
     float32 = dtype == "fp32"
@@ -27,30 +30,33 @@ def _compilation(
         **_STATES,
         **dict.fromkeys(tensors.split(), f"*{dtype}"),
         "g": "*fp32",
-        "dg": "*fp32",
+        **dict.fromkeys(("dg", "reads", "writes"), "*fp32"),
         "ids": "*i64",
         "scale": "fp32",
     }
-    sizes = {"GATE": gate, "G": 4, "H": 16, "K": 128, "V": 128}
+    sizes = {"GATE": gate, "G": 4, "H": 16, "K": 128, "V": 128, "BC": BLOCK}
     constants |= {name: size for name, size in sizes.items() if name in kernel.arg_names}
+    if name == "key_scores":
+        constants["BK"] = 128
     if "C" in kernel.arg_names:
         constants["C"] = 32 if float32 else 64
-    shape = "*" if name == "step" else "float32" if float32 else "half"
+    shape = "*" if name in ("step", "key_scores", "gate_sums") else "float32" if float32 else "half"
     return Compilation(f"linear_attention_{name}", kernel, signature, constants, shape)
 
 
 def compilations() -> list[Compilation]:
-    """Every kernel in the forms that use most registers and shared memory."""
+    """Every kernel, in the form that uses most registers and shared memory."""
     head, key = HEAD.value, KEY.value
-    reads, writes = "x y z out scores", "q k v do dq dk dscores"
+    reads, writes = "x y z out scores", "q k v do dq dk dscores scores"
     return [
         _compilation("walk", walk_kernel, key, reads, REVERSE=True),
-        _compilation("walk", walk_kernel, key, reads, "fp32", REVERSE=True),
         _compilation("mix", mix_kernel, head, reads, REVERSE=False, scores=None),
-        _compilation("mix", mix_kernel, head, reads, "fp32", REVERSE=True, scores=None),
         _compilation("mix", mix_kernel, key, reads, REVERSE=True, y=None),
         _compilation("score_gradients", score_gradients_kernel, head, writes),
         _compilation("gradients", gradients_kernel, head, writes),
         _compilation("gradients", gradients_kernel, head, writes, "fp32"),
+        _compilation("key_scores", key_scores_kernel, None, writes),
+        _compilation("key_gradients", key_gradients_kernel, None, writes),
+        _compilation("gate_sums", gate_sums_kernel, None, writes),
         _compilation("step", step_kernel, key, "q k v o"),
     ]

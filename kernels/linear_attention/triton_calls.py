@@ -48,6 +48,11 @@ class Problem(NamedTuple):
             return NONE.value
         return HEAD.value if self.log_decay.dim() == 3 else KEY.value
 
+    @property
+    def by_key(self) -> bool:
+        """Whether there is one decay a key channel."""
+        return self.gate == KEY.value
+
     def states(self, like: Tensor, chunks: int | None = None) -> Tensor:
         """Room for the states between chunks, `(B, N, H, K, V)`, or for one a row and head."""
         batch, _, _, heads, key_dim, value_dim, _ = self.sizes

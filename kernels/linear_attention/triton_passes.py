@@ -18,6 +18,7 @@ from rondo.kernels.linear_attention.triton_calls import (
     step,
     walk,
 )
+from rondo.kernels.linear_attention.triton_key_calls import key_gradients, key_scores
 from rondo.kernels.triton_support import opaque
 
 LARGEST_CHUNK = 64
@@ -73,7 +74,9 @@ def forward_pass(
     states, last = walk(problem, k, v, initial_state, v, store=q is not None)
     if q is None:
         return v.new_empty(0), last
-    return mix(problem, q.contiguous(), k, v, states, None, scale), last
+    q = q.contiguous()
+    scores = key_scores(problem, q, k, scale) if problem.by_key else None
+    return mix(problem, q, k, v, states, scores, scale), last
 
 
 def _fake_backward(
@@ -113,12 +116,18 @@ def backward_pass(
     problem = _problem(k, v, _contiguous(log_decay), _contiguous(segment_ids), chunk_size)
     do = _contiguous(do)
     queries = None if q is None or do is None else q.contiguous()
+    if problem.by_key and (queries is None or do is None):
+        queries, do = torch.zeros_like(k), torch.zeros_like(v)
     states, _ = walk(problem, k, v, _contiguous(initial_state), v)
     dstates, dfirst = walk(problem, queries, do, _contiguous(dlast), v, scale=scale, reverse=True)
     dscores = None if do is None else score_gradients(problem, v, do, scale)
-    dv = mix(problem, k, queries, do, dstates, None, scale, reverse=True)
-    between = (states, dstates)
-    dq, dk, dg = head_gradients(problem, queries, k, v, do, dscores, between, scale)
+    scores, between = None, (states, dstates)
+    if problem.by_key and queries is not None and do is not None and dscores is not None:
+        scores = key_scores(problem, queries, k, scale)
+        dq, dk, dg = key_gradients(problem, queries, k, v, do, dscores, between, scale)
+    else:
+        dq, dk, dg = head_gradients(problem, queries, k, v, do, dscores, between, scale)
+    dv = mix(problem, k, queries, do, dstates, scores, scale, reverse=True)
     return (
         nothing if q is None else dq,
         dk,

@@ -80,6 +80,24 @@ def row_factors(
 
 
 @triton.jit
+def sums_inside(
+    g,
+    left,
+    columns,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    AFTER: tl.constexpr,
+):
+    """`(C, columns)` log decays a key channel, g at the first of C positions of which `left` are in
+    the row: summed up to each one, or after each one."""
+    index = tl.arange(0, C) + AFTER
+    live = (index < C) & (index < left)
+    steps = load_rows(g, index, H * K, live, columns, K)
+    return tl.cumsum(steps.to(tl.float32), 0, reverse=AFTER)
+
+
+@triton.jit
 def key_factors(
     g,
     row,
@@ -93,11 +111,8 @@ def key_factors(
     LEAVE: tl.constexpr,
 ):
     """`(C, columns)`: as `row_factors`, for one decay a key channel, without documents."""
-    index = tl.arange(0, C) + LEAVE
-    live = (index < C) & (index < T - start)
-    steps = load_rows(g + ((row + start) * H + head) * K, index, H * K, live, columns, K)
-    steps = steps.to(tl.float32)
-    return tl.exp(tl.cumsum(steps, 0, reverse=LEAVE))
+    g += ((row + start) * H + head) * K
+    return tl.exp(sums_inside(g, T - start, columns, H, K, C, LEAVE))
 
 
 @triton.jit
