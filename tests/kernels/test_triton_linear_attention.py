@@ -120,6 +120,7 @@ def test_summary(gate: str) -> None:
             assert_ratio(name, x, y, 1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("gate", GATES)
 def test_decoding_continues_the_row(gate: str) -> None:
     case = on_device(make(6, gate, heads=(1, 2), dims=(40, 20), dtype=torch.float32))
@@ -156,6 +157,7 @@ def test_traces_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.quick
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"it takes float32, .* got float64"):
         make(3).run(backend="triton")
