@@ -57,3 +57,33 @@ CONFIGS["short_conv_backward"] = {
 # cross_entropy/triton.py: a program reads a row. The second kernel works in place: one row only.
 CONFIGS["target_logits"] = {"*": ({"BLOCK": 1024, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["cross_entropy_losses"] = {"*": ({"BLOCK": 4096, "num_warps": 8, "num_stages": 1},)}
+
+# linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
+for _name in ("walk", "mix", "gradients"):
+    CONFIGS[f"linear_attention_{_name}"] = {
+        "half": ({"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},),
+        "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
+    }
+CONFIGS["linear_attention_gradients"]["float32"] = (
+    {"BK": 16, "BV": 16, "num_warps": 4, "num_stages": 2},
+)
+CONFIGS["linear_attention_gradients"]["float32 sm80"] = (
+    {"BK": 16, "BV": 32, "num_warps": 4, "num_stages": 2},
+)
+CONFIGS["linear_attention_mix"]["half"] = (
+    {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 3},
+)
+CONFIGS["linear_attention_score_gradients"] = {
+    "half": ({"BV": 64, "num_warps": 4, "num_stages": 2},),
+    "float32": ({"BV": 32, "num_warps": 4, "num_stages": 2},),
+}
+CONFIGS["linear_attention_step"] = {"*": ({"BK": 32, "BV": 32, "num_warps": 2, "num_stages": 1},)}
+CONFIGS["linear_attention_key_scores"] = {"*": ({"num_warps": 4, "num_stages": 1},)}
+CONFIGS["linear_attention_key_gradients"] = {
+    "half": ({"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},),
+    "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},),
+}
+CONFIGS["linear_attention_gate_sums"] = {
+    "*": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},)
+}

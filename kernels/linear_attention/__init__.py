@@ -7,20 +7,36 @@ Linear attention and RetNet (arXiv 2307.08621), Mamba-2 (2405.21060), GLA (2312.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
-from rondo.kernels.backend import choose, full_precision
+from rondo.kernels.backend import choose, full_precision, triton_refusal
 from rondo.kernels.linear_attention import chunked, reference
 from rondo.kernels.linear_attention.summary import summarize
 from rondo.kernels.summary import DiagonalSummary
 
 __all__ = ["gated_linear_attention", "gated_linear_attention_summary"]
 
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from rondo.kernels.linear_attention import triton
+
+    return triton.gated_linear_attention(*arguments)
+
+
+def _triton_summary(*arguments: Any) -> DiagonalSummary:
+    from rondo.kernels.linear_attention import triton
+
+    return triton.summarize(*arguments)
+
+
 _IMPLEMENTATIONS = {
     "chunked": chunked.gated_linear_attention,
     "reference": reference.gated_linear_attention,
+    "triton": _triton,
 }
+_SUMMARIES = {"chunked": summarize, "triton": _triton_summary}
 
 
 def gated_linear_attention(
@@ -48,7 +64,7 @@ def gated_linear_attention(
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
         chunk_size: positions handled by one matmul; with a decay per key channel a multiple of
             16, of which the largest power of two below it is used. Changes rounding only.
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         o `(B, T, H, V)` in the dtype of v, and the state `(B, H, K, V)` after the last position,
@@ -69,7 +85,8 @@ def gated_linear_attention(
         scale = q.shape[3] ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f"scale is {scale}, expected a finite number")
-    run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device)
+    refusal = _refusal(k, v, log_decay, initial_state)
+    run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device, refusal)
     q, k = q.to(v.dtype), k.to(v.dtype)
     with full_precision(v.device):  # sums and states must stay float32
         return run(q, k, v, log_decay, scale, initial_state, segment_ids, chunk_size)
@@ -82,10 +99,11 @@ def gated_linear_attention_summary(
     *,
     segment_ids: Tensor | None = None,
     chunk_size: int = 64,
+    backend: str = "auto",
 ) -> DiagonalSummary:
     """What the row does to any state: `transition * state + summary.state` is the state after it.
 
-    Args: as for `gated_linear_attention`.
+    Args: as for `gated_linear_attention`; there is no "reference".
 
     Returns:
         transition `(B, H, 1, 1)`, or `(B, H, K, 1)` for a decay per key channel, 0 where a
@@ -93,11 +111,22 @@ def gated_linear_attention_summary(
         Both float32 (float64 for float64 inputs) and differentiable.
 
     Raises:
-        ValueError: a shape, dtype or size does not fit.
+        ValueError: a shape, dtype, size or backend does not fit.
     """
     _check(k, k, v, log_decay, segment_ids, chunk_size)
+    refusal = _refusal(k, v, log_decay, None)
+    run = choose("gated_linear_attention_summary", backend, _SUMMARIES, v.device, refusal)
     with full_precision(v.device):
-        return summarize(k.to(v.dtype), v, log_decay, segment_ids, chunk_size)
+        return run(k.to(v.dtype), v, log_decay, segment_ids, chunk_size)
+
+
+def _refusal(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
+) -> str | None:
+    """Why the Triton kernels cannot serve a call, or None. (q and k are cast to the dtype of v.)"""
+    if log_decay is not None and log_decay.dim() == 4 and k.shape[3] > 256:
+        return f"with a decay a key channel it takes up to 256 of them, got {k.shape[3]}"
+    return triton_refusal(v, log_decay, initial_state)
 
 
 def _check(

@@ -1,0 +1,62 @@
+"""The Triton kernels of gated linear attention as they are launched, to compile without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rondo.kernels.linear_attention.triton_key_calls import BLOCK
+from rondo.kernels.linear_attention.triton_key_gradients import key_gradients_kernel
+from rondo.kernels.linear_attention.triton_key_scores import gate_sums_kernel, key_scores_kernel
+from rondo.kernels.linear_attention.triton_outputs import (
+    gradients_kernel,
+    mix_kernel,
+    score_gradients_kernel,
+)
+from rondo.kernels.linear_attention.triton_states import step_kernel, walk_kernel
+from rondo.kernels.linear_attention.triton_tiles import HEAD, KEY
+from rondo.kernels.triton_support import Compilation
+
+_SIZES = {"B": "i32", "T": "i32"}
+_STATES = dict.fromkeys(("first", "met", "last", "states", "dstates"), "*fp32")
+
+
+def _compilation(
+    name: str, kernel: Any, gate: int | None, tensors: str, dtype: str = "bf16", **constants: Any
+) -> Compilation:
+    """With documents and a float32 decay; `tensors` are of `dtype`."""
+    float32 = dtype == "fp32"
+    signature = {
+        **_SIZES,
+        **_STATES,
+        **dict.fromkeys(tensors.split(), f"*{dtype}"),
+        "g": "*fp32",
+        **dict.fromkeys(("dg", "reads", "writes"), "*fp32"),
+        "ids": "*i64",
+        "scale": "fp32",
+    }
+    sizes = {"GATE": gate, "G": 4, "H": 16, "K": 128, "V": 128, "BC": BLOCK}
+    constants |= {name: size for name, size in sizes.items() if name in kernel.arg_names}
+    if name == "key_scores":
+        constants["BK"] = 128
+    if "C" in kernel.arg_names:
+        constants["C"] = 32 if float32 else 64
+    shape = "*" if name in ("step", "key_scores", "gate_sums") else "float32" if float32 else "half"
+    return Compilation(f"linear_attention_{name}", kernel, signature, constants, shape)
+
+
+def compilations() -> list[Compilation]:
+    """Every kernel, in the form that uses most registers and shared memory."""
+    head, key = HEAD.value, KEY.value
+    reads, writes = "x y z out scores", "q k v do dq dk dscores scores"
+    return [
+        _compilation("walk", walk_kernel, key, reads, REVERSE=True),
+        _compilation("mix", mix_kernel, head, reads, REVERSE=False, scores=None),
+        _compilation("mix", mix_kernel, key, reads, REVERSE=True, y=None),
+        _compilation("score_gradients", score_gradients_kernel, head, writes),
+        _compilation("gradients", gradients_kernel, head, writes),
+        _compilation("gradients", gradients_kernel, head, writes, "fp32"),
+        _compilation("key_scores", key_scores_kernel, None, writes),
+        _compilation("key_gradients", key_gradients_kernel, None, writes),
+        _compilation("gate_sums", gate_sums_kernel, None, writes),
+        _compilation("step", step_kernel, key, "q k v o"),
+    ]
