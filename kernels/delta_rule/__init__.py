@@ -126,8 +126,6 @@ def _refusal(most: int, k: Tensor, *others: Tensor | None) -> str | None:
     """Why the Triton kernels cannot run, or None; they hold `most` key channels."""
     if not 1 <= k.shape[3] <= most:
         return f"it takes keys of 1 to {most} numbers here, got {k.shape[3]}"
-    if others[-1] is not None and others[-1].dim() == 4:
-        return "a decay of its own for each key channel is not proven there yet"
     return triton_refusal(k, *others)
 
 

@@ -9,9 +9,11 @@ import torch
 from rondo.kernels.delta_rule.triton_calls import LARGEST_CHUNK, shape_class
 from rondo.kernels.delta_rule.triton_gradients import pairs_kernel, readers_kernel
 from rondo.kernels.delta_rule.triton_inverse import inverse_kernel, transform_kernel
+from rondo.kernels.delta_rule.triton_key_gradients import key_gate_kernel, key_readers_kernel
+from rondo.kernels.delta_rule.triton_keys import scores_kernel
 from rondo.kernels.delta_rule.triton_outputs import mix_kernel
 from rondo.kernels.delta_rule.triton_states import step_kernel, walk_kernel
-from rondo.kernels.delta_rule.triton_tiles import HEAD
+from rondo.kernels.delta_rule.triton_tiles import HEAD, KEY
 from rondo.kernels.triton_support import Compilation
 
 _FLOATS = dict.fromkeys(("g", "beta", "first", "last", "dbeta", "dg", "since", "until"), "*fp32")
@@ -40,19 +42,21 @@ def _compilation(
 
 
 def ahead_of_time() -> list[Compilation]:
-    """Every kernel in the forms that use most registers and shared memory."""
-    head = HEAD.value
+    """Every kernel in the forms that use most registers and shared memory, few: they take long."""
+    head, key = HEAD.value, KEY.value
     usual, wide, summary = (128, 128), (256, 512), (128, 256)
     return [
-        _compilation("inverse", inverse_kernel, head, usual),
         _compilation("transform", transform_kernel, head, summary, "fp32"),
-        _compilation("walk", walk_kernel, head, usual, REVERSE=True),
         _compilation("walk", walk_kernel, head, wide, REVERSE=True),
         _compilation("walk", walk_kernel, head, summary, "fp32", REVERSE=True),
         _compilation("mix", mix_kernel, head, usual, REVERSE=False, scores=None),
-        _compilation("mix", mix_kernel, head, usual, "fp32", REVERSE=False, scores=None),
         _compilation("pairs", pairs_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual, "fp32"),
         _compilation("step", step_kernel, head, wide),
+        _compilation("inverse", inverse_kernel, key, usual),
+        _compilation("scores", scores_kernel, key, usual),
+        _compilation("walk", walk_kernel, key, usual, REVERSE=True),
+        _compilation("key_readers", key_readers_kernel, key, usual),
+        _compilation("key_gate", key_gate_kernel, key, usual),
     ]
