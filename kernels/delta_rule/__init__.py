@@ -6,15 +6,35 @@ Sources: DeltaNet (arXiv 2406.06484), Gated DeltaNet (arXiv 2412.06464), beta up
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose
+from rondo.kernels.backend import choose, triton_refusal
 from rondo.kernels.delta_rule.chunked import chunked, chunked_summary
 from rondo.kernels.delta_rule.reference import reference
 from rondo.kernels.summary import MatrixSummary
 
-_IMPLEMENTATIONS = {"chunked": chunked, "reference": reference}
+TRITON_KEYS = 256
+TRITON_FLOAT32_KEYS = 128
+"""The most key channels of a head that the Triton kernels hold in registers."""
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from rondo.kernels.delta_rule import triton
+
+    return triton.gated_delta_rule(*arguments)
+
+
+def _triton_summary(*arguments: Any) -> MatrixSummary:
+    from rondo.kernels.delta_rule import triton
+
+    return triton.summary(*arguments)
+
+
+_IMPLEMENTATIONS = {"chunked": chunked, "reference": reference, "triton": _triton}
+_SUMMARIES = {"chunked": chunked_summary, "triton": _triton_summary}
 
 
 def gated_delta_rule(
@@ -67,7 +87,9 @@ def gated_delta_rule(
     else:
         _expect("initial_state", initial_state, shape)
         state = initial_state.to(kind)
-    run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device)
+    most = TRITON_FLOAT32_KEYS if v.dtype == torch.float32 else TRITON_KEYS
+    refusal = _refusal(most, k, q, v, beta, log_decay)
+    run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
     scale = k.shape[3] ** -0.5 if scale is None else scale
     return run(q, k, v, beta, log_decay, scale, state, segment_ids, chunk_size)
 
@@ -80,6 +102,7 @@ def gated_delta_rule_summary(
     *,
     segment_ids: Tensor | None = None,
     chunk_size: int = 64,
+    backend: str = "auto",
 ) -> MatrixSummary:
     """What the whole row does to a state: `S_out = transition @ S_in + state`.
 
@@ -94,7 +117,16 @@ def gated_delta_rule_summary(
         ValueError: a shape, dtype or option does not fit.
     """
     _check(k, v, beta, log_decay, segment_ids, chunk_size)
-    return chunked_summary(k, v, beta, log_decay, segment_ids, chunk_size)
+    refusal = _refusal(TRITON_FLOAT32_KEYS, k, v, beta, log_decay)
+    run = choose("gated_delta_rule_summary", backend, _SUMMARIES, v.device, refusal)
+    return run(k, v, beta, log_decay, segment_ids, chunk_size)
+
+
+def _refusal(most: int, k: Tensor, *others: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot run, or None; they hold `most` key channels."""
+    if not 1 <= k.shape[3] <= most:
+        return f"it takes keys of 1 to {most} numbers here, got {k.shape[3]}"
+    return triton_refusal(k, *others)
 
 
 def _check(
