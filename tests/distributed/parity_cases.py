@@ -14,7 +14,7 @@ from rondo.kernels.segments import document_positions
 from rondo.models import ModelConfig
 from rondo.parallel.bounds import keep_bounds
 from rondo.parallel.build import ParallelModel
-from rondo.parallel.config import ParallelConfig
+from rondo.parallel.config import Engine, ParallelConfig
 from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.load import move_biases, take_loads
 from rondo.parallel.mesh import Layout, Ranks, make_mesh
@@ -42,6 +42,7 @@ class Run:
     rows: int = ROWS
     time: int = TIME
     packed: bool = True
+    engine: Engine = "native"
 
 
 def data(run: Run) -> MicroBatch:
@@ -94,6 +95,7 @@ def train_one(run: Run) -> dict[str, Any]:
         activation_checkpointing=run.checkpointing,
         cp_exchange=run.exchange,
         ep=run.ep,
+        engine=run.engine,
     )
     model = ParallelModel(
         run.config,
