@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -230,6 +230,15 @@ def part_losses(
     return model.hidden_loss(output.hidden, batch.targets, reduction=reduction), output.aux
 
 
+def tensor_parallel(engine: str) -> Callable[[Decoder, DeviceMesh], None]:
+    """What divides a model over tensor-parallel ranks under `engine`."""
+    if engine != "megatron":
+        return shard_tensors
+    from rondo.parallel.engines.megatron import shard_with_megatron  # takes seconds
+
+    return shard_with_megatron
+
+
 def build_part(
     config: ModelConfig,
     layers: range,
@@ -253,7 +262,7 @@ def build_part(
     if experts is not None:
         shard_experts(part, experts)
     if mesh is not None and layout.tp > 1:
-        shard_tensors(part, submesh(mesh, "tp"))
+        tensor_parallel(parallel.engine)(part, submesh(mesh, "tp"))
     for block in part.blocks.values():
         checkpoint_block(block, parallel.activation_checkpointing)
         if compile:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Exchange = Literal["all_gather", "ring"]
-Engine = Literal["native", "deepspeed"]
+Engine = Literal["native", "deepspeed", "megatron"]
 Offload = Literal["none", "cpu", "nvme"]
 
 
@@ -64,5 +64,5 @@ class ParallelConfig:
     zero_bubble schedule."""
     engine: Engine = "native"
     """Who holds and updates parameters: torch (FSDP2), or DeepSpeed's ZeRO, which shares them out
-    over dp_shard alone."""
+    over dp_shard alone. 'megatron' is torch with Megatron-Core's layers over tp."""
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)

@@ -152,10 +152,10 @@ def process_group(config: ParallelConfig) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if size == 1 and config.engine == "native":
+    if size == 1 and config.engine != "deepspeed":
         yield Ranks(0, 1, device, None)
         return
-    # Other engines want a group, even of one process that no launcher started.
+    # DeepSpeed wants a group, even of one process that no launcher started.
     alone: dict[str, Any] = (
         {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     )

@@ -48,13 +48,10 @@ def sharding_word(module: Mixer | ChannelMixer, name: str) -> str:
 
 def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
     """Divides `model` (on the meta device) over the one-dimensional `mesh`, in place."""
-    group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-    for module in model.modules():
-        if isinstance(module, Mixer):
-            heads = next(iter(module.heads(module.config, module.options).values()))
-            module.first_head = rank * (heads // size)
+    group, size = mesh.get_group(), mesh.size()
+    set_first_heads(model, mesh)
     for module in outermost(model):
-        _shard_module(module, mesh)
+        shard_module(module, mesh)
         module.register_forward_pre_hook(functools.partial(_gather_inputs, group))
         module.register_forward_hook(functools.partial(_scatter_outputs, group))
     vocabulary = Vocabulary(model.config.vocab_size, group)
@@ -72,6 +69,14 @@ def shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
                 distribute(module, name, mesh, Replicate())
         if next(module.parameters(recurse=False), None) is not None:
             compute_locally(module)
+
+
+def set_first_heads(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Tells every mixer which of its heads this rank has first."""
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            heads = next(iter(module.heads(module.config, module.options).values()))
+            module.first_head = mesh.get_local_rank() * (heads // mesh.size())
 
 
 def outermost(model: nn.Module) -> Iterator[Mixer | ChannelMixer]:
@@ -97,7 +102,8 @@ def replicated(param: Tensor) -> bool:
     return "tp" in names and param.placements[names.index("tp")].is_replicate()
 
 
-def _shard_module(module: Mixer | ChannelMixer, mesh: DeviceMesh) -> None:
+def shard_module(module: Mixer | ChannelMixer, mesh: DeviceMesh) -> None:
+    """Divides the parameters of a mixer as its words say, and its norms over all heads."""
     for name, param in list(module.named_parameters()):
         word = sharding_word(module, name)
         owner, _, leaf = name.rpartition(".")

@@ -42,6 +42,10 @@ class Vocabulary:
         index, own = self.local(tokens)
         return scatter_time(F.embedding(index, weight) * own[..., None], self.group)
 
+    def whole(self, hidden: Tensor) -> Tensor:
+        """All of `hidden` `(B, T / P, D)` on every rank; gradients are summed over ranks."""
+        return gather_time(hidden, self.group)
+
     def cross_entropy(
         self,
         hidden: Tensor,
@@ -53,7 +57,7 @@ class Vocabulary:
     ) -> Tensor:
         """`kernels.linear_cross_entropy` of `hidden` `(B, T / P, D)`, divided along time, and a
         divided `weight`; `targets` `(B, T)` are whole. The same result on every rank."""
-        hidden = gather_time(hidden, self.group).flatten(0, 1)
+        hidden = self.whole(hidden).flatten(0, 1)
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         flat = targets.flatten()
         valid = flat != ignore_index

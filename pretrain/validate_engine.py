@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rondo.models.config import problems as model_problems
+from rondo.models.registry import FFNS
 from rondo.parallel.config import DeepSpeedOptions
 from rondo.parallel.engines.deepspeed_config import config_problems
 from rondo.pretrain.recipe import Recipe
@@ -22,8 +24,29 @@ def engine_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     config = recipe.parallel
     if config.engine == "deepspeed":
         yield from _deepspeed(recipe, world_size)
-    elif config.deepspeed != DeepSpeedOptions():
+        return
+    if config.engine == "megatron":
+        yield from _megatron(recipe)
+    if config.deepspeed != DeepSpeedOptions():
         yield f"parallel.deepspeed: counts with parallel.engine deepspeed only, got {config.engine}"
+
+
+def _megatron(recipe: Recipe) -> Iterator[str]:
+    config, layers = recipe.parallel, recipe.model.layers
+    for key in ("pp", "cp", "ep"):
+        if (size := getattr(config, key)) > 1:
+            yield (
+                f"parallel.{key}: {size} ranks, but Megatron's layers are used over tp and data "
+                "ranks alone; use parallel.engine native"
+            )
+    if model_problems(recipe.model):
+        return  # told elsewhere
+    for name in sorted({spec.ffn for spec in layers()} - {"none"}):
+        if FFNS[name].carried(recipe.model) or FFNS[name].losses(recipe.model):
+            yield (
+                f"model.pattern: {name} hands something on from layer to layer, which Megatron's "
+                "layers do not know; use parallel.engine native"
+            )
 
 
 def _deepspeed(recipe: Recipe, world_size: int | None) -> Iterator[str]:

@@ -22,7 +22,7 @@ from rondo.models import Decoder, ModelConfig
 from rondo.models.block import Block
 from rondo.models.mixer import Mixer
 from rondo.parallel.build import ParallelModel, part_losses
-from rondo.parallel.config import ParallelConfig
+from rondo.parallel.config import DeepSpeedOptions, ParallelConfig
 from rondo.parallel.engines.deepspeed_config import deepspeed_config
 from rondo.parallel.engines.native import NativeEngine, Updates
 from rondo.parallel.mesh import Ranks
@@ -43,6 +43,7 @@ class DeepSpeedEngine(NativeEngine):
         **options: Any,
     ) -> None:
         deepspeed = _prepare(ranks.device)
+        _check_disk(parallel.deepspeed)
         from rondo.parallel.engines import zero  # imports DeepSpeed
 
         self._tools = zero
@@ -159,3 +160,16 @@ def _prepare(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _check_disk(options: DeepSpeedOptions) -> None:
+    """Raises UserError where something is to be kept on a disk that DeepSpeed cannot read from."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    places = {key: getattr(options, key) for key in ("offload_optimizer", "offload_parameters")}
+    on_disk = next((key for key, place in places.items() if place == "nvme"), None)
+    if on_disk is not None and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            f"parallel.deepspeed.{on_disk}: nvme needs libaio and its headers to compile "
+            "DeepSpeed's async_io (apt-get install libaio-dev); or take cpu"
+        )

@@ -170,10 +170,15 @@ class ZeroTensors:
     def _make_state(self) -> None:
         """Gives AdamW the state that it makes in its first step otherwise: DeepSpeed looks for it
         after the update of the first group of parameters, when others have none."""
-        for vector in self._vectors:
+        for number, vector in enumerate(self._vectors):
+            on_disk = self._divided and self.zero._swappable_optimizer_subgroup(number)
+            if on_disk:
+                self.zero._optimizer_states_and_gradient_swap_in(number)
             step = torch.zeros((), dtype=torch.float32, device=vector.device)
             moments = {key: torch.zeros_like(vector) for key in MOMENTS}
             self.adamw.state[vector] = {"step": step, **moments}
+            if on_disk:
+                self.zero._optimizer_states_and_gradient_swap_out(number)
         if not self._divided:
             self.zero._lazy_init_hp_params_optimizer_state()
 

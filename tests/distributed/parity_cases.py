@@ -15,7 +15,7 @@ from rondo.models import ModelConfig
 from rondo.models.ffn.moe import mixture_layers
 from rondo.parallel.bounds import keep_bounds
 from rondo.parallel.build import ParallelModel
-from rondo.parallel.config import ParallelConfig
+from rondo.parallel.config import Engine, ParallelConfig
 from rondo.parallel.data_parallel import scale_gradients
 from rondo.parallel.load import move_biases, take_loads
 from rondo.parallel.mesh import Layout, Ranks, make_mesh
@@ -44,6 +44,7 @@ class Run:
     rows: int = ROWS
     time: int = TIME
     packed: bool = True
+    engine: Engine = "native"
 
 
 def data(run: Run) -> MicroBatch:
@@ -102,6 +103,7 @@ def train_one(run: Run) -> dict[str, Any]:
         activation_checkpointing=run.checkpointing,
         cp_exchange=run.exchange,
         ep=run.ep,
+        engine=run.engine,
     )
     model = ParallelModel(
         run.config,

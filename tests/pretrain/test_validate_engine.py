@@ -60,6 +60,17 @@ def test_what_deepspeed_cannot_do(options: list[str], words: list[str]) -> None:
     assert all(word in found for word in words), found
 
 
+@pytest.mark.parametrize("key", ["pp", "cp", "ep"])
+def test_megatron_divides_over_tp_and_data_alone(key: str) -> None:
+    found = problems(2, "--parallel.engine=megatron", f"--parallel.{key}=2")
+    assert f"parallel.{key}: 2 ranks, but Megatron" in found
+
+
+def test_megatron_knows_no_routers() -> None:
+    found = problems(2, "--parallel.engine=megatron", "--model.pattern=[attention+moe]")
+    assert "model.pattern: moe" in found
+
+
 def test_options_of_another_engine() -> None:
     found = problems(1, "--parallel.deepspeed.zero_stage=3")
     assert "parallel.deepspeed" in found and "got native" in found
