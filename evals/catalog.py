@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from rondo.errors import UserError
-from rondo.evals import needle, ruler
+from rondo.evals import needle, positions, ruler
 from rondo.evals.local_data import find_file, read_rows
 from rondo.evals.tasks import KINDS, examples
 from rondo.pretrain.data import Tokenizer
@@ -89,7 +89,11 @@ class Catalog:
 
 def known() -> list[str]:
     """Our tasks; SIZE stands for a number."""
-    return [TEXT_TASK, *(f"{kind}_SIZE" for kind in (*KINDS, *needle.KINDS, *ruler.KINDS))]
+    return [
+        TEXT_TASK,
+        f"{positions.KIND}_SIZE",
+        *(f"{kind}_SIZE" for kind in (*KINDS, *needle.KINDS, *ruler.KINDS)),
+    ]
 
 
 def kind_and_size(name: str) -> tuple[str, int] | None:

@@ -53,8 +53,9 @@ TASKS = {
 class ShortTasksConfig:
     """Which cells of the table are made, and where."""
 
-    mixers: str = "attention,gated_deltanet,reflecting,slstm"
-    """Rows: mixers of the recipe `short-tasks`, with commas between them."""
+    mixers: str = "attention,previous/attention,gated_deltanet,reflecting,slstm"
+    """Rows: mixers of the recipe `short-tasks`, with commas between them; a slash between those of
+    the first and the second layer where they differ."""
     tasks: str = "mqar_small,parity,s3"
     """Columns: mqar_small, parity, s3."""
     seeds: int = 1
@@ -88,9 +89,13 @@ def table(config: ShortTasksConfig) -> int:
         data = _data(task, config, folder)
         for mixer in mixers:
             for seed in range(config.seeds):
-                name = f"{task}-{mixer}-{seed}"
+                name = f"{task}-{mixer.replace('/', '-')}-{seed}"
                 console.print(f"{name}", highlight=False)
-                words = [f"--model.pattern=[{mixer}]", f"--seed={seed}", f"--name={name}"]
+                words = [
+                    f"--model.pattern=[{mixer.replace('/', ', ')}]",
+                    f"--seed={seed}",
+                    f"--name={name}",
+                ]
                 words += [f"--output_dir={folder}", f"--data.sources=[{{path: {data}}}]"]
                 words += [f"--steps={config.steps}", f"--optimizer.lr={config.lr}"]
                 run = load_recipe("short-tasks", words)
