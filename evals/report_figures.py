@@ -222,7 +222,8 @@ def _finish(
     if not figure.data:
         return None
     if log_x:
-        figure.update_xaxes(type="log", exponentformat="none", dtick="D1", tickformat=",d")
+        ticks = [4**k for k in range(12)]
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
     # A logarithmic axis within a decade may have no tick at all.
     axis = {"type": "log", "exponentformat": "power"} if log and _decades(figure) else {}
     figure.update_yaxes(title={"text": y}, automargin=True, **axis)

@@ -26,8 +26,8 @@ def mqar(
 
 
 def mqar_small(draw: random.Random, size: int) -> tuple[str, str]:
-    """`mqar` with 256 keys and 256 values: a vocabulary for small models."""
-    return mqar(draw, size, (0, 256, 512))
+    """`mqar` with 64 keys and 64 values: a vocabulary for small models."""
+    return mqar(draw, size, (0, 64, 128))
 
 
 def mqar_twice(draw: random.Random, size: int) -> tuple[str, str]:
