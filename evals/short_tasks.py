@@ -77,6 +77,8 @@ class ShortTasksConfig:
     """Steps of a run."""
     lr: float = 3e-3
     """Peak learning rate."""
+    init_std: float = 0.02
+    """Initial size of weights; attention learns to match keys sooner with 0.1."""
 
 
 def table(config: ShortTasksConfig) -> int:
@@ -118,6 +120,7 @@ def _recipe(config: ShortTasksConfig, task: str, mixer: str, seed: int, data: Pa
         "model.pattern": f"[{mixer.replace('/', ', ')}]",
         "data.sources": f"[{{path: {data}}}]",
         "optimizer.lr": config.lr,
+        "model.init_std": config.init_std,
     }
     given = [f"--{key}={value}" for key, value in words.items()]
     return load_recipe("short-tasks", [*TASKS[task].settings, *given])
