@@ -83,13 +83,14 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of the strings in `until`, `max_gen_toks` or `eod`."""
         prompts = [self.tok_encode(r.args[0]) or [self.eot_token_id] for r in requests]
-        keys = [json.dumps([len(p), r.args[1]]) for p, r in zip(prompts, requests, strict=True)]
+        given: list[Any] = [[*request.args][1] for request in requests]
+        keys = [json.dumps([len(p), o]) for p, o in zip(prompts, given, strict=True)]
         mine = self._share(range(len(requests)))
         order = sorted(mine, key=keys.__getitem__)
         groups = [list(same) for _, same in groupby(order, keys.__getitem__)]
         texts = {}
         for group in self._track(groups, "answers", disable_tqdm):
-            options = requests[group[0]].args[1]
+            options = given[group[0]]
             # Draws of rows read together would depend on each other.
             size = 1 if _temperature(options) else self.batch_size
             for start in range(0, len(group), size):

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from rondo.errors import UserError
-from rondo.evals import needle
+from rondo.evals import needle, positions, ruler
 from rondo.evals.local_data import find_file, read_rows
 from rondo.evals.tasks import KINDS, examples
 from rondo.pretrain.data import Tokenizer
@@ -89,13 +89,17 @@ class Catalog:
 
 def known() -> list[str]:
     """Our tasks; SIZE stands for a number."""
-    return [TEXT_TASK, *(f"{kind}_SIZE" for kind in (*KINDS, *needle.KINDS))]
+    return [
+        TEXT_TASK,
+        f"{positions.KIND}_SIZE",
+        *(f"{kind}_SIZE" for kind in (*KINDS, *needle.KINDS, *ruler.KINDS)),
+    ]
 
 
 def kind_and_size(name: str) -> tuple[str, int] | None:
     """Of a task from a seed, `mqar_16`; None for all others."""
     match = re.fullmatch(r"(\w+)_(\d+)", name)
-    if match is None or match[1] not in (*KINDS, *needle.KINDS):
+    if match is None or match[1] not in (*KINDS, *needle.KINDS, *ruler.KINDS):
         return None
     return match[1], int(match[2])
 
@@ -145,15 +149,26 @@ def _generated_task(name: str, sources: Sources) -> ConfigurableTask:
     def build(**_: Any) -> Any:
         return _splits([{"prompt": p, "answer": a} for p, a in texts(name, sources)])
 
+    how: dict[str, Any] = {"output_type": "loglikelihood", "metric_list": _MEAN}
+    if name.startswith(tuple(ruler.KINDS)):
+        how = {
+            "output_type": "generate_until",
+            "generation_kwargs": {
+                "until": [],
+                "do_sample": False,
+                "max_gen_toks": ruler.NEW_TOKENS,
+            },
+            "process_results": ruler.found_value,
+            "metric_list": _MEAN[:1],
+        }
     return ConfigurableTask(
         config={
             **_dataset(build),
+            **how,
             "task": name,
-            "output_type": "loglikelihood",
             "doc_to_text": "{{prompt}}",
             "doc_to_target": "{{answer}}",
             "target_delimiter": "",
-            "metric_list": _MEAN,
             "metadata": {"version": 1.0},
         }
     )
@@ -169,7 +184,7 @@ def texts(name: str, sources: Sources) -> list[tuple[str, str]]:
     if kind in KINDS:
         found = islice(examples(kind, size, "test", seed=sources.seed), sources.samples)
         return [(each.prompt, each.answer) for each in found]
-    drawn = needle.samples(
+    drawn = (ruler if kind in ruler.KINDS else needle).samples(
         kind,
         size,
         sources.samples,

@@ -66,6 +66,7 @@ def sections(runs: Sequence[RunData]) -> Iterator[Section]:
     yield Section(
         "Evaluation by checkpoint", report_text.EVALS, [*_panels(_of_scores(runs)), *_jobs(runs)]
     )
+    yield Section("By position", report_text.POSITIONS, _panels(_of_positions(runs)))
     yield Section("Stages and forgetting", report_text.FORGETTING, _panels(_of_forgetting(runs)))
     yield Section("Load of experts", report_text.EXPERTS, _panels(_of_experts(runs)))
     yield Section("Norms", report_text.NORMS, _panels(_of_norms(runs)))
@@ -73,6 +74,10 @@ def sections(runs: Sequence[RunData]) -> Iterator[Section]:
         yield Section("What differs between the recipes", report_text.RECIPES, [_differences(runs)])
 
 
+_STATES = {
+    "largest_norm": "Largest norm of a head's state",
+    "effective_rank": "Effective rank of states",
+}
 _Figure = tuple[str, go.Figure | None]
 
 
@@ -96,6 +101,15 @@ def _of_speed(runs: Sequence[RunData]) -> Iterator[_Figure]:
 def _of_scores(runs: Sequence[RunData]) -> Iterator[_Figure]:
     for label in sorted({label for run in runs for label in run.scores}):
         yield label, figures.scores(runs, label)
+
+
+def _of_positions(runs: Sequence[RunData]) -> Iterator[_Figure]:
+    for task in sorted({task for run in runs for task in run.positions}):
+        yield f"Loss, {task}", figures.by_position(runs, task)
+        for run in runs:
+            for measure, title in _STATES.items():
+                shown = _titled(f"{title}, {task}", run, runs)
+                yield shown, figures.states(run, task, measure, title.lower())
 
 
 def _of_forgetting(runs: Sequence[RunData]) -> Iterator[_Figure]:

@@ -27,6 +27,18 @@ class Score:
     """Standard error, where the harness gives one."""
 
 
+@dataclass(frozen=True)
+class ByPosition:
+    """What `rondo eval` found by position in texts of one length."""
+
+    step: int
+    """Steps of the checkpoint."""
+    trained: int | None
+    """Tokens of a sequence in training."""
+    curves: dict[str, dict[int, float]]
+    """Measure, with its layer, by position."""
+
+
 @dataclass
 class RunData:
     """One run."""
@@ -40,6 +52,8 @@ class RunData:
     """By dotted key."""
     scores: dict[str, list[Score]] = field(default_factory=dict)
     """By "task metric", in order of steps."""
+    positions: dict[str, ByPosition] = field(default_factory=dict)
+    """By task, of the newest checkpoint that has it."""
     jobs: list[dict[str, Any]] = field(default_factory=list)
     """What the eval jobs say of themselves."""
     forgetting: dict[str, Any] | None = None
@@ -108,6 +122,7 @@ def read_run(path: Path, name: str) -> RunData:
         rows=found,
         recipe=_recipe(path),
         scores=_scores(path),
+        positions=_positions(path),
         jobs=[_json(file) for file in sorted((path / "evals" / "jobs").glob("step-*/job.json"))],
         forgetting=_forgetting(path),
         elapsed=_elapsed(path),
@@ -173,6 +188,23 @@ def _scores(path: Path) -> dict[str, list[Score]]:
                     score = Score(int(step), value, error if _is_number(error) else None)
                     found.setdefault(label, []).append(score)
     return {label: sorted(scores, key=lambda each: each.step) for label, scores in found.items()}
+
+
+def _positions(path: Path) -> dict[str, ByPosition]:
+    found = {}
+    for file in sorted((path / "evals").glob("step-*/positions_*.json")):
+        step, result = file.parent.name[5:], _json(file)
+        curves = result.get("curves")
+        if not step.isdecimal() or not isinstance(curves, dict):
+            continue
+        points = {
+            str(name): {int(at): v for at, v in curve.items() if _is_number(v)}
+            for name, curve in curves.items()
+            if isinstance(curve, dict)
+        }
+        trained = result.get("configs", {}).get(file.stem, {}).get("trained_length")
+        found[file.stem] = ByPosition(int(step), trained, points)
+    return found
 
 
 def _forgetting(path: Path) -> dict[str, Any] | None:

@@ -149,7 +149,44 @@ def scores(runs: Sequence[RunData], label: str) -> go.Figure | None:
                 mode="lines+markers",
                 line=_line(index),
             )
+    values = [score.value for run in runs for score in run.scores.get(label, ())]
+    if values and not any(values):  # which plotly would put in the middle of -1 to 1
+        figure.update_yaxes(range=[0, 1])
     return _finish(figure, label.partition(" ")[2])
+
+
+def by_position(runs: Sequence[RunData], task: str) -> go.Figure | None:
+    """Loss by the number of tokens before, a line a run; dots where training ended."""
+    figure = go.Figure()
+    for index, run in enumerate(runs):
+        if (found := run.positions.get(task)) and (loss := found.curves.get("loss")):
+            _points(figure, loss, f"{run.name}, step {found.step}", index)
+            _mark(figure, found.trained, index)
+    return _finish(figure, _LOSS, x="tokens before", log_x=True)
+
+
+def states(run: RunData, task: str, measure: str, title: str) -> go.Figure | None:
+    """A measure of states by the number of tokens read, a line a layer."""
+    figure, found = go.Figure(), run.positions.get(task)
+    for name, points in found.curves.items() if found else ():
+        if name.startswith(f"{measure}/"):
+            layer = int(name.partition("/")[2])
+            _points(figure, points, f"layer {layer}", layer)
+    if found and figure.data:
+        _mark(figure, found.trained, 7)
+    return _finish(figure, title, log=True, x="tokens read", log_x=True)
+
+
+def _points(figure: go.Figure, points: dict[int, float], name: str, index: int) -> None:
+    x, y = list(points), list(points.values())
+    figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line=_line(index))
+
+
+def _mark(figure: go.Figure, length: int | None, index: int) -> None:
+    """The length of a sequence in training."""
+    if length:
+        line = {"color": color(index), "width": 1, "dash": "dot"}
+        figure.add_vline(x=length, line=line)
 
 
 def forgetting(run: RunData) -> go.Figure | None:
@@ -179,9 +216,14 @@ def _line(index: int) -> dict[str, object]:
     return {"color": color(index), "width": 1.8}
 
 
-def _finish(figure: go.Figure, y: str, *, x: str = "step", log: bool = False) -> go.Figure | None:
+def _finish(
+    figure: go.Figure, y: str, *, x: str = "step", log: bool = False, log_x: bool = False
+) -> go.Figure | None:
     if not figure.data:
         return None
+    if log_x:
+        ticks = [4**k for k in range(12)]
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
     # A logarithmic axis within a decade may have no tick at all.
     axis = {"type": "log", "exponentformat": "power"} if log and _decades(figure) else {}
     figure.update_yaxes(title={"text": y}, automargin=True, **axis)
@@ -193,7 +235,7 @@ def _finish(figure: go.Figure, y: str, *, x: str = "step", log: bool = False) ->
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 10, "r": 10, "t": 10, "b": 10},
         legend={"orientation": "h", "y": -0.35, "yanchor": "top", "x": 0, "traceorder": "normal"},
-        showlegend=len(figure.data) > 1,
+        showlegend=len(list(figure.data)) > 1,
         hovermode="closest",
     )
     return figure
@@ -201,5 +243,6 @@ def _finish(figure: go.Figure, y: str, *, x: str = "step", log: bool = False) ->
 
 def _decades(figure: go.Figure) -> bool:
     """Whether the values are positive and span more than a decade."""
-    values = [value for trace in figure.data for value in trace.y]
+    traces: Any = figure.data
+    values = [value for trace in traces for value in trace.y]
     return min(values) > 0 and max(values) / min(values) > 10

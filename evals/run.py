@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rondo.errors import UserError, run_command
-from rondo.models import load
+from rondo.evals import positions
+from rondo.models import Decoder, load
 from rondo.models.loading import find_checkpoint
-from rondo.pretrain.data import load_tokenizer
+from rondo.pretrain.data import Tokenizer, load_tokenizer
 from rondo.pretrain.options import parse_command
 
 USAGE = "rondo eval CHECKPOINT_OR_RUN --tasks A,B [--option value]..."
@@ -37,8 +38,9 @@ class EvalConfig:
     checkpoint: str
     """A checkpoint folder, or a run folder (its newest checkpoint)."""
     tasks: str
-    """Names with commas between them: any of lm-eval's (`lm_eval ls tasks`), `bits_per_byte`, or
-    one from a seed with its size, as in `mqar_16,parity_40,passkey_1024`."""
+    """Names with commas between them: any of lm-eval's (`lm_eval ls tasks`), `bits_per_byte`,
+    `positions_8192` (loss and states by position in texts of so many tokens), or one from a seed
+    with its size, as in `mqar_16,parity_40,passkey_1024`."""
     step: int | None = None
     """Of a run, the checkpoint with this number of steps."""
     limit: int | None = None
@@ -50,9 +52,9 @@ class EvalConfig:
     data_dir: str | None = None
     """Folder with `<task>.jsonl` for lm-eval's tasks; None: from the Hugging Face hub."""
     text: str = "stdlib-english"
-    """Text for `bits_per_byte` and around needles: a file, a folder, or an embedded corpus."""
+    """Text for `bits_per_byte`, `positions` and needles: a file, a folder, an embedded corpus."""
     samples: int = 500
-    """Texts of each task from a seed."""
+    """Texts of each task from a seed, and of `positions`."""
     seed: int = 0
     """Seeds those texts."""
     overwrite: bool = False
@@ -92,7 +94,7 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, Any]]:
             for name, result in _score(config, checkpoint, missing):
                 results[name] = {**result, "rondo": _options(config, checkpoint)}
                 _write(files[name], results[name])
-                _tensorboard(folder, checkpoint, name, result["results"])
+                _tensorboard(folder, checkpoint, name, result)
     return results
 
 
@@ -109,9 +111,13 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
     folder = Path(config.data_dir).expanduser() if config.data_dir else None
     catalog = Catalog(Sources(tokenizer, folder, config.text, config.samples, config.seed))
-    tasks = {name: catalog.find(name) for name in names}  # a wrong name shows before the work
+    by_position = [name for name in names if positions.length_of(name)]
+    # A wrong name shows before the work.
+    tasks = {name: catalog.find(name) for name in names if name not in by_position}
     model = load(checkpoint, _device(config.device)).eval()
     adapter = HarnessModel(model, tokenizer, config.batch_size)
+    for name in by_position if adapter.own == 0 else ():
+        yield name, _positions(name, config, checkpoint, model, tokenizer)
     ready = TaskManager(include_defaults=False)  # the whole list takes seconds to read
     for name, task in tasks.items():
         manager = harness_tasks() if isinstance(task, str) else ready
@@ -129,6 +135,17 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
         )
         if adapter.own == 0 and result is not None:
             yield name, {**result, "config": _about(config, checkpoint), "date": time.time()}
+
+
+def _positions(
+    name: str, config: EvalConfig, checkpoint: Path, model: Decoder, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """The result of `positions_N`."""
+    count = min(config.samples, config.limit or config.samples)
+    texts = positions.rows(config.text, tokenizer, positions.length_of(name) or 0, count)
+    found = positions.curves(model, texts, config.batch_size, progress=True)
+    trained, about = positions.trained_length(checkpoint), _about(config, checkpoint)
+    return {**positions.result(name, found, trained, len(texts), about), "date": time.time()}
 
 
 def _about(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
@@ -199,7 +216,7 @@ def _write(file: Path, result: dict[str, Any]) -> None:
     beside.replace(file)
 
 
-def _tensorboard(folder: Path, checkpoint: Path, name: str, results: dict[str, Any]) -> None:
+def _tensorboard(folder: Path, checkpoint: Path, name: str, result: dict[str, Any]) -> None:
     """A folder beside that of training: a reader leaves a file for good when a newer one comes."""
     step = checkpoint.name.removeprefix("step-")
     if folder.parent.name != "evals" or not step.isdecimal():
@@ -207,10 +224,13 @@ def _tensorboard(folder: Path, checkpoint: Path, name: str, results: dict[str, A
     from torch.utils.tensorboard import SummaryWriter  # a second to import
 
     writer = SummaryWriter(folder.parent.parent / "tensorboard" / "evals")
-    for task, metrics in results.items():
+    for task, metrics in result["results"].items():
         path = name if task == name else f"{name}/{task}"
         for key, value in numbers(metrics).items():
             writer.add_scalar(f"evals/{path}/{key.removesuffix(',none')}", value, int(step))
+    for curve, points in result.get("curves", {}).items():
+        for position, value in points.items():
+            writer.add_scalar(f"evals/{name}/{curve}/{int(position):07d}", value, int(step))
     writer.close()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rondo.models import Decoder
 from rondo.models.decoder import DecoderState
+from rondo.models.layers import at_least_float32
 
 
 class Score(NamedTuple):
@@ -76,7 +77,7 @@ def token_log_likelihoods(model: Decoder, ids: Sequence[int], chunk: int = 1024)
         piece = row[:, start : min(start + chunk, row.shape[1] - 1)]
         output = model(piece, state=state)
         state = output.state
-        logits = model.logits(output.hidden[0]).float()
+        logits = at_least_float32(model.logits(output.hidden[0]))
         target = row[0, start + 1 : start + 1 + piece.shape[1], None]
         parts.append(logits.log_softmax(-1).gather(1, target)[:, 0].cpu())
     return torch.cat(parts) if parts else torch.zeros(0)
@@ -117,7 +118,7 @@ def _go_on(
     scores = []
     for row, (_, _, continuation) in enumerate(jobs):
         target = torch.tensor(continuation, device=device)
-        logits = model.logits(hidden[row, : len(continuation)]).float()
+        logits = at_least_float32(model.logits(hidden[row, : len(continuation)]))
         likely = logits.log_softmax(-1).gather(1, target[:, None]).double().sum()
         scores.append(Score(float(likely), bool((logits.argmax(-1) == target).all())))
     return scores

@@ -80,6 +80,8 @@ class Mixer(nn.Module):
     an iteration that stops sooner or later leaves it so within its tolerance."""
     counters: ClassVar[dict[str, str]] = {}
     """Metric -> buffer that counts events in training, of this part of the mixer."""
+    state_heads: ClassVar[int] = 1
+    """The dimension of the recurrent state that counts heads."""
     gauges: ClassVar[dict[str, str]] = {}
     """Metric -> buffer with the largest value, 0 or more, that something had in training."""
 

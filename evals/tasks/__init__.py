@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from rondo.errors import UserError
-from rondo.evals.tasks.recall import mqar, mqar_twice, path_finding
+from rondo.evals.tasks.recall import mqar, mqar_small, mqar_twice, path_finding
 from rondo.evals.tasks.state_tracking import delayed_match, group_word, modular_arithmetic, parity
 
 _PATIENCE = 10_000
@@ -25,6 +25,7 @@ KINDS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     "s5": lambda draw, size: group_word(draw, size, 5),
     "delayed_match": delayed_match,
     "mqar": mqar,
+    "mqar_small": mqar_small,
     "mqar_twice": mqar_twice,
     "path_finding": path_finding,
 }

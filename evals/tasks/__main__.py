@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -23,7 +24,8 @@ class WriteConfig:
     """What to write."""
 
     kind: str
-    """parity, modular_arithmetic, s3, s5, delayed_match, mqar, mqar_twice or path_finding."""
+    """parity, modular_arithmetic, s3, s5, delayed_match, mqar, mqar_small, mqar_twice or
+    path_finding."""
     output: str
     """JSON lines file; `rondo prepare --input FILE` reads it."""
     sizes: str = "12,16,20"
@@ -32,10 +34,15 @@ class WriteConfig:
     """Lines."""
     seed: int = 0
     """Seeds the texts."""
+    marks: bool = False
+    """Put << >> around answers, for `rondo prepare --loss_marks '<< >>'`: loss on answers only."""
+    words: str | None = None
+    """A tokenizer.json to write, with a token for each word of the texts (`rondo prepare
+    --tokenizer` reads it); bytes serve as well, but make texts longer."""
 
 
 def write(config: WriteConfig) -> Path:
-    """Writes texts of the train split, none of which a task scores.
+    """Writes texts of the train split, none of which a task scores; the path of them.
 
     Raises:
         UserError: kind or size is impossible.
@@ -47,11 +54,32 @@ def write(config: WriteConfig) -> Path:
     streams = [examples(config.kind, size, "train", seed=config.seed) for size in sizes]
     turns = (next(stream) for _ in iter(int, 1) for stream in streams)
     path, console = Path(config.output), Console(stderr=True)
+    words: dict[str, None] = {}
     with path.open("w") as file:
         count = config.examples
         for each in track(islice(turns, count), "texts", total=count, console=console):
-            file.write(json.dumps({"text": each.prompt + each.answer}) + "\n")
+            words.update(dict.fromkeys((each.prompt + each.answer).split()))
+            answer = f"<<{each.answer}>>" if config.marks else each.answer
+            file.write(json.dumps({"text": each.prompt + answer}) + "\n")
+    if config.words is not None:
+        Path(config.words).write_text(json.dumps(word_tokenizer(list(words)), indent=1))
     return path
+
+
+def word_tokenizer(words: list[str]) -> dict[str, Any]:
+    """A Hugging Face tokenizer.json with one token a word, words being parted by spaces."""
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    names = ["<|endoftext|>", "<unk>", *sorted(words)]
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": names[0], "special": True, **special}],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {name: i for i, name in enumerate(names)},
+            "unk_token": "<unk>",
+        },
+    }
 
 
 def main(words: list[str]) -> int:

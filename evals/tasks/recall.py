@@ -8,16 +8,26 @@ import random
 from rondo.errors import UserError
 
 
-def mqar(draw: random.Random, size: int) -> tuple[str, str]:
+def mqar(
+    draw: random.Random, size: int, numbers: tuple[int, int, int] = (1000, 5000, 9000)
+) -> tuple[str, str]:
     """`size` pairs of distinct keys and distinct values; one key is asked for.
 
-    Keys and values have four digits, keys below 5000 and values from 5000 on.
+    Keys go from the first of `numbers` to before the second, values from there to before the last.
     """
-    keys = draw.sample(range(1000, 5000), size)
-    values = draw.sample(range(5000, 9000), size)
+    first, middle, last = numbers
+    if size > min(middle - first, last - middle):
+        raise UserError(f"size: there are {middle - first} keys, got {size} pairs")
+    keys = draw.sample(range(first, middle), size)
+    values = draw.sample(range(middle, last), size)
     asked = draw.randrange(size)
     pairs = " ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
     return f"{pairs} ? {keys[asked]}", str(values[asked])
+
+
+def mqar_small(draw: random.Random, size: int) -> tuple[str, str]:
+    """`mqar` with 64 keys and 64 values: a vocabulary for small models."""
+    return mqar(draw, size, (0, 64, 128))
 
 
 def mqar_twice(draw: random.Random, size: int) -> tuple[str, str]:

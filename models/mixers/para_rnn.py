@@ -56,6 +56,7 @@ class ParaRNN(Mixer):
     """
 
     Options: ClassVar[type] = ParaRNNOptions
+    state_heads: ClassVar[int] = -2
     cell: ClassVar[str]
     """Name of `newton_rnn`'s cell."""
     sharding: ClassVar[dict[str, str]] = {

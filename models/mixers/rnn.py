@@ -45,6 +45,7 @@ class HeadwiseRNN(Mixer):
     """
 
     Options: ClassVar[type] = RNNOptions
+    state_heads: ClassVar[int] = -2
     cell: ClassVar[str]
     """Name of the kernel's cell."""
     convolved: ClassVar[int] = 2

@@ -57,7 +57,8 @@ class Sample:
     tokens: np.ndarray
     """int64 `(s + 1,)`."""
     targets: np.ndarray
-    """Next tokens, int64 `(s,)`; -100 where the next token is of another document."""
+    """Next tokens, int64 `(s,)`; -100 where the next token is of another document, or is one that
+    no loss is on."""
     segment_ids: np.ndarray
     """Document of each position, int32 `(s,)`, from 0 upward."""
     source: int
@@ -147,9 +148,14 @@ class TokenDataset:
         which, k = self.mixture[index]
         stream = self._streams[which]
         s = self.sequence_length
-        tokens, segments = stream.window((self.begins[which] + k) * s, s + 1)
+        start = (self.begins[which] + k) * s
+        tokens, segments = stream.window(start, s + 1)
         stream.file.check(tokens, self.known_ids)
-        targets = np.where(segments[1:] == segments[:-1], tokens[1:], IGNORED)
+        valid = segments[1:] == segments[:-1]
+        scored = stream.scored(start, s + 1)
+        if scored is not None:
+            valid &= scored[1:]
+        targets = np.where(valid, tokens[1:], IGNORED)
         return Sample(tokens, targets, segments[:-1], self.numbers[which])
 
     def source(self, index: int) -> int:
@@ -209,7 +215,9 @@ def stack(samples: Sequence[Sample]) -> Batch:
 
 def content_of(folder: Path, split: str) -> list[object]:
     """What identifies a split's tokens: checksums, or sizes in a folder without a card."""
-    names = (f"{split}.bin", f"{split}.idx")
+    names = [f"{split}.bin", f"{split}.idx"]
+    if (folder / f"{split}.loss.bin").is_file():
+        names.append(f"{split}.loss.bin")
     if (folder / CARD).is_file():
         files = read_card(folder)["files"]
         return [files[name]["sha256"] for name in names]

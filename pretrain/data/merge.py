@@ -16,6 +16,8 @@ from rondo.pretrain.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 DUPLICATES = "duplicates.json"
+LOSS = ".loss.bin"
+"""Ends the name of a split's loss mask: a byte a token, 1 where the loss is on it."""
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -54,18 +56,26 @@ def merge(
     for path in paths:
         shard = Shard.read(path)
         replaced += int(shard.replaced)
-        documents = np.split(shard.tokens, np.cumsum(shard.lengths)[:-1])
-        for document, text_bytes in zip(documents, shard.text_bytes, strict=True):
+        borders = np.cumsum(shard.lengths)[:-1]
+        documents = np.split(shard.tokens, borders)
+        scored = np.split(shard.scored, borders) if len(shard.scored) else documents
+        masks: list[list[np.ndarray]] = [[] for _ in SPLITS]
+        for document, learnt, text_bytes in zip(documents, scored, shard.text_bytes, strict=True):
             side, kept = int(chosen[position]), keep[position]
             position += 1
             if not kept:
                 continue
             builders[side].add_document(document, [len(document)])
+            masks[side].append(learnt)
             count = counts[side]
             count["documents"] += 1
             count["tokens"] += len(document)
             count["bytes"] += int(text_bytes)
             count["max_token"] = max(count["max_token"], int(document.max()))
+        for split, mask in zip(SPLITS, masks, strict=True):
+            if len(shard.scored) and mask:
+                with (out / f"{split}{LOSS}").open("ab") as file:
+                    np.concatenate(mask).tofile(file)
     for split, builder in zip(SPLITS, builders, strict=True):
         builder.finalize(str(out / f"{split}.idx"))
     return {

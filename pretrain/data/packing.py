@@ -37,7 +37,21 @@ class Stream:
     def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `[start, start + length)` of the stream, int64, and their documents' numbers,
         counted from 0 at the window's first document, int32."""
-        parts: list[np.ndarray] = []
+        pieces = self._pieces(start, length)
+        parts = [self.file.tokens[begin:end] for begin, end in pieces]
+        segments = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
+        return np.concatenate(parts).astype(np.int64), segments
+
+    def scored(self, start: int, length: int) -> np.ndarray | None:
+        """Which tokens of a window the loss is on, bool; None: all of them."""
+        mask = self.file.scored
+        if mask is None:
+            return None
+        return np.concatenate([mask[begin:end] for begin, end in self._pieces(start, length)])
+
+    def _pieces(self, start: int, length: int) -> list[tuple[int, int]]:
+        """What of the file a window consists of, from and to: a part of each document."""
+        pieces: list[tuple[int, int]] = []
         missing = length
         epoch, offset = divmod(start, self.file.num_tokens)
         while missing:
@@ -47,15 +61,15 @@ class Stream:
             for document in order[block * BLOCK :]:
                 skip = min(into, int(self._lengths[document]))
                 into -= skip
-                part = self.file[document][skip : skip + missing]
-                if len(part):
-                    parts.append(part)
-                    missing -= len(part)
+                begin = int(self.file.starts[document]) + skip
+                end = min(begin + missing, int(self.file.starts[document + 1]))
+                if end > begin:
+                    pieces.append((begin, end))
+                    missing -= end - begin
                 if not missing:
                     break
             epoch, offset = epoch + 1, 0
-        segments = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
-        return np.concatenate(parts).astype(np.int64), segments
+        return pieces
 
     def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents in the epoch's order, position of every BLOCK-th of them in the epoch)."""

@@ -19,6 +19,7 @@ from rondo.pretrain.data.card import CARD, read_card
 from rondo.pretrain.data.corpora import Corpus, open_corpus
 from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.folders import build_lock, publish, require_free, sha256_file
+from rondo.pretrain.data.loss_marks import parse_marks
 from rondo.pretrain.data.merge import SPLITS, merge
 from rondo.pretrain.data.shards import available_workers, group_documents, write_shards
 from rondo.pretrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +50,9 @@ class PrepareConfig:
     """Keys that hash."""
     drop_duplicates: bool = False
     """Keep only the first of documents with the same text (duplicates.json counts them)."""
+    loss_marks: str = ""
+    """Two words that stand around what the loss is on, as in '<< >>', and are taken out; every
+    document then needs them. Empty: it is on every token."""
     workers: int = -1
     """Processes that tokenise; 0 uses this one, -1 one for each core."""
     tokenizer_sample_mb: float = 10.0
@@ -100,6 +104,7 @@ def _check(config: PrepareConfig) -> None:
         raise DataError(
             f"tokenizer_sample_mb is {config.tokenizer_sample_mb}; expected more than 0"
         )
+    parse_marks(config.loss_marks)
     if not -(2**63) <= config.seed < 2**63:
         raise DataError(f"seed is {config.seed}; expected a 64-bit integer")
 
@@ -117,6 +122,8 @@ def request_of(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
     }
     if config.drop_duplicates:  # absent otherwise: folders of before stay valid
         request["drop_duplicates"] = True
+    if config.loss_marks:
+        request["loss_marks"] = config.loss_marks.split()
     if parse_pieces(config.tokenizer):
         return request | {
             "tokenizer": config.tokenizer,
@@ -170,7 +177,14 @@ def _build(
     groups = group_documents(texts, work / "shards", tokenizer.fingerprint())
     shards = []
     with _progress(console, corpus) as advance:
-        for path, size in write_shards(groups, tokenizer, work / "tokenizer", config.seed, workers):
+        for path, size in write_shards(
+            groups,
+            tokenizer,
+            work / "tokenizer",
+            config.seed,
+            workers,
+            parse_marks(config.loss_marks),
+        ):
             shards.append(path)
             advance(size)
     if not shards:

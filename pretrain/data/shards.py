@@ -15,10 +15,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.loss_marks import encode_marked
 from rondo.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 
 GROUP_BYTES = 16 * 2**20
@@ -47,11 +49,13 @@ class Shard:
     lengths: np.ndarray
     """Tokens of each document, int64."""
     text_bytes: np.ndarray
-    """UTF-8 bytes of each document, int64."""
+    """UTF-8 bytes of each document, marks not counted, int64."""
     hashes: np.ndarray
     """128-bit hash of each document's text, uint64 `(documents, 2)`."""
     replaced: np.ndarray
     """Characters U+FFFD, which undecodable bytes are read as; int64 scalar."""
+    scored: np.ndarray
+    """Which of the ids the loss is on, bool; empty: all of them."""
 
     def write(self, path: Path) -> None:
         beside = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -109,24 +113,37 @@ def to_utf8(text: str) -> bytes:
         return joined.encode("utf-8")
 
 
-def tokenize(documents: list[bytes], tokenizer: Tokenizer, seed: int) -> Shard:
+def tokenize(
+    documents: list[bytes], tokenizer: Tokenizer, seed: int, marks: tuple[str, str] | None = None
+) -> Shard:
     """The documents' ids, each followed by the end-of-document id, and their hashes.
 
-    `seed` keys the hashes, and so the train/validation split.
+    `seed` keys the hashes, and so the train/validation split; `marks` open and close what the loss
+    is on.
     """
-    ids, hashes, replaced = [], b"", 0
+    ids, sizes, hashes, replaced = [], [], b"", 0
+    scored: list[bool] = []
     key = seed.to_bytes(8, "little", signed=True)
     for document in documents:
         text = document.decode("utf-8")
         replaced += text.count(REPLACEMENT)
-        ids.append(np.array([*tokenizer.encode(text), tokenizer.eod], np.int32))
+        size = len(document)
+        if marks is None:
+            found = [*tokenizer.encode(text), tokenizer.eod]
+        else:
+            found, learnt = encode_marked(text, marks, tokenizer)
+            scored += learnt
+            size -= sum(text.count(mark) * len(mark.encode()) for mark in marks)
+        ids.append(np.array(found, np.int32))
+        sizes.append(size)
         hashes += hashlib.blake2b(document, digest_size=16, key=key).digest()
     return Shard(
         tokens=np.concatenate(ids),
         lengths=np.array([len(i) for i in ids], np.int64),
-        text_bytes=np.array([len(d) for d in documents], np.int64),
+        text_bytes=np.array(sizes, np.int64),
         hashes=np.frombuffer(hashes, "<u8").reshape(-1, 2),
         replaced=np.array(replaced, np.int64),
+        scored=np.array(scored, bool),
     )
 
 
@@ -147,15 +164,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(group: Group, seed: int) -> Path:
+def _work(group: Group, seed: int, marks: tuple[str, str] | None) -> Path:
     if _worker_tokenizer is None:
         raise RuntimeError("the worker was started without its tokenizer")
-    tokenize(group.documents, _worker_tokenizer, seed).write(group.path)
+    tokenize(group.documents, _worker_tokenizer, seed, marks).write(group.path)
     return group.path
 
 
 def write_shards(
-    groups: Iterator[Group], tokenizer: Tokenizer, folder: Path, seed: int, workers: int
+    groups: Iterator[Group],
+    tokenizer: Tokenizer,
+    folder: Path,
+    seed: int,
+    workers: int,
+    marks: tuple[str, str] | None = None,
 ) -> Iterator[tuple[Path, int]]:
     """Make every group's shard that is not there yet; yields (path, bytes of text) as they end.
 
@@ -167,26 +189,26 @@ def write_shards(
     if workers == 0 or len(first) < 2:
         for group in groups:
             if not group.path.exists():
-                tokenize(group.documents, tokenizer, seed).write(group.path)
+                tokenize(group.documents, tokenizer, seed, marks).write(group.path)
             yield group.path, group.size
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (folder,))
     try:
-        yield from _write_in(pool, groups, seed, 2 * workers)
+        yield from _write_in(pool, groups, (seed, marks), 2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _write_in(
-    pool: ProcessPoolExecutor, groups: Iterator[Group], seed: int, limit: int
+    pool: ProcessPoolExecutor, groups: Iterator[Group], options: tuple[Any, ...], limit: int
 ) -> Iterator[tuple[Path, int]]:
     running: dict[Future[Path], int] = {}
     for group in groups:
         if group.path.exists():
             yield group.path, group.size
             continue
-        running[pool.submit(_work, group, seed)] = group.size
+        running[pool.submit(_work, group, *options)] = group.size
         if len(running) >= limit:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:

@@ -31,7 +31,8 @@ COUNTED_TOKENS = 2**26
 
 
 class TokenFile:
-    """The documents of one `prefix.bin` / `prefix.idx`, memory-mapped.
+    """The documents of one `prefix.bin` / `prefix.idx`, memory-mapped; with `prefix.loss.bin`, a
+    byte a token, the loss is on the tokens where it is not 0 only.
 
     Raises DataError when either file is missing, truncated, too long, or not such a file.
     """
@@ -62,6 +63,15 @@ class TokenFile:
             )
         self.tokens: np.ndarray = data.view(self.dtype)
         """All ids `(num_tokens,)`, in the file's integer type."""
+        self.scored: np.ndarray | None = None
+        """Whether the loss is on each token, bool `(num_tokens,)`; None: it is on all."""
+        mask = prefix.with_name(prefix.name + ".loss.bin")
+        if mask.is_file():
+            self.scored = _map(mask).view(bool)
+            if len(self.scored) != self.num_tokens:
+                raise DataError(
+                    f"{mask}: {len(self.scored)} bytes, expected one a token, {self.num_tokens}"
+                )
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -140,7 +150,8 @@ def open_split(folder: Path, split: str, vocab_size: int) -> TokenFile:
     card = read_card(folder)
     try:
         largest = card["splits"][split]["max_token"]
-        recorded = {suffix: card["files"][split + suffix] for suffix in (".bin", ".idx")}
+        suffixes = (".bin", ".idx", ".loss.bin") if file.scored is not None else (".bin", ".idx")
+        recorded = {suffix: card["files"][split + suffix] for suffix in suffixes}
         for suffix, record in recorded.items():
             _verify(folder / (split + suffix), record["bytes"], record["sha256"])
     except (KeyError, TypeError) as error:

@@ -156,3 +156,23 @@ def test_the_harness_finds_what_it_finds_with_its_own_model(tmp_path: Path) -> N
             for metric in metrics:
                 if metric.startswith("acc") and "stderr" not in metric:
                     assert found[name][metric] == metrics[metric]
+
+
+def test_a_checkpoint_against_its_export(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from rondo.evals.against_hf import AgainstConfig, compare
+    from rondo.pretrain.interchange import ExportConfig, export_checkpoint
+    from rondo.tests.evals.runs import write_run
+
+    _, words = tokenizers(tmp_path)
+    checkpoint = write_run(tmp_path / "run", mixer="attention", tokenizer=words, qk_norm=False)
+    for name, rows in ROWS.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    exported = export_checkpoint(ExportConfig(str(checkpoint), str(tmp_path / "exported")))
+    config = AgainstConfig(str(checkpoint), str(exported), str(tmp_path), "piqa", double=True)
+    config.batch_sizes = "1,2"
+    (row,) = compare(config).values()
+    assert max(row[key] for key in ("batch 1", "batch 2", "ours", "theirs")) < 1e-4
+    assert row["accuracies"] == 0 and row["size"] > 50

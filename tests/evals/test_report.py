@@ -159,3 +159,35 @@ def test_what_is_wrong_is_said(tmp_path: Path, words: list[str], message: str) -
 def test_help_names_the_options(capsys) -> None:
     assert main(["--help"]) == 0
     assert "--output" in capsys.readouterr().out
+
+
+def test_scores_of_zero_have_an_axis_from_zero(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    write_score(run, 10, 0.0)
+    (data,) = read_runs([str(run)])
+    figure = figures.scores([data], "piqa acc")
+    assert figure is not None and figure.layout.yaxis.range == (0, 1)
+    write_score(run, 20, 0.5)
+    (data,) = read_runs([str(run)])
+    figure = figures.scores([data], "piqa acc")
+    assert figure is not None and figure.layout.yaxis.range is None
+
+
+def test_curves_by_position(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    for step, loss in ((10, 9.0), (20, 2.0)):
+        write_score(run, step, 0.5)
+        curves = {"loss": {"1": 3.0, "2": loss}, "largest_norm/00": {"1": 1.0, "2": 4.0}}
+        curves["effective_rank/00"] = {"1": 1.0, "2": 1.5}
+        configs = {"positions_2": {"trained_length": 1}}
+        text = json.dumps({"results": {}, "curves": curves, "configs": configs})
+        (run / "evals" / f"step-{step:09d}" / "positions_2.json").write_text(text)
+    assert titles([run])["By position"] == [
+        "Loss, positions_2",
+        "Largest norm of a head's state, positions_2",
+        "Effective rank of states, positions_2",
+    ]
+    (data,) = read_runs([str(run)])
+    figure = figures.by_position([data], "positions_2")
+    assert figure is not None and list(figure.data[0].y) == [3.0, 2.0]  # of the newest
+    assert figure.data[0].name == "a, step 20" and figure.layout.shapes[0].x0 == 1

@@ -95,6 +95,22 @@ def test_tensorboard_has_the_numbers(run: Path) -> None:
     assert event.step == 10 and event.value == pytest.approx(value, rel=1e-6)
 
 
+def test_loss_and_states_by_position(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run / "recipe.yaml").write_text("data: {sequence_length: 16}\n")
+    words = ["eval", str(run), "--tasks", "positions_50", "--text", str(run / "text.txt")]
+    assert rondo([*words, "--samples", "2"]) == 0
+    found = results(run, "positions_50")
+    values = found["results"]["positions_50"]
+    assert values["perplexity,none"] == pytest.approx(math.exp(values["loss,none"]))
+    assert {"collapse,none", "state_growth,none"} <= values.keys()
+    assert found["n-samples"]["positions_50"]["effective"] == 2
+    events = EventAccumulator(str(run / "tensorboard" / "evals")).Reload()
+    (event,) = events.Scalars("evals/positions_50/loss/0000032")
+    assert event.value == pytest.approx(found["curves"]["loss"]["32"], rel=1e-6)
+
+
 def _on_a_rank(run: str) -> int:
     os.environ["RONDO_DEBUG"] = "1"
     words = ["eval", run, "--tasks", "parity_12,bits_per_byte", "--samples", "5", "--output"]

@@ -13,6 +13,7 @@ import pytest
 from rondo.errors import UserError
 from rondo.evals.tasks import KINDS, Example, examples
 from rondo.evals.tasks.__main__ import main
+from rondo.pretrain.data import load_tokenizer
 
 pytestmark = pytest.mark.quick
 
@@ -98,3 +99,17 @@ def test_texts_to_train_on(tmp_path: Path) -> None:
     assert texts == [each.prompt + each.answer for each in want]
     with pytest.raises(UserError, match=r"sizes: .*'six'"):
         main([*words[:-4], "--sizes", "six"])
+
+
+def test_marked_texts_and_their_words(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    file, words = tmp_path / "mqar.jsonl", tmp_path / "words.json"
+    options = ["--sizes", "3", "--examples", "40", "--marks=true", "--words", str(words)]
+    assert main(["mqar_small", "--output", str(file), *options]) == 0
+    each = next(examples("mqar_small", 3, "train"))
+    first = json.loads(file.read_text().splitlines()[0])["text"]
+    assert first == f"{each.prompt}<<{each.answer}>>"
+    tokenizer = load_tokenizer(words)
+    ids = tokenizer.encode(each.prompt)
+    assert len(ids) == len(each.prompt.split()) and tokenizer.vocab_size <= 2 + 129
+    assert tokenizer.decode(ids + tokenizer.encode(each.answer)) == each.prompt + each.answer

@@ -1,0 +1,185 @@
+"""Loss and state by position: whether a model makes use of what is far back, and whether its state
+stays what it was in training (state collapse, arXiv 2410.07145).
+
+Positions are read at powers of two. A state is the matrix of a head after so many tokens; its
+effective rank is `exp(-Σ p_i log p_i)` of its singular values over their sum, p (Roy and Vetterli,
+2007).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from rondo.errors import UserError
+from rondo.models import Decoder
+from rondo.models.decoder import DecoderState
+from rondo.models.mixer import Mixer
+from rondo.pretrain.data import Tokenizer
+from rondo.pretrain.data.corpora import open_corpus
+from rondo.pretrain.plain import read_yaml
+
+KIND = "positions"
+_PIECE = 1024
+Curves = dict[str, dict[int, float]]
+
+
+def length_of(name: str) -> int | None:
+    """Tokens of a text of the task `positions_8192`; None for other tasks."""
+    match = re.fullmatch(rf"{KIND}_(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def trained_length(checkpoint: Path) -> int | None:
+    """Tokens of a sequence in training, by the recipe of the checkpoint's run."""
+    file = checkpoint.resolve().parent.parent / "recipe.yaml"
+    data = read_yaml(file.read_text()).get("data") if file.is_file() else None
+    return data.get("sequence_length") if isinstance(data, dict) else None
+
+
+def rows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
+    """Up to `count` texts of `length + 1` tokens: the documents one after the other, each with the
+    end of a document before it, cut where they are.
+
+    Raises:
+        UserError: the text is shorter than one.
+    """
+    found: list[list[int]] = []
+    held: list[int] = []
+    for document in open_corpus(text).documents():
+        held += [tokenizer.eod, *tokenizer.encode(document)]
+        while len(held) > length and len(found) < count:
+            found.append(held[: length + 1])
+            held = held[length:]
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(f"{KIND}_{length}: {text} has only {len(held)} tokens")
+    return found
+
+
+@torch.no_grad()
+def curves(
+    model: Decoder, texts: list[list[int]], batch_size: int = 8, progress: bool = False
+) -> Curves:
+    """By position, the mean over texts of one length.
+
+    `loss` is that of the tokens from so many up to before twice as many before them, nats a token.
+    By layer, after so many tokens: `state_norm` and `effective_rank` are means over heads,
+    `largest_norm` is that of the head where it is largest (Frobenius).
+    """
+    length = len(texts[0]) - 1
+    sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+    for batch in track(batches, KIND, console=Console(stderr=True), disable=not progress):
+        ids = torch.tensor(batch, device=model.output_weight.device)
+        state = None
+        for start, stop in _pieces(length):
+            output = model(ids[:, start:stop], state=state)
+            state = output.state
+            targets = ids[:, start + 1 : stop + 1]
+            nats = model.hidden_loss(output.hidden, targets, reduction="none").double().sum()
+            # The token at index i has i tokens before it.
+            sums["loss"][_power(start + 1)] += float(nats)
+            if stop == _power(stop) or stop == length:
+                for name, total in _of_state(model, state).items():
+                    sums[name][stop] += total
+    widths = {_power(i): min(2 * _power(i), length + 1) - _power(i) for i in range(1, length + 1)}
+    return {
+        name: {
+            at: total / len(texts) / (widths[at] if name == "loss" else 1)
+            for at, total in values.items()
+        }
+        for name, values in sums.items()
+    }
+
+
+def _power(position: int) -> int:
+    """The largest power of two up to a position."""
+    return 1 << (position.bit_length() - 1)
+
+
+def _pieces(length: int) -> Iterator[tuple[int, int]]:
+    """From 0 to `length`, with borders before and at every power of two: tokens read together have
+    targets of one bin, and states are seen at powers."""
+    borders = {0, length}
+    for k in range(length.bit_length()):
+        borders |= {p for p in ((1 << k) - 1, 1 << k) if p <= length}
+    ends = sorted(borders)
+    for start, stop in itertools.pairwise(ends):
+        for at in range(start, stop, _PIECE):
+            yield at, min(at + _PIECE, stop)
+
+
+def _of_state(model: Decoder, state: DecoderState) -> dict[str, float]:
+    """Sums over the rows of a batch, by measure and layer."""
+    found: dict[str, float] = {}
+    for (layer, block), kept in zip(model.blocks.items(), state.layers, strict=True):
+        mixer, label = block.get_submodule("mixer"), f"{int(layer):02d}"
+        tensor = kept.get("recurrent", kept.get("memory"))
+        if tensor is None or not isinstance(mixer, Mixer):
+            continue
+        heads = tensor.float().movedim(mixer.state_heads, 1)  # (B, H, ...)
+        norms = heads.flatten(2).norm(dim=-1)
+        found[f"state_norm/{label}"] = float(norms.mean(1).sum())
+        found[f"largest_norm/{label}"] = float(norms.amax(1).sum())
+        if heads.ndim == 4 and mixer.state_heads == 1 and "recurrent" in kept:
+            found[f"effective_rank/{label}"] = float(_effective_rank(heads).mean(1).sum())
+    return found
+
+
+def _effective_rank(matrices: Tensor) -> Tensor:
+    """`(...)`, of `(..., K, V)`; that of a zero matrix is 0."""
+    values = torch.linalg.svdvals(matrices.double())
+    total = values.sum(-1, keepdim=True)
+    shares = values / total.clamp(min=1e-300)
+    entropy = -(shares * shares.clamp(min=1e-300).log()).sum(-1)
+    return torch.where(total[..., 0] > 0, entropy.exp(), 0.0)
+
+
+def summary(found: Curves, trained: int | None) -> dict[str, float]:
+    """What one number can say: `loss` over all tokens; and, where texts are longer than those in
+    training, `collapse`, the most that the loss of a later bin exceeds that of the last one within
+    (nats; 0 or less: none), and `state_growth`, the same of the largest norm of a layer, as a
+    ratio."""
+    loss = found["loss"]
+    last = max(max(values) for values in found.values())
+    sizes = {at: min(2 * at, last + 1) - at for at in loss}
+    values = {"loss": sum(loss[at] * size for at, size in sizes.items()) / sum(sizes.values())}
+    within = [at for at in loss if trained and 2 * at - 1 <= trained]
+    if within and (beyond := [at for at in loss if at >= 2 * within[-1]]):
+        values["collapse"] = max(loss[at] for at in beyond) - loss[within[-1]]
+    growth = []
+    for name, norms in found.items():
+        early = [n for at, n in norms.items() if trained and at <= trained]
+        late = [n for at, n in norms.items() if trained and at > trained]
+        if name.startswith("largest_norm/") and early and late and max(early) > 0:
+            growth.append(max(late) / max(early))
+    return values | ({"state_growth": max(growth)} if growth else {})
+
+
+def result(
+    name: str, found: Curves, trained: int | None, texts: int, about: dict[str, Any]
+) -> dict[str, Any]:
+    """What `rondo eval` keeps, in the form of the harness's results, with `curves`."""
+    numbers = summary(found, trained)
+    numbers["perplexity"] = math.exp(numbers["loss"])
+    return {
+        "results": {name: {"alias": name, **{f"{k},none": v for k, v in numbers.items()}}},
+        "configs": {name: {"task": name, "trained_length": trained}},
+        "versions": {name: 1.0},
+        "n-samples": {name: {"original": texts, "effective": texts}},
+        "higher_is_better": {name: dict.fromkeys(numbers, False)},
+        "curves": {key: {str(at): v for at, v in sorted(c.items())} for key, c in found.items()},
+        "config": about,
+    }
