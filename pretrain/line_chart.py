@@ -55,7 +55,8 @@ def line_chart(
         path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in points)
         colour = COLOURS[number % len(COLOURS)]
         shapes.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    size = f'width="{_LEFT + _WIDTH + 40}" height="{_HEIGHT + _BELOW}"'
+    width, height = _LEFT + _WIDTH + 40, _HEIGHT + _BELOW
+    size = f'viewBox="0 0 {width} {height}" style="width:100%;max-width:{width}px;height:auto"'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">{"".join(shapes)}</svg>'
     return svg + (_legend([*lines]) if len(lines) > 1 else "")
 
