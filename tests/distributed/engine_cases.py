@@ -52,13 +52,19 @@ class KilledTrainer(Trainer):
 
 def run(folder: str, name: str, *options: str, kill: bool = False) -> Rows:
     """Trains the run `name` in `folder`, or goes on with it; the rows of its metrics so far."""
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    size, own = dist.get_world_size(), [f"--name={name}", f"--output_dir={folder}/runs"]
+    own = [f"--name={name}", f"--output_dir={folder}/runs"]
     data = [f"--data.folder={folder}/data", f"--data.sources.0.path={folder}/text.txt"]
-    recipe = load_recipe("tiny", [*SMALL, *own, *data, *options], world_size=size)
+    return train_run([*SMALL, *own, *data, *options], kill=kill)
+
+
+def train_run(options: list[str], *, kill: bool = False) -> Rows:
+    """Trains `tiny` with `options`, or goes on with it; the rows of its metrics so far."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    size = dist.get_world_size()
+    recipe = load_recipe("tiny", options, world_size=size)
     mesh = make_mesh("cpu", layout(recipe.parallel, size))
     ranks = Ranks(dist.get_rank(), size, torch.device("cpu"), mesh)
-    where = Path(recipe.output_dir) / name
+    where = Path(recipe.output_dir) / recipe.name
     origin = find_origin(recipe)
     training, held_out = open_data(recipe, where)
     kind = KilledTrainer if kill else Trainer
