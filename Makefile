@@ -33,7 +33,7 @@ check: $(VENV)/.dev  ## Lint, types, import rules and the quick tests: about a m
 	$(BIN)/pyrefly check
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 -m quick
 
-test: $(VENV)/.dev  ## All tests that need no GPU.
+test: $(VENV)/.dev  ## Tests that need no GPU; with RONDO_TESTS=all the slowest too.
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.dev  ## Training speed on this CPU against Hugging Face's models, in one run.

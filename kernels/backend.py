@@ -78,13 +78,13 @@ def _require_triton(operator: str, device: str, refusal: str | None) -> None:
             f"{operator}: backend 'triton' needs the package triton: pip install triton",
             name="triton",
         )
+    if refusal is not None:
+        raise ValueError(f"{operator}: backend 'triton' cannot run: {refusal}")
     if device != "cuda" and not (device == "cpu" and _interprets()):
         raise ValueError(
             f"{operator}: backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs in "
             "its interpreter only, slowly, with TRITON_INTERPRET=1 in the environment"
         )
-    if refusal is not None:
-        raise ValueError(f"{operator}: backend 'triton' cannot run: {refusal}")
 
 
 def triton_refusal(*tensors: Tensor | None) -> str | None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,19 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton's kernels run as numpy then; read when triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("RONDO_TESTS") != "all":
+        skip = pytest.mark.skip(reason="slow; RONDO_TESTS=all runs it")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)
+
+
+def slow_but(core: Sequence[str], names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: those not in `core` are slow."""
+    return [n if n in core else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @pytest.fixture(autouse=True)

@@ -33,9 +33,8 @@ def gradients(
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
     outputs = list(function(*leaves))
     generator = torch.Generator().manual_seed(seed)
-    weights = [
-        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs
-    ]
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    weights = [x.to(y.device, y.dtype) for x, y in zip(weights, outputs, strict=True)]
     wanted = [x for x in leaves if x.requires_grad]
     grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
     return outputs, [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from rondo.models import ModelConfig
@@ -23,7 +21,7 @@ CONFIG = ModelConfig(
 LAYOUTS = (Layout(dp_shard=2), Layout(cp=2), Layout(pp=2))
 
 
-@pytest.mark.skipif("RONDO_COMPILE" not in os.environ, reason="minutes; RONDO_COMPILE=1 runs it")
+@pytest.mark.slow
 def test_compiled_blocks_under_layouts() -> None:
     runs = [Run(CONFIG, layout, precision="float32", compile=True) for layout in LAYOUTS]
     expected = train(Run(CONFIG, Layout(), precision="float32"))

@@ -10,6 +10,7 @@ import pytest
 
 from rondo.models import ModelConfig
 from rondo.parallel.mesh import Layout
+from rondo.tests.conftest import slow_but
 from rondo.tests.distributed.layout_checkpoint_cases import save_or_load
 from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
@@ -95,7 +96,7 @@ def alone(model: str, rows: int) -> dict[str, Any]:
     return train(Run(config(model), Layout(), rows=rows, packed=packed(model)))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(("ep2", "ep2-cp2"), LAYOUTS))
 def test_training_equals_one_process(name: str) -> None:
     layout, ep, schedule, checkpointing = LAYOUTS[name]
     chosen = {

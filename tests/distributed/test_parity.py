@@ -2,6 +2,7 @@
 
 Losses, every gradient, gradient norms and the parameters after three optimizer steps, with packed
 documents. The matrix is made from the registry: a new mixer is in it without an edit.
+`make test` runs the core of it, with RONDO_TESTS=all it runs all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 
 from rondo.models import MIXERS, ModelConfig
 from rondo.parallel.mesh import Layout
+from rondo.tests.conftest import slow_but
 from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
 
@@ -65,6 +67,7 @@ LAYOUTS = {
 }
 
 
+CORE = ("tp2", "cp2", "pp2-1f1b", "dp_replicate2")
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 EACH = ("tp2", "cp2")
 """Layouts that every mixer meets alone too: they divide what it computes."""
@@ -131,7 +134,7 @@ def cases(layout: str) -> list[tuple[str, str, bool]]:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(CORE, LAYOUTS))
 def test_training_equals_one_process(name: str) -> None:
     layout, schedule, checkpointing = LAYOUTS[name]
     chosen = cases(name)

@@ -150,6 +150,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_a_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     """Stopped under torchrun, as on two machines, by the signal that torchrun passes on to nobody;
     gone on without it."""

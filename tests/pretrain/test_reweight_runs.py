@@ -82,6 +82,7 @@ def test_resumed_equals_uninterrupted(scope: str, options: list[str], tmp_path: 
     assert exact(resumed) == exact(straight)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_ranks_equal_one_process(options: list[str], tmp_path: Path) -> None:
     """Each node its own torchrun, with local ranks 0 and 1."""
     expected = run(tmp_path / "alone", *options, *WEIGHTED)

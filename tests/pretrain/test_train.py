@@ -141,6 +141,7 @@ def test_other_layouts_and_micro_batches_equal_one(
         assert other == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_ranks(straight: dict, data: Path, tmp_path: Path) -> None:
     run(tmp_path, 2, f"--data.folder={data}", "--steps=8", "--schedule.name=constant")
     run(tmp_path, 1, f"--data.folder={data}", "--steps=12", "--schedule.name=constant")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from rondo.launch.eval_records import EvalRecord
 from rondo.tests.slurm.cluster import Cluster
 from rondo.tests.slurm.runs import ROOT, Run
 
 
+@pytest.mark.slow
 def test_every_scheduled_checkpoint_has_a_result(cluster: Cluster, tmp_path: Path) -> None:
     """Once each, although training is requeued while jobs run and keeps one checkpoint only."""
     control = tmp_path / "control"

@@ -11,6 +11,8 @@ import pytest
 from rondo.tests.slurm.cluster import Cluster
 from rondo.tests.slurm.runs import STEPS, Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
