@@ -147,8 +147,7 @@ class TorchrunRanks:
         """Ranks that have started and not ended."""
         running = {path.stem for path in self.folder.glob("*.pid")}
         running -= {path.stem for path in self.folder.glob("*.code")}
-        texts = [(self.folder / f"{rank}.pid").read_text() for rank in running]
-        return [int(text) for text in texts if text]
+        return [int((self.folder / f"{rank}.pid").read_text()) for rank in running]
 
 
 def torchrun(options: Sequence[str], rank: Sequence[str]) -> list[str]:

@@ -38,10 +38,17 @@ def main(argv: Sequence[str]) -> int:
     with _log(options.logs, int(rank)):
         if options.codes is None:
             return _run(options.module, options.words)
-        (options.codes / f"{rank}.pid").write_text(str(os.getpid()))
+        put(options.codes / f"{rank}.pid", os.getpid())
         code = _run(options.module, options.words)
-        (options.codes / f"{rank}.code").write_text(str(code))
+        put(options.codes / f"{rank}.code", code)
     return 0 if code == STOPPED else code
+
+
+def put(path: Path, number: int) -> None:
+    """Writes a number to a file that is whole or not there: torchrun kills ranks at any time."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(str(number))
+    part.replace(path)
 
 
 def _run(module: str, words: list[str]) -> int:

@@ -18,6 +18,7 @@ from rondo.launch import ranks
 from rondo.launch.folder import RunFolder
 from rondo.launch.ranks import LocalRanks, TorchrunRanks, free_port
 from rondo.launch.supervise import Ranks
+from rondo.launch.worker import put
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.dim=32", "--data.sequence_length=64", "--data.micro_batch_size=2"]
@@ -100,6 +101,19 @@ def test_exit_codes(start, program: str, codes: set[int], tmp_path: Path, monkey
         assert (tmp_path / "rank-000.log").read_text() == "b c 0 of 2\n"
     if program == "1 / 0":  # torchrun may end a rank before it comes to that
         assert any("ZeroDivisionError" in log.read_text() for log in tmp_path.glob("*.log"))
+
+
+def test_a_code_that_was_not_written_whole_is_not_there(tmp_path: Path, monkeypatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        put(tmp_path / "0.code", 1)
+    assert [*tmp_path.glob("*.code")] == []
+    put(tmp_path / "0.code", 75)
+    assert (tmp_path / "0.code").read_text() == "75"
+    assert [path.name for path in tmp_path.iterdir()] == ["0.code"]
 
 
 @BOTH
