@@ -50,14 +50,27 @@ class KilledTrainer(Trainer):
         return super().step(step, batches)
 
 
-def run(folder: str, name: str, *options: str, kill: bool = False) -> Rows:
+class SpoiledTrainer(Trainer):
+    """Its gradients of step 1 are not finite."""
+
+    def step(self, step: int, batches: list) -> Any:
+        backward = self.model._backward
+        if step == 1:
+            self.model._backward = lambda loss: backward(loss * float("nan"))
+        try:
+            return super().step(step, batches)
+        finally:
+            self.model._backward = backward
+
+
+def run(folder: str, name: str, *options: str, kind: type[Trainer] = Trainer) -> Rows:
     """Trains the run `name` in `folder`, or goes on with it; the rows of its metrics so far."""
     own = [f"--name={name}", f"--output_dir={folder}/runs"]
     data = [f"--data.folder={folder}/data", f"--data.sources.0.path={folder}/text.txt"]
-    return train_run([*SMALL, *own, *data, *options], kill=kill)
+    return train_run([*SMALL, *own, *data, *options], kind)
 
 
-def train_run(options: list[str], *, kill: bool = False) -> Rows:
+def train_run(options: list[str], kind: type[Trainer] = Trainer) -> Rows:
     """Trains `tiny` with `options`, or goes on with it; the rows of its metrics so far."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     size = dist.get_world_size()
@@ -67,7 +80,6 @@ def train_run(options: list[str], *, kill: bool = False) -> Rows:
     where = Path(recipe.output_dir) / recipe.name
     origin = find_origin(recipe)
     training, held_out = open_data(recipe, where)
-    kind = KilledTrainer if kill else Trainer
     with StopFlag([recipe.checkpoint.signal]) as stop:
         trainer = kind(recipe, where, ranks, stop, training, held_out)
         try:
@@ -94,8 +106,13 @@ def scenarios(folder: str) -> dict[str, Rows]:
 
     found = {"native": run(folder, "native")}
     for stage in (1, 2, 3):
-        found[f"before {stage}"] = run(folder, f"zero{stage}", *zero(stage), kill=True)
+        found[f"before {stage}"] = run(folder, f"zero{stage}", *zero(stage), kind=KilledTrainer)
         found[f"zero {stage}"] = run(folder, f"zero{stage}", *zero(stage))
+    short = "--steps=6"
+    found["spoiled native"] = run(folder, "spoiled", short, kind=SpoiledTrainer)
+    for stage in (1, 2, 3):
+        words = (f"spoiled{stage}", short, *zero(stage))
+        found[f"spoiled {stage}"] = run(folder, *words, kind=SpoiledTrainer)
     for stage in (2, 3):
         found[f"{stage} to native"] = run(folder, f"native{stage}", after_10(f"zero{stage}"))
     found["native to 3"] = run(folder, "from-native", *zero(3), after_10("native"))

@@ -44,6 +44,14 @@ def test_zero_trains_as_fsdp2_does_killed_and_started_again(
     assert len(before) == 13 and losses(found)[:13] == losses(before)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_with_bad_gradients_changes_nothing(rows: dict[str, Rows], stage: int) -> None:
+    found, expected = rows[f"spoiled {stage}"], rows["spoiled native"]
+    for each in (found, expected):
+        assert [row["skipped_steps"] for row in each] == [0, 1, 1, 1, 1, 1]
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
+
+
 @pytest.mark.parametrize("key", ["2 to native", "3 to native", "native to 3"])
 def test_a_checkpoint_goes_on_under_another_engine(rows: dict[str, Rows], key: str) -> None:
     found = rows[key]
