@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shlex
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rondo.errors import UserError
 from rondo.launch.supervise import DONE, STOPPED
 
 LINGER_SECONDS = 60.0
@@ -25,10 +27,13 @@ _WORKER = (sys.executable, "-m", "rondo.launch.worker")
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A TCP port that is free now, below those that Linux gives to connections: ranks open it
+    seconds later, and until then another program would soon be given one of these."""
+    for port in random.SystemRandom().sample(range(16384, 32768), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError("launch: no free TCP port between 16384 and 32767")
 
 
 def as_exit_code(code: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -114,6 +115,14 @@ def test_a_code_that_was_not_written_whole_is_not_there(tmp_path: Path, monkeypa
     put(tmp_path / "0.code", 75)
     assert (tmp_path / "0.code").read_text() == "75"
     assert [path.name for path in tmp_path.iterdir()] == ["0.code"]
+
+
+def test_a_free_port_is_none_that_connections_get() -> None:
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 1 and max(ports) < 32768
+    for port in ports:
+        with socket.socket() as server:
+            server.bind(("", port))
 
 
 @BOTH
