@@ -64,20 +64,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     batch, time, heads, width = x.shape
     dims = cos.shape[-1]
-    out = x.new_empty(x.shape)
+    half = dims // 2
     size = ROW_TILE if x.device.type == "cpu" else x.numel()
     for rows, times in tiles((batch, time, heads * width), size, 1):
         own = slice(None) if len(cos) == 1 else rows
-        part = x[rows, times, :, :dims]
-        turned = part.to(cos.dtype, copy=True).mul_(cos[own, times])
-        turned.addcmul_(part.roll(dims // 2, dims=-1).to(cos.dtype), sin[own, times])
-        out[rows, times, :, :dims] = turned
+        c, s = (table[own, times].transpose(1, 2) for table in (cos, sin))
+        part = x[rows, times, :, :dims].transpose(1, 2)
+        wide = torch.empty(part.shape, dtype=cos.dtype, device=x.device).copy_(part)
+        turned = wide * c
+        turned[..., :half].addcmul_(wide[..., half:], s[..., :half])
+        turned[..., half:].addcmul_(wide[..., :half], s[..., half:])
+        out[rows, times, :, :dims] = turned.transpose(1, 2)
     if dims < width:
         out[..., dims:] = x[..., dims:]
     return out
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """Room for `x`, on a CPU as attention's products there take it: heads before time in memory."""
+    if x.device.type != "cpu":
+        return x.new_empty(x.shape)
+    batch, time, heads, width = x.shape
+    return x.new_empty(batch, heads, time, width).transpose(1, 2)
 
 
 class _Rotate(torch.autograd.Function):
@@ -86,10 +97,10 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn(x, cos, sin, _heads_first(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn(grad, cos, -sin, grad.new_empty(grad.shape)), None, None

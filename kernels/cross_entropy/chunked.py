@@ -1,5 +1,6 @@
 """The loss by chunks of tokens: one buffer of logits is filled, turned into their gradient in
-place, and filled again.
+place, and filled again. Logits are `(vocabulary, tokens)`: the gradient of the weight is then a
+product of matrices as they lie, for which a CPU needs half the time.
 
 For a scalar loss the gradients are formed while the logits are there, so that the vocabulary
 product is computed once. For per-token losses the backward pass computes the logits again, unless
@@ -25,7 +26,7 @@ BUFFER_BYTES = 16 * 2**20
 MIN_CHUNK = 512
 """Tokens in a chunk at least: below, accumulating the weight gradient outweighs the products."""
 SCRATCH_BYTES = 4 * 2**20
-"""Size of the float32 buffer in which exponentials of a few rows at a time are taken."""
+"""Size of the float32 buffer in which exponentials of a few words at a time are taken."""
 
 
 def chunked_loss(
@@ -80,7 +81,7 @@ class _TokenLosses(torch.autograd.Function):
         ctx.kept = _fits_one_buffer(hidden, weight) and any(ctx.needs_input_grad)
         if ctx.kept:
             losses, _, _ = _results(hidden, weight, None)
-            logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+            logits = hidden.new_empty(weight.shape[0], hidden.shape[0])
             sums = _losses_into(losses, logits, hidden, weight.to(hidden.dtype), targets)
             ctx.save_for_backward(hidden, weight, valid, logits, sums)
         else:
@@ -95,9 +96,10 @@ class _TokenLosses(torch.autograd.Function):
         upstream = grad * valid
         if ctx.kept:
             logits, sums = more
-            row = upstream[:, None] / sums
-            grad_hidden = (logits @ weight.to(hidden.dtype)) * row
-            update = logits.T @ (hidden * row).to(hidden.dtype)
+            row = (upstream / sums)[:, None]
+            turned = weight.to(hidden.dtype).T.contiguous()
+            grad_hidden = (turned @ logits).T * row
+            update = logits @ (hidden * row).to(hidden.dtype)
             return grad_hidden.to(hidden.dtype), update.to(weight.dtype), None, None
         _, grad_hidden, grad_weight = _losses(hidden, weight, more[0], upstream)
         return grad_hidden, grad_weight, None, None
@@ -132,18 +134,19 @@ def _walk(
     losses, grad_hidden, grad_weight = _results(hidden, weight, upstream)
     wide_grad = grad_weight if tokens else grad_weight.zero_()
     head = weight.to(hidden.dtype)
+    turned = head.T if upstream is None else head.T.contiguous()
     chunk = max(MIN_CHUNK, BUFFER_BYTES // (vocabulary * hidden.element_size()))
-    buffer = hidden.new_empty(min(chunk, tokens), vocabulary)
+    buffer = hidden.new_empty(vocabulary * min(chunk, tokens))
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
-        logits = buffer[: part.stop - part.start]
+        count = part.stop - part.start
+        logits = buffer[: vocabulary * count].view(vocabulary, count)
         sums = _losses_into(losses[part], logits, hidden[part], head, targets[part])
         if upstream is not None:
             # The sums divide the narrower sides of the products.
-            row = upstream[part, None] / sums
-            torch.mm(logits, head, out=grad_hidden[part])
-            grad_hidden[part] = grad_hidden[part] * row
-            update = logits.T @ (hidden[part] * row).to(hidden.dtype)
+            row = (upstream[part] / sums)[:, None]
+            grad_hidden[part] = (turned @ logits).T * row
+            update = logits @ (hidden[part] * row).to(hidden.dtype)
             wide_grad = update.to(losses.dtype) if start == 0 else wide_grad.add_(update)
     return losses, grad_hidden, wide_grad.to(weight.dtype)
 
@@ -177,34 +180,46 @@ def _(
 def _losses_into(
     losses: Tensor, logits: Tensor, hidden: Tensor, head: Tensor, targets: Tensor
 ) -> Tensor:
-    """Fills `losses`, and `logits` with their gradients times sums `(N, 1)`, which it returns."""
-    exact = (hidden.to(losses.dtype) * head[targets]).sum(dim=1, keepdim=True)
+    """Fills `losses`, and `logits` `(V, N)` with their gradients times sums `(N,)`, which it
+    returns."""
+    exact = (hidden.to(losses.dtype) * head[targets]).sum(dim=1)
     shift = exact.to(hidden.dtype)
-    torch.addmm(shift, hidden, head.T, beta=-1, out=logits)
-    rows = max(1, SCRATCH_BYTES // (head.shape[0] * losses.element_size()))
-    if not stays_in_cache(losses):
-        rows = len(losses)
+    torch.addmm(shift, head, hidden.T, beta=-1, out=logits)
+    at = targets, torch.arange(len(targets), device=targets.device)
+    own, top = logits[at].to(losses.dtype), None
     sums = torch.empty_like(exact)
-    scratch = losses.new_empty(min(rows, len(losses)), head.shape[0])
-    for start in range(0, len(losses), rows):
-        part = slice(start, min(start + rows, len(losses)))
-        powers = scratch[: part.stop - part.start]
-        top = _exponentials(powers, sums[part], logits[part])
-        losses[part] = (sums[part].log() + top - exact[part] + shift[part]).squeeze(1)
-        logits[part] = powers.scatter_add_(1, targets[part, None], -sums[part])
+    if _can_look_at(sums):
+        # The target's own logit is about 0, so that no sum is below about 1 and only large logits
+        # make a maximum necessary. To look at the sums is cheaper than a pass for the maximum.
+        _exponentials(logits, sums, None)
+        if not float(sums.amax()) < torch.finfo(sums.dtype).max ** 0.5:
+            torch.addmm(shift, head, hidden.T, beta=-1, out=logits)
+            top = logits.amax(dim=0).to(sums.dtype)
+    else:
+        top = logits.amax(dim=0).to(sums.dtype)
+    if top is not None:
+        _exponentials(logits, sums, top)
+        own = own - top
+    # Of a probability near 1 little is left: the target's is not rounded before.
+    logits[at] = (own.exp_() - sums).to(logits.dtype)
+    torch.sub(sums.log(), exact.sub_(shift), out=losses)
+    if top is not None:
+        losses += top
     return sums
 
 
-def _exponentials(powers: Tensor, sums: Tensor, logits: Tensor) -> Tensor | float:
-    """Fills `powers` with `exp(logits - top)` and `sums` with those of its rows; returns top,
-    `(N, 1)` or 0.
-
-    The target's own logit is about 0, so that no sum is below about 1 and only large logits make
-    a maximum necessary. On a CPU a look at the sums is cheaper than a pass for the maximum."""
-    if _can_look_at(sums):
-        torch.sum(powers.copy_(logits).exp_(), dim=1, keepdim=True, out=sums)
-        if float(sums.amax()) < torch.finfo(sums.dtype).max ** 0.5:
-            return 0.0
-    top = logits.amax(dim=1, keepdim=True).to(powers.dtype)
-    torch.sum(powers.copy_(logits).sub_(top).exp_(), dim=1, keepdim=True, out=sums)
-    return top
+def _exponentials(logits: Tensor, sums: Tensor, top: Tensor | None) -> None:
+    """Turns `logits` into `exp(logits - top)`, and fills `sums` with those over words."""
+    words, tokens = logits.shape
+    step = words
+    if stays_in_cache(sums):
+        step = max(1, SCRATCH_BYTES // max(tokens * sums.element_size(), 1))
+    scratch = sums.new_empty(min(step, words), tokens)
+    sums.zero_()
+    for start in range(0, words, step):
+        part = logits[start : start + step]
+        powers = scratch[: len(part)].copy_(part)
+        if top is not None:
+            powers.sub_(top)
+        sums += powers.exp_().sum(dim=0)
+        part.copy_(powers)
