@@ -6,6 +6,7 @@ Sequence tensors are `(batch, time, heads, dim)`; see README.md in this folder.
 from rondo.kernels.conv import short_conv
 from rondo.kernels.cross_entropy import linear_cross_entropy
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
+from rondo.kernels.expert_rows import combine_rows, gather_rows
 from rondo.kernels.fast_weights import FastWeights, FastWeightState, fast_weights
 from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
 from rondo.kernels.memory_context import memory_context
@@ -29,12 +30,14 @@ __all__ = [
     "attend_prefix",
     "attention",
     "combine",
+    "combine_rows",
     "fast_weights",
     "gated_delta_rule",
     "gated_delta_rule_summary",
     "gated_linear_attention",
     "gated_linear_attention_summary",
     "gated_rms_norm",
+    "gather_rows",
     "l2_norm",
     "linear_cross_entropy",
     "linear_scan",

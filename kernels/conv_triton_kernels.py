@@ -105,9 +105,10 @@ def conv_backward(
     tap = tl.arange(0, TAPS)
     weights = tl.zeros((TAPS, BLOCK), tl.float32)
     biases = tl.zeros((BLOCK,), tl.float32)
-    for i in range(program // blocks, rows * tiles, tl.num_programs(0) // blocks):
-        row = (i // tiles).to(tl.int64)
-        t = i % tiles * TIME - HISTORY + tl.arange(0, TIME)
+    share = (program // blocks).to(tl.int64)
+    for i in range(share, rows.to(tl.int64) * tiles, tl.num_programs(0) // blocks):
+        row = i // tiles
+        t = (i % tiles).to(tl.int32) * TIME - HISTORY + tl.arange(0, TIME)
         own = _activation_gradient(
             grad, x, weight, bias, state, ids, row, t, time, column, inside, channels,
             HISTORY, SILU,
@@ -140,7 +141,6 @@ def conv_backward(
             mask = (t < 0)[:, None] & inside[None, :]
             at = (row * HISTORY + HISTORY + t)[:, None] * channels + column[None, :]
             tl.store(grad_state + at, narrow(total, grad_state.dtype.element_ty), mask=mask)
-    share = program // blocks
     place = (share * (HISTORY + 1) + tap)[:, None] * channels + column[None, :]
     tl.store(grad_weights + place, weights, mask=(tap <= HISTORY)[:, None] & inside[None, :])
     tl.store(grad_biases + share * channels + column, biases, mask=inside)

@@ -58,6 +58,16 @@ CONFIGS["short_conv_backward"] = {
 CONFIGS["target_logits"] = {"*": ({"BLOCK": 1024, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["cross_entropy_losses"] = {"*": ({"BLOCK": 4096, "num_warps": 8, "num_stages": 1},)}
 
+# expert_rows/triton.py: a program moves ROWS rows, BLOCK numbers of each at a time.
+for _name in ("expert_rows", "expert_sums"):
+    CONFIGS[_name] = {
+        "*": (
+            {"ROWS": 4, "BLOCK": 512, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 8, "BLOCK": 256, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 1, "BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+        )
+    }
+
 # linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
 for _name in ("walk", "mix", "gradients"):
     CONFIGS[f"linear_attention_{_name}"] = {

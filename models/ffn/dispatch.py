@@ -6,11 +6,13 @@ Letters: n tokens, k experts a token, N experts, B sequences, T tokens in each.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rondo.kernels import combine_rows, gather_rows
 
 
 class Choice(NamedTuple):
@@ -102,7 +104,7 @@ def route(experts: Tensor, count: int, *, drops: bool = False, multiple: int = 1
 
 def spread(x: Tensor, where: Route) -> Tensor:
     """`(m, d)`: the token of each row, of `x` `(n, d)`; the last one for filling."""
-    return _Spread.apply(x, *where)
+    return gather_rows(x, where.order, where.places.view(-1, where.k), drops=where.drops)
 
 
 def spread_choices(values: Tensor, where: Route) -> Tensor:
@@ -112,48 +114,4 @@ def spread_choices(values: Tensor, where: Route) -> Tensor:
 
 def collect(y: Tensor, where: Route) -> Tensor:
     """`(n, d)`: for each token the sum of `y` `(m, d)` over its rows."""
-    return _Collect.apply(y, *where)
-
-
-# The transposes of each other but for filling, which shares of 0 keep out of sums; written out
-# because the derivative of indexing adds up row by row.
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, order: Tensor, places: Tensor, counts: Tensor, k: int, drops: bool
-    ) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.k, ctx.drops = k, drops
-        return _rows_of_tokens(x, order, k)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return _token_sums(grad, places, ctx.k, ctx.drops), None, None, None, None, None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, order: Tensor, places: Tensor, counts: Tensor, k: int, drops: bool
-    ) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return _token_sums(y, places, k, drops)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return _rows_of_tokens(grad, order, ctx.k), None, None, None, None, None
-
-
-def _rows_of_tokens(x: Tensor, order: Tensor, k: int) -> Tensor:
-    return x.index_select(0, (order // k).clamp_(max=len(x) - 1))
-
-
-def _token_sums(y: Tensor, places: Tensor, k: int, drops: bool) -> Tensor:
-    if drops:
-        y = F.pad(y, (0, 0, 0, 1))
-    return F.embedding_bag(places.view(-1, k), y, mode="sum")
+    return combine_rows(y, where.order, where.places.view(-1, where.k), drops=where.drops)
