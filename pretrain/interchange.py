@@ -19,11 +19,10 @@ from rondo.models.hf.linearize import linearize, shortest
 from rondo.models.loading import difference, find_checkpoint, load, tensor_index
 from rondo.parallel.checkpoint import STATE
 from rondo.pretrain.data import Tokenizer, load_tokenizer
-from rondo.pretrain.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from rondo.pretrain.data.tokenizer_json import to_json
 from rondo.pretrain.plain import write_yaml
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_EOD = "<|endoftext|>"
 _RECIPE = "recipe.yaml"
 
 
@@ -168,37 +167,17 @@ def _find_tokenizer(folder: Path, given: str | None) -> Tokenizer:
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """Writes it so that transformers reads it, if it can; says what it did."""
-    if isinstance(tokenizer, ByteTokenizer):
-        content, end = _bytes_json(tokenizer), _EOD
-    elif isinstance(tokenizer, HuggingFaceTokenizer):
-        content = tokenizer.content.decode()
-        end = tokenizer.piece(tokenizer.eod)
-    else:
+    found = to_json(tokenizer)
+    if found is None:
         tokenizer.save(folder)
-        return f"{tokenizer.file_name}, which is to be read with sentencepiece"
+        return (
+            f"{tokenizer.file_name}, which is to be read with sentencepiece: with a tokenizer.json "
+            "it would give other ids"
+        )
+    content, end = found
     (folder / "tokenizer.json").write_text(content)
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    # A document cannot smuggle in its own end, nor does decoding touch its spaces.
+    values |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
     return "tokenizer.json"
-
-
-def _bytes_json(tokenizer: ByteTokenizer) -> str:
-    """The tokenizer of bytes as a `tokenizer.json`: no merges, so that every byte is a token."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Fast
-
-    letters = _letters()
-    fast = Fast(models.BPE(vocab={letters[i]: i for i in range(256)}, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(_EOD, special=True)])
-    assert fast.token_to_id(_EOD) == tokenizer.eod, "the next after 256 bytes"
-    return fast.to_str()
-
-
-def _letters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: itself where it can be
-    printed, else the next one from 256 on."""
-    printed = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(i) if i in printed else chr(next(others)) for i in range(256)]
