@@ -69,6 +69,12 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of matrices at the start; those that write to the residual stream
     are divided by the square root of the number of residual branches."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters (LoRA, arXiv 2106.09685), which alone are trained; 0 trains all."""
+    lora_alpha: float = 8.0
+    """What an adapter adds is multiplied by this over its rank."""
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    """Matrices inside the blocks that get adapters, by their last name."""
 
     def layers(self) -> list[LayerSpec]:
         """The layers, from the first to the last. Raises UserError on an impossible entry."""
@@ -172,14 +178,22 @@ def problems(config: ModelConfig) -> list[str]:
     pattern uses."""
     found = [
         f"model.{key}: must be at least {least}, got {getattr(config, key)}"
-        for key, least in (("vocab_size", 0), ("dim", 1), ("num_layers", 1), ("ffn_dim", 0))
+        for key, least in (
+            ("vocab_size", 0),
+            ("dim", 1),
+            ("num_layers", 1),
+            ("ffn_dim", 0),
+            ("lora_rank", 0),
+        )
         if getattr(config, key) < least
     ]
     found += [
         f"model.{key}: must be above 0, got {getattr(config, key)}"
-        for key in ("norm_eps", "init_std")
+        for key in ("norm_eps", "init_std", "lora_alpha")
         if not getattr(config, key) > 0
     ]
+    if config.lora_rank and not config.lora_targets:
+        found.append("model.lora_targets: needs at least one name, as [q_proj], got []")
     try:
         layers = config.layers()
     except UserError as error:

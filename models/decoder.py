@@ -15,6 +15,7 @@ from rondo.models.block import Block
 from rondo.models.config import ModelConfig, make_options, problems
 from rondo.models.init import initial_values
 from rondo.models.layers import Embedding, Linear, RMSNorm
+from rondo.models.lora import adapt
 from rondo.models.mixer import ChannelMixer, Cost, SequenceContext, State, module_cost
 from rondo.models.registry import FFNS, MIXERS
 
@@ -93,6 +94,8 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(config.dim, config.norm_eps)
         if self.last and not config.tie_embeddings:
             self.head = Linear(config.dim, config.vocab_size, std=config.init_std)
+        if config.lora_rank:
+            adapt(self, config, whole=self.first and self.last)
         if next(self.parameters()).device.type != "meta":
             self.init_weights(int(torch.randint(2**31, ())) if seed is None else seed)
 
@@ -224,9 +227,9 @@ class Decoder(nn.Module):
         return self._declared("float32_parameters")
 
     def optional_names(self) -> set[str]:
-        """Names of the buffers that the model may have or not, by its options; a model that is
+        """Names of the tensors that the model may have or not, by its options; a model that is
         trained on may begin without them."""
-        return self._declared("optional_buffers")
+        return self._declared("optional_tensors")
 
     def _declared(self, attribute: str) -> set[str]:
         return {

@@ -152,7 +152,7 @@ class ChannelMixer(nn.Module):
 
     Options: ClassVar[type] = NoOptions
     """A dataclass of its hyper-parameters, for what stands under its name in `config.ffns`."""
-    sharding: ClassVar[dict[str, str]]
+    sharding: dict[str, str]
     """As `Mixer.sharding`."""
 
     @classmethod

@@ -132,6 +132,7 @@ def _sum_shared_modules(parts: list[Decoder], group: dist.ProcessGroup) -> None:
 def _sum_tied_embedding(parts: list[Decoder], ranks: Ranks) -> None:
     """The first and the last part hold the embedding if it is tied."""
     held = [part.embedding.weight for part in parts if part.embedding is not None]
+    held = [weight for weight in held if weight.requires_grad]
     if not parts[0].config.tie_embeddings or not held:
         return
     grads = [local_gradient(weight) for weight in held]

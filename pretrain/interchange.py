@@ -6,21 +6,24 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rondo.errors import UserError
 from rondo.models import Decoder, ModelConfig, hf, manifest
+from rondo.models.hf.linearize import linearize, shortest
 from rondo.models.loading import difference, find_checkpoint, load, tensor_index
+from rondo.parallel.checkpoint import STATE
 from rondo.pretrain.data import Tokenizer, load_tokenizer
-from rondo.pretrain.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from rondo.pretrain.data.tokenizer_json import to_json
+from rondo.pretrain.plain import write_yaml
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_EOD = "<|endoftext|>"
+_RECIPE = "recipe.yaml"
 
 
 @dataclass
@@ -52,6 +55,9 @@ class ImportConfig:
     """Folder for the checkpoint, which `checkpoint.init_from` takes; must not be there."""
     tokenizer: str | None = None
     """Tokenizer of the model, where the folder has none: bytes, a .model or a tokenizer.json."""
+    linearize: list[str] = field(default_factory=list)
+    """How to read attention layers: as gated linear attention (liger) or as they are (attention),
+    repeated over depth, as [liger*7, attention] (arXiv 2503.01496). [] leaves all as they are."""
 
 
 def export_checkpoint(config: ExportConfig) -> Path:
@@ -87,6 +93,8 @@ def import_folder(config: ImportConfig) -> Path:
     if output.exists():
         raise UserError(f"output: {output} is there already")
     model, tensors = hf.read_folder(folder)
+    if config.linearize:
+        model = linearize(model, config.linearize)
     with torch.device("meta"):
         wanted = Decoder(model).state_dict()
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -98,18 +106,26 @@ def import_folder(config: ImportConfig) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as parent:
         written = Path(parent) / output.name
-        _write_checkpoint(written, model, tensors, tokenizer)
+        _write_checkpoint(written, output, model, tensors, tokenizer)
         problem = difference(tensor_index(written / "model"), wanted, wanted.keys())
         if problem:
             raise UserError(f"{folder}: {problem}")
         written.rename(output)
-    print(f"{folder} -> {output}: {model.num_layers} layers; checkpoint.init_from takes it")
+    print(
+        f"{folder} -> {output}: {model.num_layers} layers; rondo train {output / _RECIPE} goes on "
+        "from it, with --data.sources of yours"
+    )
     return output
 
 
 def _write_checkpoint(
-    folder: Path, model: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+    folder: Path,
+    output: Path,
+    model: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
 ) -> None:
+    """Writes a checkpoint into `folder`, and the recipe that begins with it when it is `output`."""
     from huggingface_hub import save_torch_state_dict
 
     for part in ("model", "tokenizer"):
@@ -119,9 +135,23 @@ def _write_checkpoint(
     text = json.dumps(dataclasses.asdict(model), indent=1)
     (folder / "model" / "config.json").write_text(text)
     tokenizer.save(folder / "tokenizer")
+    recipe = {
+        "name": f"{output.name}-continued",
+        "model": _given(dataclasses.replace(model, pattern=shortest(model.pattern))),
+        "data": {"tokenizer": str(output / "tokenizer")},
+        "checkpoint": {"init_from": str(output)},
+    }
+    (folder / _RECIPE).write_text(write_yaml(recipe))
+    (folder / STATE).write_text(json.dumps({"step": 0, "data": None}))  # of no run
     names = [path for path in folder.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): manifest.record(path) for path in names}
     manifest.write(folder, 0, files)
+
+
+def _given(model: ModelConfig) -> dict[str, Any]:
+    """The keys of a model that are not at their defaults."""
+    plain, defaults = dataclasses.asdict(model), dataclasses.asdict(ModelConfig())
+    return {key: value for key, value in plain.items() if value != defaults[key]}
 
 
 def _find_tokenizer(folder: Path, given: str | None) -> Tokenizer:
@@ -137,37 +167,17 @@ def _find_tokenizer(folder: Path, given: str | None) -> Tokenizer:
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """Writes it so that transformers reads it, if it can; says what it did."""
-    if isinstance(tokenizer, ByteTokenizer):
-        content, end = _bytes_json(tokenizer), _EOD
-    elif isinstance(tokenizer, HuggingFaceTokenizer):
-        content = tokenizer.content.decode()
-        end = tokenizer.piece(tokenizer.eod)
-    else:
+    found = to_json(tokenizer)
+    if found is None:
         tokenizer.save(folder)
-        return f"{tokenizer.file_name}, which is to be read with sentencepiece"
+        return (
+            f"{tokenizer.file_name}, which is to be read with sentencepiece: with a tokenizer.json "
+            "it would give other ids"
+        )
+    content, end = found
     (folder / "tokenizer.json").write_text(content)
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    # A document cannot smuggle in its own end, nor does decoding touch its spaces.
+    values |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
     return "tokenizer.json"
-
-
-def _bytes_json(tokenizer: ByteTokenizer) -> str:
-    """The tokenizer of bytes as a `tokenizer.json`: no merges, so that every byte is a token."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Fast
-
-    letters = _letters()
-    fast = Fast(models.BPE(vocab={letters[i]: i for i in range(256)}, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(_EOD, special=True)])
-    assert fast.token_to_id(_EOD) == tokenizer.eod, "the next after 256 bytes"
-    return fast.to_str()
-
-
-def _letters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: itself where it can be
-    printed, else the next one from 256 on."""
-    printed = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(i) if i in printed else chr(next(others)) for i in range(256)]

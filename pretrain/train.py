@@ -123,7 +123,8 @@ class Trainer:
             recipe, self.model, self.batches, held_out, self.reweighting.domains
         )
         self.cost = model_cost(self.config, length)
-        self.flops_per_token = 3 * self.cost.flops  # backward costs twice forward
+        # Backward costs twice forward, once where matrices are frozen.
+        self.flops_per_token = (2 if self.config.lora_rank else 3) * self.cost.flops
         self.peak_flops = ranks.sum(peak_flops(ranks.device, PRECISIONS[recipe.precision]))[0]
         # What a checkpoint carries besides tensors.
         self.state: dict[str, Any] = {

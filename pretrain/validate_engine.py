@@ -33,6 +33,11 @@ def engine_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
 
 def _megatron(recipe: Recipe) -> Iterator[str]:
     config, layers = recipe.parallel, recipe.model.layers
+    if recipe.model.lora_rank:
+        yield (
+            "model.lora_rank: Megatron's layers compute what adapted matrices would; use "
+            "parallel.engine native"
+        )
     for key in ("pp", "cp", "ep"):
         if (size := getattr(config, key)) > 1:
             yield (

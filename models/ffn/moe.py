@@ -83,7 +83,7 @@ class MoE(ChannelMixer):
     }
     float32_parameters: ClassVar = ("balance_bias",)
     """Never cast to a lower precision, whose steps could be larger than `bias_rate`."""
-    optional_buffers: ClassVar = ("balance_bias",)
+    optional_tensors: ClassVar = ("balance_bias",)
     """There with `bias_rate` only (`Decoder.optional_names`)."""
 
     def __init__(self, config: ModelConfig) -> None:

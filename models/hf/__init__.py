@@ -25,6 +25,7 @@ from rondo.models.hf.llama import Llama, Qwen3
 from rondo.models.hf.mamba2 import Mamba2Architecture
 from rondo.models.hf.qwen3_next import Qwen3Next
 from rondo.models.loading import read_json, read_tensors
+from rondo.models.lora import merged
 
 __all__ = ["ARCHITECTURES", "RONDO", "choose", "read_folder", "write_folder"]
 
@@ -81,7 +82,7 @@ def write_folder(
     Args:
         folder: where config.json and safetensors files go; made if it is not there.
         config: the model.
-        tensors: its parameters, whole, by name.
+        tensors: its parameters, whole, by name; adapters are merged into their matrices.
         architecture: one of `ARCHITECTURES`, "RondoForCausalLM", or "auto": the first that fits.
         dtype: type of the floating-point tensors that may be cast.
         values: further keys of config.json, such as eos_token_id.
@@ -94,6 +95,8 @@ def write_folder(
     """
     from huggingface_hub import save_torch_state_dict
 
+    if config.lora_rank:
+        config, tensors = merged(config, tensors)
     name = choose(config, architecture)
     if name == RONDO:
         theirs = {f"{PREFIX}{key}": value for key, value in tensors.items()}

@@ -117,6 +117,11 @@ class AttentionHeads(Mixer):
         return_lse: bool = False,
     ) -> tuple[Any, State]:
         """A `HeadsRead`, and the state after it."""
+        return self.read(*self.project(x), ctx, state, return_lse=return_lse)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `(B, T, num_heads, head_dim)`, keys and values `(B, T, num_kv_heads, head_dim)`
+        of `x` `(B, T, dim)`, normalised and without RoPE."""
         q, k, v = (
             split_heads(self.q_proj(x), self.head_dim),
             split_heads(self.k_proj(x), self.head_dim),
@@ -124,6 +129,19 @@ class AttentionHeads(Mixer):
         )
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ctx: SequenceContext,
+        state: State | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> tuple[HeadsRead, State]:
+        """What the queries of `project` find, and the state after it."""
         unrotated = q
         if self.options.rope:
             table = rope_table(
@@ -194,10 +212,14 @@ class Attention(AttentionHeads):
         self, x: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State]:
         found, state = super().forward(x, ctx, state)
-        o = found.o.flatten(2)
+        return self.write(x, found.o), state
+
+    def write(self, x: Tensor, o: Tensor) -> Tensor:
+        """What heads found, `(B, T, num_heads, head_dim)`, as the output `(B, T, dim)`."""
+        o = o.flatten(2)
         if self.options.output_gate:
             o = o * self.gate_proj(x).sigmoid()
-        return self.o_proj(o), state
+        return self.o_proj(o)
 
 
 def _sizes(config: ModelConfig, options: AttentionOptions) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """Checkpoints: asynchronous, atomic, checksummed, readable under any layout."""
 
 from rondo.parallel.checkpoint.changes import Changes
-from rondo.parallel.checkpoint.checkpointer import Checkpointer
+from rondo.parallel.checkpoint.checkpointer import STATE, Checkpointer
 from rondo.parallel.checkpoint.collective import CheckpointError
 from rondo.parallel.checkpoint.state import (
     copy_to_twins,
@@ -11,6 +11,7 @@ from rondo.parallel.checkpoint.state import (
 )
 
 __all__ = [
+    "STATE",
     "Changes",
     "CheckpointError",
     "Checkpointer",

@@ -39,6 +39,7 @@ OPTIONS = {
     },
     # Orthogonalised steps, less exact than the rest, are in test_lact.py.
     "lact": {"num_heads": 4, "chunk_size": 5, "init_rank": 4, "update": "gradient"},
+    "liger": {"num_heads": 4, "num_kv_heads": 2, "window": 9, "qk_norm": False},
     "bare": {"kind": "slstm", "output_projection": False},
     "groups": {"kind": "mamba2", "head_dim": 8, "state_dim": 4, "num_groups": 2},
 }

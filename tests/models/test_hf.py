@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rondo.errors import UserError
-from rondo.models import Decoder, ModelConfig, hf
+from rondo.models import Decoder, ModelConfig, generate, hf
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -108,6 +108,13 @@ def our_logits(model: Decoder, ids: torch.Tensor) -> torch.Tensor:
     return model.logits(model(ids, return_state=False).hidden)
 
 
+def written(model: Any) -> torch.Tensor:
+    """`tokens()` and eight more of transformers' model, the likeliest each, with its cache."""
+    mask = torch.ones_like(tokens())
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(tokens(), attention_mask=mask, **options)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_written_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     model = decoder(name)
@@ -117,6 +124,13 @@ def test_written_folders_give_the_same_logits(name: str, tmp_path: Path) -> None
     with torch.no_grad():
         expected = theirs.eval()(tokens()).logits
         torch.testing.assert_close(our_logits(model, tokens()), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(written(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
+    theirs.save_pretrained(tmp_path / "again")
+    config, tensors = hf.read_folder(tmp_path / "again")
+    assert config.layers() == hf.read_folder(tmp_path)[0].layers()
+    wanted = model.state_dict()
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -151,6 +165,7 @@ def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             our_logits(model, tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4
         )
+    assert torch.equal(written(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
 
 
 def test_any_model_is_a_model_of_transformers(tmp_path: Path) -> None:

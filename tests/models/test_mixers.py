@@ -21,6 +21,7 @@ VARIANTS = [
     Case("titans_mac", {"head_dim": 16, "segment_size": 10, "chunk_size": 5, "depth": 1}),
     Case("titans_mag", {"head_dim": 16, "window": None, "persistent_tokens": 0, "depth": 3}),
     Case("slstm", {"num_heads": 2, "output_projection": False}),
+    Case("liger", {"num_heads": 4, "num_kv_heads": 2, "window": 9, "output_gate": True}),
     Case(
         "lact",
         {
@@ -43,6 +44,7 @@ SMALL = {
     "titans_memory": {"head_dim": 8},
     "titans_mac": {"head_dim": 8, "segment_size": 48, "persistent_tokens": 3},
     "titans_mag": {"head_dim": 8, "window": 20, "persistent_tokens": 3},
+    "liger": {"num_heads": 2, "window": 20, "qk_norm": False},
     "lact": {"num_heads": 2, "num_fast_heads": 2, "chunk_size": 32, "init_rank": 4},
 }
 CASES = [Case(name, SMALL.get(name, {})) for name in MIXERS] + VARIANTS

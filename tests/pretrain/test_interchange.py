@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 
 from rondo.launch.cli import main
 from rondo.models import Decoder, ModelConfig, load, manifest
-from rondo.pretrain.data import load_tokenizer
+from rondo.pretrain.data import Tokenizer, load_tokenizer
+from rondo.pretrain.data.tokenizer import SentencePieceTokenizer
+from rondo.pretrain.data.train_tokenizer import train_sentencepiece
 
 transformers = pytest.importorskip("transformers")
 
 
-def checkpoint(folder: Path, **changes: Any) -> Path:
-    """That of a small model of bytes."""
+def checkpoint(folder: Path, words: Tokenizer | None = None, **changes: Any) -> Path:
+    """That of a small model, of bytes if no `words` are given."""
+    words = words or load_tokenizer("bytes")
     sizes: dict[str, Any] = {"dim": 32, "num_layers": 2, "ffn_dim": 48, "pattern": ["attention"]}
     sizes["mixers"] = {"attention": {"num_heads": 2, "qk_norm": False}}
-    config = ModelConfig(vocab_size=257, **{**sizes, **changes})
+    config = ModelConfig(vocab_size=words.vocab_size, **{**sizes, **changes})
     for part in ("model", "tokenizer"):
         (folder / part).mkdir(parents=True)
     save_file(Decoder(config, seed=1).state_dict(), folder / "model" / "model.safetensors")
     (folder / "model" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    load_tokenizer("bytes").save(folder / "tokenizer")
+    words.save(folder / "tokenizer")
     paths = [path for path in folder.rglob("*") if path.is_file()]
     manifest.write(folder, 7, {p.relative_to(folder).as_posix(): manifest.record(p) for p in paths})
     return folder
@@ -87,3 +93,71 @@ def test_any_model_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str
         kept = name in ours.float32_names()
         expected = value if kept else value.bfloat16().float()
         assert torch.equal(again.state_dict()[name], expected), name
+
+
+PROSE = "\n".join(topics.values())[:60_000].splitlines(keepends=True)
+TEXTS = [
+    "".join(PROSE),
+    "  two before, three   inside, one after ",
+    "\n\n\ttab \r\n\x00 \u00a0 \u3000 nothing",
+    "漢字 😀 a\u0301 ½ ﬁ: not in the vocabulary",
+    "<0x41> <unk> <s> </s> <|endoftext|>",
+    "1234567890 x1y22",
+    "",
+    " ",
+]
+
+
+def pieces(kind: str) -> SentencePieceTokenizer:
+    """The project's own kind of sentencepiece model, or one as Llama 2 has it."""
+    if kind == "unigram":
+        return train_sentencepiece(PROSE, 400)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROSE),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(model.getvalue(), kind)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_sentencepiece_is_read_by_transformers(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same ids, bytes of what has no piece and spaces included, and the same text back."""
+    words = pieces(kind)
+    start, there = checkpoint(tmp_path / "start", words), tmp_path / "there"
+    assert main(["export", str(start), "--output", str(there)]) == 0
+    assert "tokenizer: tokenizer.json" in capsys.readouterr().out
+    theirs = transformers.AutoTokenizer.from_pretrained(there)
+    assert theirs.eos_token_id == words.eod and len(theirs) == words.vocab_size
+    for text in TEXTS:
+        ids = words.encode(text)
+        assert theirs(text, add_special_tokens=False).input_ids == ids, text[:60]
+        assert theirs.decode(ids) == words.decode(ids) == text
+    assert main(["import", str(there), "--output", str(tmp_path / "back")]) == 0
+    back = load_tokenizer(tmp_path / "back" / "tokenizer")
+    assert [back.encode(text) for text in TEXTS] == [words.encode(text) for text in TEXTS]
+
+
+def test_sentencepiece_that_would_have_other_ids_is_written_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROSE), model_writer=model, model_type="word", vocab_size=300
+    )
+    words = SentencePieceTokenizer(model.getvalue(), "whole words")
+    start, there = checkpoint(tmp_path / "start", words), tmp_path / "there"
+    assert main(["export", str(start), "--output", str(there)]) == 0
+    assert "tokenizer.model, which is to be read with sentencepiece" in capsys.readouterr().out
+    assert (there / "tokenizer.model").read_bytes() == words.content
+    assert not (there / "tokenizer.json").exists()
