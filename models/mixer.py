@@ -191,12 +191,6 @@ class ChannelMixer(nn.Module):
         """What can be divided among ranks, by name of the key that sets it."""
         return {}
 
-    @classmethod
-    def undivided(cls, config: ModelConfig) -> dict[str, str]:
-        """What needs whole sequences, which sequence-parallel ranks divide: why, by name of the key
-        that asks for it."""
-        return {}
-
     def cost(self, length: int) -> Cost:
         """Cost in sequences of `length` tokens."""
         return module_cost(self)

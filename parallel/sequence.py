@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from rondo.kernels import attention, short_conv
 from rondo.kernels.recurrences import CHAINS, HEADS, SOLVED, SUMMARIES, SUMS
-from rondo.models.ffn.dispatch import whole_sequence
+from rondo.models.ffn.dispatch import over_capacity, whole_sequence
 from rondo.parallel.attention import attention_over_ranks
+from rondo.parallel.capacity import capacity_over_ranks
 from rondo.parallel.chain import ChainOverRanks
 from rondo.parallel.collectives import (
     after,
@@ -40,7 +41,7 @@ from rondo.parallel.heads import HeadsOverRanks
 from rondo.parallel.newton import NewtonOverRanks
 from rondo.parallel.summaries import SummaryExchange, as_bits, as_ids, if_same
 
-OPERATORS = ("scan", "conv", "attend", "total")
+OPERATORS = ("scan", "conv", "attend", "total", "drop")
 """Attributes under which modules keep the operators that mix positions."""
 
 _LONG = 2**20
@@ -95,6 +96,8 @@ def over_ranks(
         return attention_over_ranks(group)
     if operator is whole_sequence:
         return functools.partial(_sum_over_ranks, group)
+    if operator is over_capacity:
+        return functools.partial(capacity_over_ranks, group)
     raise ValueError(
         f"{operator} has no sequence-parallel form; add it to SUMMARIES, CHAINS, SUMS, SOLVED or "
         "HEADS"

@@ -65,10 +65,6 @@ def model_layout_problems(recipe: Recipe) -> Iterator[str]:
         )
     if config.ep > 1:
         yield from _divided_experts(recipe)
-    if config.cp > 1:
-        for ffn in sorted({spec.ffn for spec in model.layers()} - {"none"}):
-            for key, reason in FFNS[ffn].undivided(model).items():
-                yield f"model.{key}: {reason}, which parallel.cp divides"
     if config.tp > 1:
         yield from _divided(model, config)
         if recipe.compile:

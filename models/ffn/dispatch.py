@@ -55,8 +55,9 @@ def whole_sequence(counts: Tensor) -> Tensor:
 
 def over_capacity(choice: Choice, count: int, factor: float) -> Tensor:
     """`(B, T, k)` bool: choices beyond the `⌈factor · T k / N⌉` of highest score that an expert
-    takes from a sequence. Not of highest weight: renormalised, that of an unsure token's first
-    choice is as high as a sure one's."""
+    takes from a sequence, the earlier ones first where scores are equal. Not of highest weight:
+    renormalised, that of an unsure token's first choice is as high as a sure one's. An operator:
+    it is replaced where ranks hold stretches of a sequence."""
     _, time, k = choice.experts.shape
     room = math.ceil(factor * time * k / count)
     by_score = choice.scores.detach().flatten(1).argsort(dim=1, descending=True, stable=True)

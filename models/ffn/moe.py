@@ -108,6 +108,7 @@ class MoE(ChannelMixer):
         if options.freeze_router:
             self.router.requires_grad_(False)
         self.total: Callable[[Tensor], Tensor] = whole_sequence
+        self.drop: Callable[[Choice, int, float], Tensor] = over_capacity
         self.balance_bias: Tensor | None
         bias = torch.zeros(options.num_experts) if options.bias_rate else None
         self.register_buffer("balance_bias", bias)
@@ -146,12 +147,6 @@ class MoE(ChannelMixer):
     @classmethod
     def expert_counts(cls, config: ModelConfig) -> dict[str, int]:
         return {f"ffns.{NAME}.num_experts": moe_options(config).num_experts}
-
-    @classmethod
-    def undivided(cls, config: ModelConfig) -> dict[str, str]:
-        if moe_options(config).capacity_factor is None:
-            return {}
-        return {f"ffns.{NAME}.capacity_factor": "counts whole sequences"}
 
     @classmethod
     def problems(cls, config: ModelConfig) -> list[str]:
@@ -196,7 +191,7 @@ class MoE(ChannelMixer):
         count, factor = self.options.num_experts, self.options.capacity_factor
         experts, lost = choice.experts, counts.new_zeros(1)
         if factor is not None:
-            dropped = over_capacity(choice, count, factor)
+            dropped = self.drop(choice, count, factor)
             experts, lost = experts.masked_fill(dropped, count), dropped.sum()[None]
         if self.training:
             self.load += torch.cat((counts.sum(0), lost))

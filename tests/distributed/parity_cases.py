@@ -12,14 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from rondo.kernels.segments import document_positions
 from rondo.models import ModelConfig
+from rondo.models.ffn.dispatch import Choice, over_capacity
 from rondo.models.ffn.moe import mixture_layers
 from rondo.parallel.bounds import keep_bounds
 from rondo.parallel.build import ParallelModel
 from rondo.parallel.config import Engine, ParallelConfig
 from rondo.parallel.data_parallel import scale_gradients
-from rondo.parallel.load import move_biases, take_loads
+from rondo.parallel.load import load_summary, move_biases, take_loads
 from rondo.parallel.mesh import Layout, Ranks, make_mesh
 from rondo.parallel.pipeline import MicroBatch
+from rondo.parallel.sequence import over_ranks
 from rondo.pretrain.domain_loads import DomainLoads
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
@@ -91,8 +93,8 @@ def train(run: Run) -> dict[str, Any]:
 
 def train_one(run: Run) -> dict[str, Any]:
     """Losses, gradients of the first step, gradient norms, similarities of experts, their
-    loads by domain, and parameters and biases of the choice of experts after `STEPS` steps, by name
-    and whole; of a pipeline this rank's names."""
+    loads by domain, shares of dropped choices and largest loads, and parameters and biases of the
+    choice of experts after `STEPS` steps, by name and whole; of a pipeline this rank's names."""
     rank, size, mesh = 0, 1, None
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -117,7 +119,7 @@ def train_one(run: Run) -> dict[str, Any]:
     optimizers = build_optimizers(model.parts, OptimizerConfig(lr=1e-4, eps=1e-2))
     batches = micro_batches(run, ranks)
     valid = int((data(run).targets >= 0).sum())
-    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}, "evaluated": []}
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}, "loads": []}
     for step in range(STEPS):
         nats = model.forward_backward(batches)
         result["losses"].append(ranks.sum(nats.item() * ranks.counts)[0] / valid)
@@ -129,11 +131,13 @@ def train_one(run: Run) -> dict[str, Any]:
             each.step()
             each.zero_grad()
         keep_bounds(model.parts)
-        move_biases(model.parts, take_loads(model.parts, ranks))
+        loads = take_loads(model.parts, ranks)
+        result["loads"].append([*load_summary(loads).values()])
+        move_biases(model.parts, loads)
     if mixture_layers(run.config) and not run.compile:
-        with DomainLoads(model, domains(run, ranks), ["even", "odd"]) as loads:
+        with DomainLoads(model, domains(run, ranks), ["even", "odd"]) as by_domain:
             nats = model.evaluate(batches)
-        result["domains"] = loads.tables()
+        result["domains"] = by_domain.tables()
     else:
         nats = model.evaluate(batches)
     result["evaluated"] = ranks.sum(nats.item() * ranks.counts)[0] / valid
@@ -162,3 +166,13 @@ def named(model: ParallelModel, value: Any) -> dict[str, np.ndarray]:
 def train_all(runs: list[Run]) -> list[dict[str, Any]]:
     """`train`, one run after another in the same processes."""
     return [train(run) for run in runs]
+
+
+def dropped_by_rank(*choice: np.ndarray) -> np.ndarray:
+    """What each rank drops of a `Choice` in its stretch of the sequences, of 4 experts that take
+    0.7 of their even share."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    own = [torch.from_numpy(each).chunk(size, 1)[rank] for each in choice]
+    return over_ranks(over_capacity, group)(Choice(*own), 4, 0.7).numpy()

@@ -6,13 +6,16 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rondo.models import ModelConfig
+from rondo.models.ffn.dispatch import Choice, over_capacity
 from rondo.parallel.mesh import Layout
 from rondo.tests.conftest import slow_but
 from rondo.tests.distributed.layout_checkpoint_cases import save_or_load
-from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
+from rondo.tests.distributed.parity_cases import VOCAB, Run, dropped_by_rank, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
 from rondo.tests.distributed.test_parity import compare
 
@@ -33,7 +36,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "xmoe": ({"dim": 6}, {"router": "xmoe", "bias_rate": 0.1}),
     "random": ({}, {"router": "random"}),
     "capacity": ({}, {"router": "linear", "capacity_factor": 0.75, "bias_rate": 0.1}),
+    "tight": ({"dim": 12}, {"router": "rmoe", "capacity_factor": 0.4}),
 }
+LIMITED = ("capacity", "tight")
+"""Of these experts drop choices: a third, and more than half."""
 # Ranks, expert-parallel ranks, schedule, activation checkpointing.
 LAYOUTS = {
     "ep2": (Layout(dp_shard=2), 2, "1f1b", "selective"),
@@ -46,6 +52,7 @@ LAYOUTS = {
     "ep2-on-cp2": (Layout(cp=2), 2, "1f1b", "none"),
     "ep4-cp2": (Layout(dp_shard=2, cp=2), 4, "1f1b", "selective"),
     "ep2-dp_replicate2": (Layout(dp_replicate=2, dp_shard=2), 2, "1f1b", "none"),
+    "cp2": (Layout(cp=2), 1, "1f1b", "selective"),
     "pp2": (Layout(pp=2), 1, "interleaved", "none"),
     "tp2-cp2": (Layout(tp=2, cp=2), 1, "1f1b", "none"),
     "dp_shard3": (Layout(dp_shard=3), 1, "1f1b", "none"),
@@ -87,7 +94,7 @@ def config(model: str) -> ModelConfig:
 def packed(model: str) -> bool:
     """Whether rows may have several documents: a token that begins two of them has the same
     probabilities in both, and which one exceeds the capacity is up to rounding."""
-    return model != "capacity"
+    return model not in LIMITED
 
 
 @functools.cache
@@ -96,14 +103,17 @@ def alone(model: str, rows: int) -> dict[str, Any]:
     return train(Run(config(model), Layout(), rows=rows, packed=packed(model)))
 
 
-@pytest.mark.parametrize("name", slow_but(("ep2", "ep2-cp2"), LAYOUTS))
+@pytest.mark.parametrize("name", slow_but(("ep2", "ep2-cp2", "cp2"), LAYOUTS))
 def test_training_equals_one_process(name: str) -> None:
     layout, ep, schedule, checkpointing = LAYOUTS[name]
     chosen = {
         "ep4": [*MODELS, "capacity"],
         "ep2-pp2": [*MODELS, *VARIANTS],
         "ep2-tp2": ["rmoe", *VARIANTS],
-        "ep2-cp2": ["rmoe", "linear"],
+        "ep2-cp2": ["rmoe", "linear", "tight"],
+        "ep4-cp2": ["rmoe", *LIMITED],
+        "tp2-cp2": ["rmoe", *LIMITED],
+        "cp2": [*LIMITED],
     }.get(name, ["rmoe"])
     rows = 9 if layout.data_size == 3 else 8
     options = {"checkpointing": checkpointing, "ep": ep, "rows": rows}
@@ -160,3 +170,22 @@ def test_other_routers_options_load_under_any_layout(tmp_path: Path) -> None:
         False,
     )
     assert set(found) == {expected}
+
+
+@pytest.mark.parametrize("model", LIMITED)
+def test_limited_experts_do_drop_choices(model: str) -> None:
+    for dropped, _ in alone(model, 8)["loads"]:
+        assert {"capacity": 0.2, "tight": 0.5}[model] < dropped < 0.8
+
+
+def test_ranks_drop_what_the_whole_sequence_drops() -> None:
+    """Scores of few values, so that many are equal: the earlier choices stay."""
+    generator = torch.Generator().manual_seed(5)
+    experts = torch.rand(2, 18, 4, generator=generator).topk(2).indices
+    scores = torch.randint(1, 4, experts.shape, generator=generator) / 4
+    for dtype in (torch.float32, torch.float64):
+        choice = Choice(experts, scores.to(dtype), scores.to(dtype))
+        expected = over_capacity(choice, 4, 0.7)
+        assert 0 < expected.sum() < expected.numel()
+        found = run_ranks(dropped_by_rank, 3, *(each.numpy() for each in choice))
+        assert np.array_equal(np.concatenate(found, 1), expected.numpy())

@@ -60,11 +60,6 @@ def problems(ranks: int | None, *options: str) -> str:
         (2, [MOE, "--parallel.tp=2", EXPERT_DIM], ["parallel.tp", "ffns.moe.expert_dim", "9"]),
         (
             2,
-            [MOE, "--parallel.cp=2", "--model.ffns.moe.capacity_factor=1.0"],
-            ["capacity_factor", "parallel.cp"],
-        ),
-        (
-            2,
             ["--parallel.pp=2", "--parallel.pipeline_schedule=zero_buble"],
             ["pipeline_schedule", "did you mean zero_bubble"],
         ),
@@ -93,7 +88,7 @@ def test_all_problems_come_at_once() -> None:
         (8, ["--parallel.pp=2", "--parallel.tp=2", "--parallel.cp=2"]),
         (4, ["--parallel.dp_replicate=2", "--parallel.tp=2"]),
         (None, ["--parallel.pp=2", "--parallel.pipeline_schedule=zero_bubble"]),
-        (2, ["--parallel.cp=2", "--model.ffns={moe: {capacity_factor: 1.0}}"]),  # in no layer
+        (2, [MOE, "--parallel.cp=2", "--model.ffns.moe.capacity_factor=1.0"]),
     ],
 )
 def test_what_fits_is_accepted(ranks: int | None, options: list[str]) -> None:
