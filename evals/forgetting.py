@@ -207,14 +207,14 @@ def _page(matrices: Sequence[Matrix]) -> str:
 
 
 def _write_event(matrix: Matrix) -> None:
-    """The matrix of losses as a heat map, darkest where the loss is highest."""
+    """The matrix of losses as a heat map, darkest where the loss is highest, striped where it was
+    not measured."""
     from torch.utils.tensorboard import SummaryWriter
 
-    table = [[value or 0.0 for value in row] for row in matrix.values("loss")[1:]]
     with SummaryWriter(str(matrix.folder / "tensorboard")) as events:
         writer: Any = events._get_file_writer()
         step = int(matrix.measured[-1]["step"])
-        writer.add_summary(heat_map("forgetting/matrix", table, cell=32), step)
+        writer.add_summary(heat_map("forgetting/matrix", matrix.values("loss")[1:], cell=32), step)
 
 
 def main(words: Sequence[str]) -> int:

@@ -17,7 +17,8 @@ from typing import Literal
 
 from rondo.errors import UserError
 from rondo.models.loading import find_checkpoint
-from rondo.pretrain.data.replay import Share
+from rondo.pretrain.data import read_seen
+from rondo.pretrain.data.replay import groups
 from rondo.pretrain.lengths import in_steps
 from rondo.pretrain.options import help_text, parse_dataclass, split_arguments
 from rondo.pretrain.parse import dump_recipe, load_recipe
@@ -29,10 +30,12 @@ from rondo.pretrain.recipe import (
     StageConfig,
     StageDataConfig,
 )
+from rondo.pretrain.run_data import replay_file
 from rondo.pretrain.stages import (
     EARLIER,
     Stage,
     rate,
+    replayed_runs,
     stage_at,
     stages_of,
     step_tokens,
@@ -114,7 +117,7 @@ def branch(config: AnnealConfig) -> Recipe:
             "wsd", peak_ratio=ratio, decay_steps="100%", decay_shape=config.shape,
             final_ratio=final,
         ),
-        replay=_going_on(stages, last, (step - last.start) * recipe.data.global_batch_size),
+        replay=_going_on(stages, last, checkpoint),
         reset_optimizer=False,
     )  # fmt: skip
     found = dataclasses.replace(
@@ -136,16 +139,16 @@ def branch(config: AnnealConfig) -> Recipe:
 
 def keep_replay(run: Path, recipe: Recipe) -> None:
     """Hands what other runs had seen when `run` began to replay them on to the branch `recipe`."""
-    own = Path(recipe.output_dir) / recipe.name / "replay"
-    kept = sorted((run / "replay").glob("*.json"))
-    for file in kept:
-        own.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, own / file.name)
-    if kept and recipe.stages[-1].replay is not None:
-        number = len(recipe.stages) - 1
-        before = own / f"{number - 1}-{recipe.stages[-2].name}.json"
-        if before.is_file():
-            shutil.copy(before, own / f"{number}-{recipe.stages[-1].name}.json")
+    own = Path(recipe.output_dir) / recipe.name
+    for file in sorted((run / "replay").glob("*.json")):
+        (own / "replay").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, own / "replay" / file.name)
+    stages = stages_of(recipe)
+    *_, cut, anneal = stages
+    for name, source in replayed_runs(stages):
+        kept = replay_file(own, cut, source)
+        if name == anneal.name and kept.is_file():
+            shutil.copy(kept, replay_file(own, anneal, source))
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path:
@@ -186,16 +189,24 @@ def _reweight(recipe: Recipe) -> ReweightConfig:
     return dataclasses.replace(config, warmup_steps=warmup)
 
 
-def _going_on(stages: list[Stage], stage: Stage, samples: int) -> ReplayConfig | None:
-    """The replay of a stage, after so many of its samples. That of several earlier stages has the
-    stage itself behind them, which a shuffle mixes in."""
+def _going_on(stages: list[Stage], stage: Stage, checkpoint: Path) -> ReplayConfig | None:
+    """The replay of a stage from where it was at a checkpoint; after the last of what was seen
+    comes the first again. `earlier` is told by name: seen from the branch the stage itself is an
+    earlier one."""
     replay = stage.replay
     if replay is None:
         return None
-    one = replay.source == EARLIER and stage.number == 1
-    used = Share(replay.share).before(samples)
-    return dataclasses.replace(
-        replay,
-        source=stages[0].name if one else replay.source,
-        offset=replay.offset + used,
-    )
+    if replay.source == EARLIER:
+        before = [other.name for other in stages[: stage.number]]
+        replay = dataclasses.replace(replay, source=before if len(before) > 1 else before[0])
+    found = groups(replay)
+    if not found:
+        return replay
+    record = read_seen(str(checkpoint)).record["stages"][-1]["replay"]
+    sizes, counts = (record[key] if len(found) > 1 else [record[key]] for key in ("of", "samples"))
+    starts = {
+        group.sources[0]: (group.offset + count) % size
+        for group, count, size in zip(found, counts, sizes, strict=True)
+    }
+    each = [starts.get(source, 0) for source in replay.sources]
+    return dataclasses.replace(replay, offset=each if isinstance(replay.share, list) else each[0])

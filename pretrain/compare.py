@@ -101,9 +101,10 @@ def compare(
     if not base.checkpoint.every:
         raise UserError("checkpoint.every: 0, but losses are compared at checkpoints")
     folder = Path(base.output_dir) / base.name
+    numbers = range(base.seed, base.seed + seeds)
     runs = [
         (value, seed, variant(recipe, overrides, base, key, value, seed))
-        for seed in range(base.seed, base.seed + seeds)
+        for seed in numbers
         for value in values
     ]
     _check(key, [folder / run.name for _, _, run in runs], [run for _, _, run in runs])
@@ -118,7 +119,7 @@ def compare(
                 return code
             score_run(path, run, domains)
         scores[value, seed] = _read(path)
-        write_report(folder, f"{base.name}: {key}", values, scores)
+        write_report(folder, f"{base.name}: {key}", values, numbers, scores)
     console.print(f"wrote {folder / 'compare.md'}, .json and .html", highlight=False)
     return 0
 
@@ -195,9 +196,11 @@ def score_run(path: Path, run: Recipe, domains: dict[str, TokenDataset]) -> None
     os.replace(beside, path)
 
 
-def write_report(folder: Path, title: str, values: Sequence[str], scores: Scores) -> None:
+def write_report(
+    folder: Path, title: str, values: Sequence[str], seeds: Sequence[int], scores: Scores
+) -> None:
     """compare.json, compare.md and compare.html of the runs so far."""
-    data = results(title, values, scores)
+    data = results(title, values, seeds, scores)
     texts = {"json": json.dumps(data, indent=1) + "\n", "md": markdown(data), "html": page(data)}
     for suffix, text in texts.items():
         (folder / f"compare.{suffix}").write_text(text, "utf-8")

@@ -16,22 +16,25 @@ _WIDTH, _HEIGHT, _LEFT = 640, 220, 60
 """A picture's plot in pixels, and the room beside it."""
 
 
-def results(title: str, values: Sequence[str], scores: Scores) -> dict[str, Any]:
+def results(
+    title: str, values: Sequence[str], seeds: Sequence[int], scores: Scores
+) -> dict[str, Any]:
     """Plain data: for every value, step and domain the losses by seed, their mean and sample
     standard deviation, and the same of the differences to the first value's run of that seed.
 
-    Domains get a companion `mean`, the mean over domains (each counts alike).
+    Domains get a companion `mean`, the mean over domains (each counts alike). `missing` are the
+    runs, of each of `values` with each of `seeds`, that `scores` does not have yet.
     """
     rows = []
     for value in values:
-        seeds = [seed for name, seed in scores if name == value]
-        for step in sorted({step for seed in seeds for step in scores[value, seed]}):
-            domains = [*scores[value, seeds[0]][step], "mean"]
+        done = [seed for name, seed in scores if name == value]
+        for step in sorted({step for seed in done for step in scores[value, seed]}):
+            domains = [*scores[value, done[0]][step], "mean"]
             for domain in domains:
-                losses = {seed: _loss(scores[value, seed][step], domain) for seed in seeds}
+                losses = {seed: _loss(scores[value, seed][step], domain) for seed in done}
                 base = {
                     seed: _loss(scores[values[0], seed][step], domain)
-                    for seed in seeds
+                    for seed in done
                     if (values[0], seed) in scores
                 }
                 pairs = [losses[seed] - base[seed] for seed in base]
@@ -40,7 +43,9 @@ def results(title: str, values: Sequence[str], scores: Scores) -> dict[str, Any]
                     | spread(list(losses.values()))
                     | {"difference": spread(pairs)}
                 )
-    return {"title": title, "values": list(values), "rows": rows}
+    missing = [[value, seed] for seed in seeds for value in values if (value, seed) not in scores]
+    named = {"title": title, "values": list(values), "seeds": list(seeds)}
+    return {**named, "missing": missing, "rows": rows}
 
 
 def spread(numbers: Sequence[float]) -> dict[str, float | None]:
@@ -53,13 +58,14 @@ def markdown(data: dict[str, Any]) -> str:
     """The table of the last step."""
     rows = _last(data)
     domains = list(dict.fromkeys(row["domain"] for row in rows))
-    seeds = max((len(row["losses"]) for row in rows), default=0)
+    seeds = len(data["seeds"])
     lines = [
         f"# {data['title']}",
         "",
         f"Unweighted held-out loss, nats a token, at step {rows[0]['step']}: mean ± standard "
-        f"deviation over {seeds} seed(s). In brackets, mean ± standard deviation of the "
-        f"differences to `{data['values'][0]}` within seeds.",
+        f"deviation over {seeds} {'seed' if seeds == 1 else 'seeds'}. In brackets, mean ± "
+        f"standard deviation of the differences to `{data['values'][0]}` within seeds."
+        f"{_missing(data)}",
         "",
         f"| | {' | '.join(domains)} |",
         f"| --- |{' --- |' * len(domains)}",
@@ -68,8 +74,20 @@ def markdown(data: dict[str, Any]) -> str:
         found = {row["domain"]: row for row in rows if row["value"] == value}
         if found:
             cells = [_cell(found[domain], value == data["values"][0]) for domain in domains]
-            lines.append(f"| {value} | {' | '.join(cells)} |")
+            done = len(found["mean"]["losses"])
+            name = value if done == seeds else f"{value} ({done} of {seeds} seeds)"
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _missing(data: dict[str, Any]) -> str:
+    """Which runs are not finished, as a sentence; nothing if all are."""
+    missing = data["missing"]
+    if not missing:
+        return ""
+    runs = len(data["values"]) * len(data["seeds"])
+    names = ", ".join(f"{value} with seed {seed}" for value, seed in missing)
+    return f" {runs - len(missing)} of {runs} runs are finished; missing: {names}."
 
 
 def page(data: dict[str, Any]) -> str:
@@ -82,7 +100,8 @@ def page(data: dict[str, Any]) -> str:
         for i, value in enumerate(data["values"])
     )
     title = escape(data["title"])
-    body = [f'<h1>{title}</h1><p class="legend">{legend}</p>']
+    note = f"<p>{escape(_missing(data).strip())}</p>" if data["missing"] else ""
+    body = [f'<h1>{title}</h1>{note}<p class="legend">{legend}</p>']
     for domain in domains:
         body.append(f"<h2>{escape(domain)}</h2>{_picture(data, domain)}")
     cells = [line.strip("| ").split(" | ") for line in markdown(data).splitlines()[6:]]

@@ -34,8 +34,8 @@ def open_held_out(
         weights = [source.weight for source in stage.sources]
         selected = sources.select(numbers, weights, [0] * len(numbers))
         chosen.setdefault(domain_of(stages, stage), selected)
-    for stage, name in replayed_runs(stages).items():
-        chosen.setdefault(name, training.seen[stage].held_out(training.tokenizer))
+    for key, name in replayed_runs(stages).items():
+        chosen.setdefault(name, training.seen[key].held_out(training.tokenizer))
     length, seed, vocab_size = training.sequence_length, training.seed, training.vocab_size
     return {
         name: TokenDataset(each, length, seed, "validation", vocab_size)

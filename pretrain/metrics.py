@@ -7,7 +7,7 @@ import math
 import struct
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -122,17 +122,18 @@ class Metrics:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def heat_map(tag: str, table: list[list[float]], cell: int = 16) -> Any:
+def heat_map(tag: str, table: Sequence[Sequence[float | None]], cell: int = 16) -> Any:
     """TensorBoard's image of a table: from white for 0 to black for the largest value, `cell`
-    pixels a value. A PNG needs no more than zlib, so no image library is asked for."""
+    pixels a value, and stripes where there is none (None). A PNG needs no more than zlib, so no
+    image library is asked for."""
     from tensorboard.compat.proto import summary_pb2
 
     proto: Any = summary_pb2
-    largest = max(max(row) for row in table) or 1.0
+    largest = max((value for row in table for value in row if value), default=1.0)
     lines = [
-        b"\0" + b"".join(bytes([255 - round(255 * value / largest)]) * cell for value in row)
+        b"\0" + b"".join(_pixels(value, largest, line, cell) for value in row)
         for row in table
-        for _ in range(cell)
+        for line in range(cell)
     ]
     height, width = len(lines), len(lines[0]) - 1
 
@@ -147,6 +148,13 @@ def heat_map(tag: str, table: list[list[float]], cell: int = 16) -> Any:
     size = {"height": height, "width": width, "colorspace": 1}
     image = proto.Summary.Image(**size, encoded_image_string=png)
     return proto.Summary(value=[proto.Summary.Value(tag=tag, image=image)])
+
+
+def _pixels(value: float | None, largest: float, line: int, cell: int) -> bytes:
+    """A line of the `cell` x `cell` grey pixels of a value."""
+    if value is None:
+        return bytes(255 * ((line + column) // 2 % 2) for column in range(cell))
+    return bytes([255 - round(255 * value / largest)]) * cell
 
 
 def rows(path: Path, *, before: int) -> list[dict[str, Any]]:

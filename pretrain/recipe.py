@@ -112,17 +112,23 @@ class ScheduleConfig:
 class ReplayConfig:
     """Samples that were seen before, mixed into a stage (arXiv 2403.08763)."""
 
-    share: float = 0.05
-    """Of the stage's samples, in every batch; the rest is new."""
-    source: str = "earlier"
+    share: float | list[float] = 0.05
+    """Of the stage's samples, in every batch; the rest is new. With several sources, that of all
+    together (one after the other, or shuffled as one), or a list with that of each."""
+    source: str | list[str] = "earlier"
     """Whose samples: an earlier stage by its name, all of them ('earlier'), or another run, by its
-    folder (what its newest checkpoint has seen) or that of one of its checkpoints."""
+    folder (what its newest checkpoint has seen) or that of one of its checkpoints; or a list."""
     order: Literal["original", "reshuffled"] = "original"
     """As they were seen, or shuffled by `seed`."""
-    offset: int = 0
-    """Samples to pass over at first; they come after the last."""
+    offset: int | list[int] = 0
+    """Samples to pass over at first; they come after the last. A list where `share` is one."""
     seed: int = 0
     """Of the shuffle."""
+
+    @property
+    def sources(self) -> list[str]:
+        """`source`, also where it is one."""
+        return self.source if isinstance(self.source, list) else [self.source]
 
 
 @dataclass

@@ -17,11 +17,10 @@ def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, Token
     """What `recipe` trains on, and held-out text by domain (none without `evals.batches`). `folder`
     is the run's, which keeps what other runs had seen when it began to replay them."""
     stages = stages_of(recipe)
-    replaying = replayed_runs(stages)
+    by_name = {stage.name: stage for stage in stages}
     seen = {
-        stage.name: read_seen(stage.replay.source, _replay_file(folder, stage))
-        for stage in stages
-        if stage.replay and stage.name in replaying
+        (name, source): read_seen(source, replay_file(folder, by_name[name], source))
+        for name, source in replayed_runs(stages)
     }
     sources = prepare_sources(dataclasses.replace(recipe.data, sources=all_sources(recipe)))
     training = Curriculum(recipe, sources, recipe.model.vocab_size, seen)
@@ -38,11 +37,14 @@ def describe_run(recipe: Recipe, folder: Path, training: Curriculum) -> None:
         plan.write_text(json.dumps(plan_of(recipe), indent=1))
     else:
         plan.unlink(missing_ok=True)
-    for stage in stages_of(recipe):
-        if stage.name in training.seen:
-            training.seen[stage.name].write(_replay_file(folder, stage))
+    by_name = {stage.name: stage for stage in stages_of(recipe)}
+    for (name, source), seen in training.seen.items():
+        seen.write(replay_file(folder, by_name[name], source))
 
 
-def _replay_file(folder: Path, stage: Stage) -> Path:
-    """Where a run keeps what the run that a stage replays had seen."""
-    return folder / "replay" / f"{stage.number}-{stage.name}.json"
+def replay_file(folder: Path, stage: Stage, source: str) -> Path:
+    """Where a run keeps what another run, a `source` of the replay of a stage, had seen."""
+    assert stage.replay is not None, "the caller has seen to it"
+    place = stage.replay.sources.index(source)
+    which = f".{place}" if place else ""
+    return folder / "replay" / f"{stage.number}-{stage.name}{which}.json"

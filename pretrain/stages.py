@@ -126,15 +126,17 @@ def domain_of(stages: Sequence[Stage], stage: Stage) -> str:
     return next(other.name for other in stages if other.sources == stage.sources)
 
 
-def replayed_runs(stages: Sequence[Stage]) -> dict[str, str]:
-    """By name of the stage, a name for the other run that it replays."""
+def replayed_runs(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
+    """By name of the stage and `replay.source`, a name for each other run that is replayed."""
     names = {stage.name for stage in stages}
     found = {}
     for stage in stages:
-        if stage.replay and stage.replay.source not in {*names, EARLIER}:
-            path = Path(stage.replay.source)
+        for source in stage.replay.sources if stage.replay else ():
+            if source in {*names, EARLIER}:
+                continue
+            path = Path(source)
             name = (path.parents[1] if path.parent.name == "checkpoints" else path).name
-            found[stage.name] = f"run {name}" if name in names else name
+            found[stage.name, source] = f"run {name}" if name in names else name
     return found
 
 

@@ -1,8 +1,8 @@
 """Plain data into dataclasses, with every wrong key and value found in one pass.
 
-Types: dataclasses, lists, dictionaries, tuples of fixed length, `T | None`, unions of scalars,
-Literal, int, float, str, bool and Any. A bool is no int, text is no number, an int is a fine float,
-numbers are finite.
+Types: dataclasses, lists, dictionaries, tuples of fixed length, `T | None`, unions of scalars
+and lists of them, Literal, int, float, str, bool and Any. A bool is no int, text is no number, an
+int is a fine float, numbers are finite.
 """
 
 from __future__ import annotations
@@ -216,6 +216,8 @@ def _fits(value: Any, want: Any) -> bool:
         return True
     if _is_union(want):
         return any(_fits(value, kind) for kind in get_args(want))
+    if get_origin(want) is list:
+        return type(value) is list and all(_fits(item, get_args(want)[0]) for item in value)
     if get_origin(want) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(want))
     if want is float:

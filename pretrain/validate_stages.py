@@ -7,10 +7,12 @@ import difflib
 import math
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 
-from rondo.pretrain.data.replay import Share
+from rondo.pretrain.data.mixture import Mixture
+from rondo.pretrain.data.replay import Share, groups
 from rondo.pretrain.plain import show
-from rondo.pretrain.recipe import Recipe, SourceConfig
+from rondo.pretrain.recipe import Recipe, ReplayConfig, SourceConfig
 from rondo.pretrain.stages import EARLIER, Stage, stages_of
 from rondo.pretrain.validate_schedule import LARGEST, length_problems, schedule_problems
 
@@ -106,53 +108,97 @@ def _replay(recipe: Recipe, stages: list[Stage], stage: Stage) -> Iterator[str]:
     replay, key = stage.replay, f"stages.{stage.number}.replay"
     if replay is None:
         return
-    if not 0 <= replay.share <= 1:
-        yield f"{key}.share: must be from 0 to 1, got {show(replay.share)}"
-        return
-    for name in ("offset", "seed"):
-        if not 0 <= getattr(replay, name) <= LARGEST:
-            got = show(getattr(replay, name))
-            yield f"{key}.{name}: must be at least 0 and at most {LARGEST}, got {got}"
+    found = [*_replay_numbers(replay, key)] or [*_replay_sources(replay, stages, stage, key)]
+    yield from found or _supply(recipe, stages, stage)
+
+
+def _replay_numbers(replay: ReplayConfig, key: str) -> Iterator[str]:
+    """Shares, offsets and the seed of a replay."""
+    count = len(replay.sources)
+    for name in ("share", "offset"):
+        value = getattr(replay, name)
+        if isinstance(value, list) and not (
+            len(value) == count and isinstance(replay.share, list) and replay.sources
+        ):
+            yield (
+                f"{key}.{name}: a list has one for each of the {count} of {key}.source, and is "
+                f"of shares and offsets or of shares alone, got {show(value)}"
+            )
             return
+    shares = replay.share if isinstance(replay.share, list) else [replay.share]
+    if not all(0 <= share <= 1 for share in shares):
+        yield f"{key}.share: must be from 0 to 1, got {show(replay.share)}"
+    elif sum(Fraction(repr(float(share))) for share in shares) > 1:
+        yield f"{key}.share: must be at most 1 together, got {show(replay.share)}"
+    offsets = replay.offset if isinstance(replay.offset, list) else [replay.offset]
+    for name, values in (("offset", offsets), ("seed", [replay.seed])):
+        for value in values:
+            if not 0 <= value <= LARGEST:
+                got = show(getattr(replay, name))
+                yield f"{key}.{name}: must be at least 0 and at most {LARGEST}, got {got}"
+
+
+def _replay_sources(
+    replay: ReplayConfig, stages: list[Stage], stage: Stage, key: str
+) -> Iterator[str]:
+    """Whether what is replayed is there."""
     earlier = {other.name for other in stages[: stage.number]}
-    if replay.source == EARLIER and not earlier:
-        yield f"{key}.source: there is no stage before the first; name another run's folder"
-    elif replay.source in {other.name for other in stages} - earlier:
-        known = ", ".join(sorted(earlier)) or "none"
-        yield (
-            f"{key}.source: stage {show(replay.source)} does not come before this one "
-            f"(earlier stages: {known})"
-        )
-    elif replay.source in {*earlier, EARLIER}:
-        yield from _supply(recipe, stages, stage)
-    elif not os.path.exists(replay.source):
-        near = difflib.get_close_matches(replay.source, [*sorted(earlier), EARLIER], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield (
-            f"{key}.source: {show(replay.source)} is neither an earlier stage "
-            f"({', '.join(sorted(earlier)) or 'none'}) nor the folder of a run{hint}"
-        )
+    if not replay.sources:
+        yield f"{key}.source: must name a stage or a run"
+    if len({*replay.sources}) < len(replay.sources):
+        yield f"{key}.source: names one twice, {show(replay.source)}; none is replayed twice"
+    for source in replay.sources:
+        if source == EARLIER and not earlier:
+            yield f"{key}.source: there is no stage before the first; name another run's folder"
+        elif source == EARLIER and isinstance(replay.source, list):
+            known = ", ".join(sorted(earlier))
+            yield f"{key}.source: {show(EARLIER)} stands alone; in a list name stages ({known})"
+        elif source in {other.name for other in stages} - earlier:
+            known = ", ".join(sorted(earlier)) or "none"
+            yield (
+                f"{key}.source: stage {show(source)} does not come before this one "
+                f"(earlier stages: {known})"
+            )
+        elif source not in {*earlier, EARLIER} and not os.path.exists(source):
+            near = difflib.get_close_matches(source, [*sorted(earlier), EARLIER], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield (
+                f"{key}.source: {show(source)} is neither an earlier stage "
+                f"({', '.join(sorted(earlier)) or 'none'}) nor the folder of a run{hint}"
+            )
 
 
 def _supply(recipe: Recipe, stages: list[Stage], stage: Stage) -> Iterator[str]:
-    """Whether earlier stages see as many samples as are to be replayed."""
+    """Whether earlier stages see as many samples as are to be replayed; what other runs have seen
+    is known when they are opened."""
     replay, key = stage.replay, f"stages.{stage.number}.replay"
     assert replay is not None, "the caller has seen to it"
-    batch = recipe.data.global_batch_size
-    size = 0
-    for other in stages[: stage.number]:
-        if replay.source in (other.name, EARLIER):
-            samples = other.steps * batch
-            share = other.replay.share if other.replay else 0.0
-            size += samples - Share(share).before(samples) if 0 <= share <= 1 else 0
+    batch, found = recipe.data.global_batch_size, groups(replay)
     samples = stage.steps * batch
-    needed = Share(replay.share).before(samples)
-    if replay.share and replay.offset >= size:
-        offset = replay.offset
-        yield f"{key}.offset: must be below the {size} samples of {replay.source}, got {offset}"
-    if needed > size:
-        yield (
-            f"{key}.share: {show(replay.share)} of {samples} samples are {needed}, but "
-            f"{replay.source} sees {size} new ones and none is replayed twice; at most "
-            f"{math.floor(1e4 * size / samples) / 1e4:g}"
+    replayed = Share(replay.share).before(samples)
+    counts = Mixture([group.share for group in found]).counts(replayed) if found else []
+    for group, needed in zip(found, counts, strict=True):
+        if not {*group.sources} <= {EARLIER, *(other.name for other in stages)}:
+            continue
+        size = sum(
+            _new_samples(other, batch)
+            for other in stages[: stage.number]
+            if {other.name, EARLIER} & {*group.sources}
         )
+        names = " and ".join(group.sources)
+        if group.offset >= size:
+            yield f"{key}.offset: must be below the {size} samples of {names}, got {group.offset}"
+        if needed > size:
+            yield (
+                f"{key}.share: {show(group.share)} of {samples} samples are {needed}, but "
+                f"{names} sees {size} new ones and none is replayed twice; at most "
+                f"{math.floor(1e4 * size / samples) / 1e4:g}"
+            )
+
+
+def _new_samples(stage: Stage, batch: int) -> int:
+    """How many samples of a stage are not replayed; 0 where its share is none, which is told."""
+    samples, share = stage.steps * batch, stage.replay.share if stage.replay else 0.0
+    shares = share if isinstance(share, list) else [share]
+    possible = all(0 <= each <= 1 for each in shares) and sum(shares) <= 1
+    return samples - Share(share).before(samples) if possible else 0

@@ -17,7 +17,7 @@ from typing import Any
 from rondo.pretrain.data.dataset import Batch, Sample, Sources, TokenDataset, stack
 from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.repeats import Repeats, account
-from rondo.pretrain.data.replay import Pool, Share
+from rondo.pretrain.data.replay import Group, Pool, Pools, Share, groups
 from rondo.pretrain.data.seen import Seen, stage_record
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.stages import EARLIER, Stage, all_sources, replayed_runs, source_keys, stages_of
@@ -36,19 +36,19 @@ class Part:
     own: TokenDataset
     """What is new in it."""
     share: Share
-    pool: Pool | None
+    pools: Pools | None
     """What is replayed in it."""
 
     def consumed(self, samples: int) -> tuple[int, int]:
         """How many new and replayed samples are among its first `samples`."""
-        replayed = self.share.before(samples) if self.pool else 0
+        replayed = self.share.before(samples) if self.pools else 0
         return samples - replayed, replayed
 
     def find(self, index: int) -> tuple[TokenDataset, int, bool]:
         """Dataset and index there of its sample `index`, and whether it is replayed."""
         new, replayed = self.consumed(index)
-        if self.pool and self.share.holds(index):
-            return *self.pool.find(replayed), True
+        if self.pools and self.share.holds(index):
+            return *self.pools.find(replayed), True
         return self.own, new, False
 
 
@@ -59,7 +59,7 @@ class Curriculum:
         recipe: the run.
         sources: `all_sources(recipe)`, prepared.
         vocab_size: rows of the embedding (default: the tokenizer's).
-        seen: what other runs had seen, by name of the stage that replays it.
+        seen: what other runs had seen, by the name of the stage and the source of its replay.
 
     Raises:
         DataError: as `TokenDataset`; and where more is to be replayed than was seen.
@@ -70,7 +70,7 @@ class Curriculum:
         recipe: Recipe,
         sources: Sources,
         vocab_size: int | None = None,
-        seen: Mapping[str, Seen] | None = None,
+        seen: Mapping[tuple[str, str], Seen] | None = None,
     ) -> None:
         self._sources, self.batch_size = sources, recipe.data.global_batch_size
         self.tokenizer = sources.tokenizer
@@ -97,43 +97,45 @@ class Curriculum:
         first, samples = stage.start * self.batch_size, stage.steps * self.batch_size
         share = Share(stage.replay.share if stage.replay else 0.0)
         part = Part(stage, first, samples, own, share, None)
-        if stage.replay and stage.replay.share:
-            part.pool = self._pool(stage)
-            needed = part.share.before(samples)
-            if needed > part.pool.size:
-                raise DataError(
-                    f"stages.{stage.number}.replay: {needed} samples of {stage.replay.source}, "
-                    f"which has seen {part.pool.size}; none is replayed twice, so take a smaller "
-                    "share or fewer steps"
-                )
+        if stage.replay and share:
+            own_groups = groups(stage.replay)
+            pools = [self._pool(stage, group) for group in own_groups]
+            part.pools = Pools(pools, [group.share for group in own_groups])
+            counts = part.pools.counts(share.before(samples))
+            for group, needed, pool in zip(own_groups, counts, pools, strict=True):
+                if needed > pool.size:
+                    raise DataError(
+                        f"stages.{stage.number}.replay: {needed} samples of "
+                        f"{' and '.join(group.sources)}, which has seen {pool.size}; none is "
+                        "replayed twice, so take a smaller share or fewer steps"
+                    )
         return part
 
-    def _pool(self, stage: Stage) -> Pool:
-        replay = stage.replay
+    def _pool(self, stage: Stage, group: Group) -> Pool:
+        replay, key = stage.replay, f"stages.{stage.number}.replay"
         assert replay is not None, "the caller has seen to it"
-        key = f"stages.{stage.number}.replay"
-        if stage.name in self.seen:
-            seen = self.seen[stage.name]
-            parts = seen.open(
-                self.tokenizer, self.sequence_length, self.vocab_size, f"{key}.source"
-            )
-            number = len(self._keys) + self._runs.index(self._names[stage.name])
-            self._foreign |= {dataset: number for dataset, _ in parts}
-        else:
-            parts = [
-                (part.own, part.consumed(part.samples)[0])
-                for part in self.parts
-                if replay.source in (part.stage.name, EARLIER)
-            ]
+        parts = [found for source in group.sources for found in self._seen_by(stage, source)]
+        shuffled = replay.order == "reshuffled"
         try:
-            return Pool(
-                parts,
-                shuffled=replay.order == "reshuffled",
-                offset=replay.offset,
-                seed=replay.seed,
-            )
+            return Pool(parts, shuffled=shuffled, offset=group.offset, seed=replay.seed)
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
+
+    def _seen_by(self, stage: Stage, source: str) -> list[tuple[TokenDataset, int]]:
+        """What `source`, of the replay of `stage`, has seen as new: datasets, and how many samples
+        of each."""
+        if (stage.name, source) not in self.seen:
+            return [
+                (part.own, part.consumed(part.samples)[0])
+                for part in self.parts
+                if source in (part.stage.name, EARLIER)
+            ]
+        key = f"stages.{stage.number}.replay.source"
+        seen = self.seen[stage.name, source]
+        parts = seen.open(self.tokenizer, self.sequence_length, self.vocab_size, key)
+        number = len(self._keys) + self._runs.index(self._names[stage.name, source])
+        self._foreign |= {dataset: number for dataset, _ in parts}
+        return parts
 
     def find(self, index: int) -> tuple[TokenDataset, int, bool]:
         """Dataset and index there of the sample at global `index`, and whether it is replayed."""
@@ -178,18 +180,21 @@ class Curriculum:
         the one at `step` lasts, can still be changed."""
         samples = step * self.batch_size
         begun = self._begun(samples)
-        if len(begun) == 1 and begun[0].pool is None:
+        if len(begun) == 1 and begun[0].pools is None:
             return begun[0].own.fingerprint()
         text = json.dumps([self._describe(part) for part in begun], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _describe(self, part: Part) -> list[Any]:
         replay = part.stage.replay
-        if part.pool is None or replay is None:
+        if part.pools is None or replay is None:
             return [part.first, part.own.fingerprint()]
         options = {**asdict(replay), "source": None}
-        pool = [[dataset.fingerprint(), count] for dataset, count in part.pool.parts]
-        return [part.first, part.own.fingerprint(), options, pool]
+        pools = [
+            [[dataset.fingerprint(), count] for dataset, count in pool.parts]
+            for pool in part.pools.pools
+        ]
+        return [part.first, part.own.fingerprint(), options, _plain(pools)]
 
     def consumed(self, step: int) -> dict[str, Any]:
         """What was consumed before `step`, as JSON: by stage and source the range of samples, and
@@ -200,9 +205,10 @@ class Curriculum:
             new, replayed = part.consumed(min(part.samples, samples - part.first))
             record = stage_record(part.stage, part.own, new)
             record["first_sample"] = part.first
-            if part.stage.replay and part.pool:
-                replay = {**asdict(part.stage.replay), "of": part.pool.size, "samples": replayed}
-                record["replay"] = replay
+            if part.stage.replay and part.pools:
+                found = {"of": part.pools.sizes, "samples": part.pools.counts(replayed)}
+                plain = {name: _plain(values) for name, values in found.items()}
+                record["replay"] = {**asdict(part.stage.replay), **plain}
             stages.append(record)
         return {
             "version": 1,
@@ -217,3 +223,8 @@ class Curriculum:
     def _begun(self, samples: int) -> list[Part]:
         """The stages that any of the first `samples` samples belong to; always the first."""
         return [part for part in self.parts if part.first < samples or part.first == 0]
+
+
+def _plain(values: list[Any]) -> Any:
+    """What is said of pools, where there are several; of the only one, alone."""
+    return values if len(values) > 1 else values[0]

@@ -3,6 +3,8 @@
 `Share` spreads replayed samples evenly: of the first n samples of a stage `round(n rho)` are, so in
 any prefix their number is within 1/2 of rho n, and in any batch within 1 of its share. `Pool` is
 what they are taken from: what a run has seen, in its order, `offset` samples on, or shuffled.
+`Pools` takes turns between several, each with a share of its own, as a mixture does: of two, each
+is within 1 of its share in any prefix.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
+from typing import NamedTuple
 
 from rondo.pretrain.data.dataset import Sample, TokenDataset
 from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.mixture import Mixture
+from rondo.pretrain.recipe import ReplayConfig
 
 _ROUNDS = 6
 
@@ -22,11 +27,17 @@ _ROUNDS = 6
 class Share:
     """A share of the integers from 0 upward, evenly spread, in exact arithmetic."""
 
-    def __init__(self, share: float) -> None:
-        """`share` is from 0 to 1, and is taken as the decimal number that it is written as."""
-        if not 0 <= share <= 1:
+    def __init__(self, share: float | list[float]) -> None:
+        """`share` (of a list: its sum) is from 0 to 1, and is taken as the decimal number that it
+        is written as."""
+        shares = share if isinstance(share, list) else [share]
+        self._exact = sum((Fraction(repr(float(each))) for each in shares), Fraction(0))
+        if not 0 <= self._exact <= 1:
             raise DataError(f"replay.share is {share}; expected 0 to 1")
-        self._exact = Fraction(repr(float(share)))
+
+    def __bool__(self) -> bool:
+        """Whether it is more than 0."""
+        return self._exact > 0
 
     def before(self, index: int) -> int:
         """How many numbers below `index` are of the share."""
@@ -85,6 +96,51 @@ class Pool:
         """The sample that is replayed as `number` -th."""
         dataset, index = self.find(number)
         return dataset.sample(index)
+
+
+class Group(NamedTuple):
+    """Sources of a stage's replay that are one pool."""
+
+    sources: list[str]
+    share: float
+    offset: int
+
+
+def groups(replay: ReplayConfig) -> list[Group]:
+    """The pools of a replay that has a share of its stage: one, or one a source."""
+    share, offset = replay.share, replay.offset
+    if not isinstance(share, list):
+        assert not isinstance(offset, list), "validated with the recipe"
+        return [Group(replay.sources, share, offset)] if share else []
+    offsets = offset if isinstance(offset, list) else [offset] * len(share)
+    found = zip(replay.sources, share, offsets, strict=True)
+    return [Group([source], part, start) for source, part, start in found if part]
+
+
+class Pools:
+    """Pools in turns, by their shares.
+
+    Args:
+        pools: one or more.
+        shares: a number above 0 for each.
+    """
+
+    def __init__(self, pools: Sequence[Pool], shares: Sequence[float]) -> None:
+        self.pools, self._mixture = list(pools), Mixture(shares)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many samples there are in each."""
+        return [pool.size for pool in self.pools]
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` that are replayed come from each."""
+        return self._mixture.counts(samples)
+
+    def find(self, number: int) -> tuple[TokenDataset, int]:
+        """The dataset of the sample that is replayed as `number` -th, and its index there."""
+        which, place = self._mixture[number]
+        return self.pools[which].find(place)
 
 
 def permuted(index: int, size: int, seed: int) -> int:

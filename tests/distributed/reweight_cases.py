@@ -46,8 +46,11 @@ def rows(case: Weighted, layout: Layout, index: int) -> list[torch.Tensor]:
     return list(parts[index].split(max(1, MICRO // layout.data_size)))
 
 
-def micro_batches(case: Weighted, ranks: Ranks) -> tuple[list[MicroBatch], list[list[int]]]:
-    """This rank's micro-batches, and the source of each of their rows: row n is of n mod 3."""
+def micro_batches(
+    case: Weighted, ranks: Ranks
+) -> tuple[list[MicroBatch], list[list[int]], list[torch.Tensor]]:
+    """This rank's micro-batches, the source of each of their rows (row n is of n mod 3), and which
+    rows these are."""
     chosen = rows(case, ranks.layout, ranks.data_index)
     if case.like is not None:
         parts = [rows(case, case.like, index) for index in range(case.like.data_size)]
@@ -57,11 +60,24 @@ def micro_batches(case: Weighted, ranks: Ranks) -> tuple[list[MicroBatch], list[
         MicroBatch(*(t[each].unflatten(1, (cp, -1))[:, ranks.index("cp")] for t in whole))
         for each in chosen
     ]
-    return batches, [[int(row) % SOURCES for row in each] for each in chosen]
+    return batches, [[int(row) % SOURCES for row in each] for each in chosen], chosen
+
+
+class Recorded(SampleWeights):
+    """Keeps how often each token of this rank's micro-batches counts."""
+
+    def __call__(self, number: int, losses: torch.Tensor) -> torch.Tensor:
+        self.given[number] = super().__call__(number, losses)
+        return self.given[number]
+
+    def begin(self) -> Recorded:
+        self.given: dict[int, torch.Tensor] = {}
+        return self
 
 
 def train(case: Weighted) -> dict[str, Any]:
-    """Losses, what is told of weights, and gradients of `STEPS` steps. Beside torchrun's variables
+    """Losses, weights, what is told of them, and gradients of `STEPS` steps. Weights are by row and
+    sequence-parallel rank, on the ranks that have them. Beside torchrun's variables
     for one node of four ranks stand those of two nodes of two."""
     rank, size, mesh = 0, 1, None
     if dist.is_initialized():
@@ -78,16 +94,23 @@ def train(case: Weighted) -> dict[str, Any]:
     sources = [SourceConfig(name) for name in "abc"]
     recipe = Recipe("x", run.config, data=DataConfig(sources), reweight=ReweightConfig(**options))
     reweighting = Reweighting(recipe, ranks)
-    batches, owners = micro_batches(case, ranks)
+    batches, owners, chosen = micro_batches(case, ranks)
     valid = int((data(run).targets >= 0).sum())
-    result: dict[str, Any] = {"losses": [], "told": [], "gradients": []}
+    result: dict[str, Any] = {"losses": [], "told": [], "weights": [], "gradients": []}
     for _ in range(STEPS):
-        weights = SampleWeights(reweighting, temperature, batches, owners)
+        weights = Recorded(reweighting, temperature, batches, owners).begin()
         if recipe.reweight.scope == "global_batch":
             weights.fix(model.token_losses(batches))
         nats = model.forward_backward(batches, weights)
         result["losses"].append(ranks.sum(nats.item() * ranks.counts)[0] / valid)
         result["told"].append(weights.metrics(ranks.sum(*weights.shares()), valid))
+        result["weights"].append(
+            {
+                (int(row), ranks.index("cp")): weight
+                for number, given in weights.given.items()
+                for row, weight in zip(chosen[number], given, strict=True)
+            }
+        )
         scale_gradients(model.parts, 1 / valid)
         result["gradients"].append(named(model, lambda param: param.grad))
         for each in optimizers:

@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
 from rondo.models import ModelConfig
 from rondo.parallel.mesh import Layout
-from rondo.tests.distributed.parity_cases import VOCAB, Run
+from rondo.tests.distributed.parity_cases import VOCAB, Run, data
 from rondo.tests.distributed.parity_cases import train as train_plainly
 from rondo.tests.distributed.reweight_cases import Weighted, summed, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
@@ -63,8 +64,27 @@ def alone(kind: int, order: tuple[int, ...], data_size: int) -> dict[str, Any]:
     return train(Weighted(Run(config(), Layout()), KINDS[kind], order, Layout(dp_shard=data_size)))
 
 
+def weights_of(ranks: list[dict[str, Any]], step: int) -> dict[int, torch.Tensor]:
+    """How often each token counts, by row, put together from what `ranks` have of it; ranks that
+    have the same agree."""
+    parts: dict[tuple[int, int], torch.Tensor] = {}
+    for found in ranks:
+        for place, weight in found["weights"][step].items():
+            assert parts.setdefault(place, weight).equal(weight), place
+    return {
+        row: torch.cat([parts[place] for place in sorted(parts) if place[0] == row])
+        for row, _ in parts
+    }
+
+
 def differences(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> list[str]:
     wrong = []
+    for step in range(len(expected["losses"])):
+        weights, whole = weights_of(ranks, step), weights_of([expected], step)
+        assert weights.keys() == whole.keys() == set(MIXED)
+        for row, weight in weights.items():
+            if not torch.allclose(weight, whole[row], rtol=TOLERANCE, atol=0):
+                wrong.append(f"step {step}: row {row} counts {weight} times, not {whole[row]}")
     for found in ranks:
         for step in range(len(expected["losses"])):
             told = {"loss": found["losses"][step], **found["told"][step]}
@@ -105,8 +125,13 @@ def test_weights_do_not_depend_on_how_samples_fall_on_ranks() -> None:
     assert not differences([train(Weighted(Run(dense, Layout()), STEP, MIXED))], expected)
     cases = [Weighted(Run(dense, Layout(dp_shard=4)), STEP, o) for o in (MIXED, MIXED[::-1])]
     results = run_ranks(train_all, 4, cases)
+    counted = data(Run(dense, Layout())).targets >= 0
     for number in range(2):
-        assert not differences([of_rank[number] for of_rank in results], expected)
+        of_ranks = [of_rank[number] for of_rank in results]
+        assert not differences(of_ranks, expected)
+        weights = weights_of(of_ranks, 0)
+        total = sum(float((weights[row] * counted[row]).sum()) for row in MIXED)
+        assert total == pytest.approx(int(counted.sum()), rel=1e-12)  # all ranks' sum to 1
     by_hand = summed(Weighted(Run(dense, Layout()), STEP))
     assert expected["losses"][0] == pytest.approx(by_hand["loss"], rel=1e-12)
     assert expected["told"][0]["reweight/loss"] == pytest.approx(by_hand["weighted"], rel=1e-12)

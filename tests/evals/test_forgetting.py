@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,42 @@ def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert page.count("<polyline") == 4 and "second: two" in page
     assert list((first / "tensorboard").iterdir())
     assert main(["forgetting", "--help"]) == 0
+
+
+def cells(folder: Path, rows: int, columns: int) -> list[list[set[int]]]:
+    """The greys in each cell of the picture that TensorBoard shows of a matrix."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [event] = EventAccumulator(str(folder / "tensorboard")).Reload().Images("forgetting/matrix")
+    assert event.step == 11 and (event.width, event.height) == (32 * columns, 32 * rows)
+    data = event.encoded_image_string
+    start = data.index(b"IDAT")
+    length = int.from_bytes(data[start - 4 : start], "big")
+    pixels = zlib.decompress(data[start + 4 : start + 4 + length])
+    width = 1 + event.width  # each line begins with its filter, which is none
+    lines = [pixels[i + 1 : i + width] for i in range(0, len(pixels), width)]
+    return [
+        [
+            set(b"".join(line[x : x + 32] for line in lines[y : y + 32]))
+            for x in range(0, width - 1, 32)
+        ]
+        for y in range(0, event.height, 32)
+    ]
+
+
+def test_tensorboard_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
+    """A stage that was added later: its text was not looked at before."""
+    losses = [{**row} for row in WORKED]
+    for row in losses[:3]:
+        del row["two"]
+    folder = write(tmp_path / "run", losses)
+    (folder / "tensorboard").mkdir()
+    [found] = report([folder])
+    matrix = [[3.0, None], [4.5, 2.0], [2.75, 2.25]]
+    assert found["loss"]["matrix"] == matrix
+    for shown, wanted in zip(cells(folder, 3, 2), matrix, strict=True):
+        for greys, loss in zip(shown, wanted, strict=True):
+            assert greys == ({0, 255} if loss is None else {255 - round(255 * loss / 4.5)})
 
 
 def test_runs_without_stages_are_refused(tmp_path: Path) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rondo.launch.cli import main
-from rondo.models.loading import read_tensors
+from rondo.models.loading import find_checkpoint, read_tensors
 from rondo.pretrain.anneal import AnnealConfig, branch
 from rondo.pretrain.parse import load_recipe
+from rondo.pretrain.run_data import open_data
 from rondo.pretrain.stages import stages_of
-from rondo.tests.pretrain.test_stages import corpora, rows, run  # noqa: F401
+from rondo.pretrain.train import Trainer
+from rondo.tests.pretrain.test_stages import Killed, equal, rows, run
+from rondo.tests.pretrain.test_stages import corpora as corpora
 
 INFINITE = [
     "--schedule.name=infinite_cosine", "--schedule.cooldown_steps=2", "--steps=8",
@@ -28,7 +32,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def base(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def base(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without stages, and one whose second stage replays."""
     folder = tmp_path_factory.mktemp("base")
     run(corpora, folder, *INFINITE, f"--data.sources=[{{path: {corpora}/one.jsonl}}]", stages="[]")
@@ -75,6 +79,83 @@ def test_a_branch_of_a_stage_goes_on_in_its_replay(base: Path) -> None:
     assert anneal["replay"]["source"] == "one" and anneal["replay"]["samples"] == 5
     ends = [stage["sources"][0]["samples"] for stage in (two, anneal)]
     assert ends == [[0, 22], [22, 33]]
+
+
+NEW = "name: new, data: {{sources: [{{path: {0}/two.jsonl}}]}}"
+EARLIER = (
+    "{{name: one, steps: 2}}, {{name: two, steps: 2, data: {{sources: [{{path: {0}/two.jsonl}}]}}}}"
+)
+REPLAYS = {
+    "run": f"{NEW}, steps: 8, replay: {{{{source: OTHER, share: 0.5, order: ORDER}}}}",
+    "earlier": f"{NEW}, steps: 4, replay: {{{{share: 0.5, order: ORDER}}}}",
+    "list": f"{NEW}, steps: 4, replay: {{{{source: [two, OTHER], share: [0.25, 0.25], "
+    "offset: [1, 9], order: ORDER}}",
+}
+
+
+def replaying(kind: str, order: str, base: Path, corpora: Path, folder: Path) -> Path:
+    """A run of 8 steps that replays half of its samples; another run has gone on since."""
+    other = folder / "other"
+    shutil.copytree(base / "tiny", other)
+    newest = other / "checkpoints/step-000000008"
+    shutil.rmtree(newest)
+    before = "" if kind == "run" else f"{EARLIER}, "
+    stages = f"[{before}{{{{{REPLAYS[kind]}}}}}]".replace("OTHER", str(other))
+    one = f"--data.sources=[{{path: {corpora}/one.jsonl}}]"
+    quick = ["--evals.every=0", "--logging.norms_every=0", "--name=run", one]
+    run(corpora, folder, *quick, stages=stages.replace("ORDER", order))
+    shutil.copytree(base / "tiny/checkpoints/step-000000008", newest)
+    return folder / "runs/run"
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"), [("run", "original"), ("earlier", "reshuffled"), ("list", "reshuffled")]
+)
+def test_a_branch_replays_what_the_run_would_and_can_be_killed(
+    kind: str,
+    order: str,
+    base: Path,
+    corpora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From another run, from all of two earlier stages, and from both kinds by shares."""
+    there = replaying(kind, order, base, corpora, tmp_path)
+    words = ["anneal", str(there), "--at", "6", "--steps", "4", "--name"]
+    assert main([*words, "whole"]) == 0
+    whole = there.parent / "whole"
+    assert rows(whole)[0]["loss"] == rows(there)[6]["loss"]
+    read = [open_data(load_recipe(each / "recipe.yaml"), each)[0] for each in (there, whole)]
+    batches = [[data.batch(range(n, n + 8)).tokens for n in range(0, 64, 8)] for data in read]
+    assert all(a.equal(b) for a, b in zip(*batches, strict=True))
+    step = Trainer.step
+
+    def killed(self: Trainer, number: int, micro_batches: list) -> tuple:
+        if number == 9:
+            raise Killed
+        return step(self, number, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", killed)
+        with pytest.raises(Killed):
+            main([*words, "killed"])
+    assert main([*words, "killed"]) == 0
+    assert rows(there.parent / "killed") == rows(whole)
+    ends = [find_checkpoint(there.parent / name) for name in ("whole", "killed")]
+    for part in ("model", "optimizer"):
+        assert equal(*(read_tensors(end / part) for end in ends))
+
+
+def test_after_all_that_was_seen_a_branch_begins_again(
+    base: Path, corpora: Path, tmp_path: Path
+) -> None:
+    """A run that has replayed everything can still be annealed."""
+    stages = f"[{EARLIER}, {{{{{NEW}, steps: 4, replay: {{{{source: two, share: 0.5}}}}}}}}]"
+    one = f"--data.sources=[{{path: {corpora}/one.jsonl}}]"
+    run(corpora, tmp_path, "--evals.batches=0", one, stages=stages)
+    recipe = branch(AnnealConfig(str(tmp_path / "runs/tiny"), at=8, steps=2))
+    replay = recipe.stages[-1].replay
+    assert replay is not None and (replay.source, replay.offset) == ("two", 0)
 
 
 def test_a_recipe_to_launch(base: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def row(data: dict, value: str, step: int, domain: str) -> dict:
 
 @pytest.mark.quick
 def test_means_deviations_and_paired_differences() -> None:
-    data = results("x", ["a", "b"], SCORES)
+    data = results("x", ["a", "b"], [0, 1], SCORES)
     english = row(data, "b", 10, "en")
     assert english["mean"] == pytest.approx(2.1)
     assert english["deviation"] == pytest.approx(math.sqrt(0.08))
@@ -43,12 +43,26 @@ def test_means_deviations_and_paired_differences() -> None:
 
 @pytest.mark.quick
 def test_table_and_picture() -> None:
-    data = results("x", ["a", "b"], SCORES)
+    data = results("x", ["a", "b"], [0, 1], SCORES)
     lines = markdown(data).splitlines()
     assert lines[4] == "| | en | de | mean |" and "at step 10" in lines[2]
     assert lines[7].startswith("| b | 2.1000 ± 0.2828 (-0.1000 ± 0.0000) | 4.3000")
     assert page(data).count("<polyline") == 3 * 2
-    assert "| a | 2.0000 |" in markdown(results("x", ["a", "b"], {("a", 0): SCORES["a", 0]}))
+    assert "over 2 seeds. In" in lines[2] and "missing" not in page(data)
+
+
+@pytest.mark.quick
+def test_what_is_not_finished_is_named_and_not_counted() -> None:
+    scores = {key: SCORES[key] for key in (("a", 0), ("b", 0), ("a", 1))}
+    data = results("x", ["a", "b"], [0, 1], scores)
+    assert data["missing"] == [["b", 1]]
+    lines = markdown(data).splitlines()
+    assert lines[2].endswith("3 of 4 runs are finished; missing: b with seed 1.")
+    assert lines[6].startswith("| a | 2.2000 ± ")
+    assert lines[7].startswith("| b (1 of 2 seeds) | 1.9000 (-0.1000) |")
+    assert "missing: b with seed 1." in page(data) and "b (1 of 2 seeds)" in page(data)
+    alone = markdown(results("x", ["a", "b"], [0], {("a", 0): SCORES["a", 0]}))
+    assert "| a | 2.0000 |" in alone and "over 1 seed." in alone and "missing: b with" in alone
 
 
 @pytest.mark.quick

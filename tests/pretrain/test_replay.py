@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def stage(name: str, steps: int, sources: str, replay: ReplayConfig | None = Non
 
 
 def curriculum(
-    folders: dict[str, Path], *stages: StageConfig, seen: dict[str, Seen] | None = None
+    folders: dict[str, Path], *stages: StageConfig, seen: dict[tuple[str, str], Seen] | None = None
 ) -> Curriculum:
     data = DataConfig(sequence_length=LENGTH, global_batch_size=BATCH)
     recipe = Recipe("run", ModelConfig(), data=data, stages=list(stages))
@@ -130,6 +131,63 @@ def test_new_and_replayed_samples_interleave(folders: dict[str, Path]) -> None:
     assert {data.source(index) for index in old} == {0} and {data.source(i) for i in new} == {1}
 
 
+def test_earlier_is_what_all_stages_before_have_seen_as_new(folders: dict[str, Path]) -> None:
+    """In a third and a fourth stage; what the second replayed is not replayed as its own."""
+    first, second = stage("a", 3, "A"), stage("b", 4, "b", ReplayConfig(0.25, "a"))
+    third = stage("c", 6, "C", ReplayConfig(0.75))
+    data = curriculum(folders, first, second, third, stage("d", 7, "C", ReplayConfig(1.0)))
+    new = [i for i in range(104) if not data.find(i)[2]]
+    old = [i for i in range(56, 104) if data.find(i)[2]]
+    assert len(old) == 36 and len([i for i in new if i < 56]) == 24 + 24
+    assert [text(data, i) for i in old] == [text(data, i) for i in new[:36]]
+    assert texts(data, 104, 160) == [text(data, i) for i in new[:56]]
+
+
+@pytest.mark.parametrize("order", ["original", "reshuffled"])
+def test_several_sources_with_a_share_each(
+    order: Literal["original", "reshuffled"], folders: dict[str, Path]
+) -> None:
+    """Two stages and another run: each by its share in every prefix, each in its own order."""
+    other = curriculum(folders, stage("x", 9, "b"))
+    seen = {("c", "runs/other"): Seen("runs/other", json.loads(json.dumps(other.consumed(9))))}
+    shares, sources = [0.2, 0.1, 0.05], ["a", "runs/other", "b"]
+    replay = ReplayConfig(shares, sources, order, offset=[3, 0, 1], seed=2)
+    begin = [stage("a", 5, "A"), stage("b", 4, "b")]
+    data = curriculum(folders, *begin, stage("c", 20, "C", replay), seen=seen)
+    pools = [
+        Pool([part], shuffled=order == "reshuffled", offset=offset, seed=2)
+        for part, offset in (
+            (((data.parts[0].own, 40)), 3),
+            ((other.parts[0].own, 72), 0),
+            ((data.parts[1].own, 32), 1),
+        )
+    ]
+    counts, numbers = [0, 0, 0], {0: 0, 3: 1, 1: 2}  # by source, another run's behind all others
+    for n in range(160):
+        if data.find(72 + n)[2]:
+            which = numbers[data.source(72 + n)]
+            assert text(data, 72 + n) == bytes(
+                t % 256 for t in pools[which].sample(counts[which]).tokens
+            )
+            counts[which] += 1
+        assert all(
+            abs(count - share * (n + 1)) <= 1 for count, share in zip(counts, shares, strict=True)
+        )
+    assert counts == [32, 16, 8]
+    told = data.consumed(29)["stages"][-1]["replay"]
+    assert (told["of"], told["samples"]) == ([40, 72, 32], counts)
+    with pytest.raises(DataError, match=r"stages\.2\.replay: 160 samples of a, .* seen 40"):
+        curriculum(folders, *begin, stage("c", 100, "C", replay), seen=seen)
+
+
+def test_several_sources_with_one_share_are_one_pool(folders: dict[str, Path]) -> None:
+    begin = [stage("a", 3, "A"), stage("b", 2, "b")]
+    both = stage("c", 5, "C", ReplayConfig(0.9, ["a", "b"], "reshuffled"))
+    earlier = stage("c", 5, "C", ReplayConfig(0.9, order="reshuffled"))
+    pooled = curriculum(folders, *begin, both)
+    assert texts(pooled, 40, 80) == texts(curriculum(folders, *begin, earlier), 40, 80)
+
+
 def test_a_source_goes_on_where_an_earlier_stage_left_it(folders: dict[str, Path]) -> None:
     whole = curriculum(folders, stage("a", 12, "A"))
     parts = curriculum(folders, stage("a", 5, "A"), stage("b", 3, "b"), stage("c", 7, "A"))
@@ -195,23 +253,24 @@ def test_another_run_is_replayed_as_far_as_it_came(folders: dict[str, Path]) -> 
     other = curriculum(folders, stage("a", 9, "Ab"), stage("b", 9, "C", ReplayConfig(0.5)))
     record = json.loads(json.dumps(other.consumed(11)))
     replay = ReplayConfig(1.0, source="runs/other")
-    data = curriculum(folders, stage("x", 10, "C", replay), seen={"x": Seen("runs/other", record)})
+    key = ("x", "runs/other")
+    data = curriculum(folders, stage("x", 10, "C", replay), seen={key: Seen("runs/other", record)})
     new = [index for index in range(88) if not other.find(index)[2]]
     assert texts(data, 0, 80) == [text(other, index) for index in new]
     assert {data.source(index) for index in range(80)} == {1}
     assert len(new) == 80
     with pytest.raises(DataError, match=r"stages\.0\.replay: 88 samples of runs/other, .* seen 80"):
-        curriculum(folders, stage("x", 11, "C", replay), seen={"x": Seen("runs/other", record)})
-    for key, value, words in (
+        curriculum(folders, stage("x", 11, "C", replay), seen={key: Seen("runs/other", record)})
+    for name, value, words in (
         ("sequence_length", 32, "trained on sequences of 32 tokens"),
         ("tokenizer", "0", "has another tokenizer"),
     ):
-        changed = {"x": Seen("runs/other", {**record, key: value})}
+        changed = {key: Seen("runs/other", {**record, name: value})}
         with pytest.raises(DataError, match=words):
             curriculum(folders, stage("x", 10, "C", replay), seen=changed)
     record["stages"][0]["sources"][0]["content"] = ["other"]
     with pytest.raises(DataError, match="whose tokens have changed since"):
-        curriculum(folders, stage("x", 10, "C", replay), seen={"x": Seen("runs/other", record)})
+        curriculum(folders, stage("x", 10, "C", replay), seen={key: Seen("runs/other", record)})
 
 
 def test_a_kept_record_goes_before_one_that_has_grown(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rondo.models.loading import read_tensors
 from rondo.pretrain import load_recipe, train
 from rondo.tests.pretrain.test_train import environment
 
@@ -112,3 +114,10 @@ def test_two_nodes_of_two_ranks_equal_one_process(options: list[str], tmp_path: 
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         told = {key: value for key, value in one.items() if key.startswith("reweight/")}
         assert {key: two[key] for key in told} == pytest.approx(told, rel=1e-4)
+    ends = [
+        read_tensors(tmp_path / name / "tiny/checkpoints/step-000000006/model")
+        for name in ("alone", "nodes")
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        assert torch.allclose(ends[1][name], value, rtol=1e-4, atol=1e-5), name

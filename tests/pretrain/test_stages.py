@@ -297,18 +297,3 @@ def test_another_run_is_replayed_and_its_language_followed(
         for name in ("whole", "parts")
     ]
     assert records[0] == records[1]
-
-
-def test_a_little_replay_forgets_less(corpora: Path, tmp_path: Path) -> None:
-    """Two bigram languages. New text is learnt nearly as well, on a twentieth less of it."""
-    stages = """[
-      {{name: one, data: {{sources: [{{path: {0}/one.jsonl}}]}}, steps: 40}},
-      {{name: two, data: {{sources: [{{path: {0}/two.jsonl}}]}}, steps: 40,
-        replay: {{share: SHARE}}}}]"""
-    more = ["--optimizer.lr=1e-2", "--evals.every=0", "--evals.batches=2", "--checkpoint.every=0"]
-    found = {}
-    for share in ("0", "0.05"):
-        text = stages.replace("SHARE", share)
-        found[share] = run(corpora, tmp_path, f"--name=share{share}", *more, stages=text)[-1]
-    assert 0 < found["0.05"]["forgetting/one"] < 0.7 * found["0"]["forgetting/one"]
-    assert found["0.05"]["adaptation/two"] < 1.05 * found["0"]["adaptation/two"]

@@ -39,6 +39,33 @@ def problems(*words: str) -> str:
         (["--stages.1.replay.seed=-1"], r"stages\.1\.replay\.seed: must be at least 0"),
         (["--stages.1.replay.source=ome"], r"replay\.source: .*; did you mean one\?"),
         (["--stages.1.replay.source=two"], r"\"two\" does not come before this one .*: one\)"),
+        (
+            ["--stages.1.replay.source=[one, one]"],
+            r"replay\.source: names one twice, \[\"one\", \"on",
+        ),
+        (["--stages.1.replay.source=[one, earlier]"], r"\"earlier\" stands alone; in a list .*one"),
+        (["--stages.1.replay.source=[one, tow]"], r"source: \"tow\" is neither an earlier stage"),
+        (["--stages.1.replay.source=[]"], r"replay\.source: must name a stage or a run"),
+        (
+            ["--stages.1.replay={source: [1]}"],
+            r"source: expected text or a list, each item text, got",
+        ),
+        (
+            ["--stages.1.replay.share=[0.1, 0.1]"],
+            r"replay\.share: a list has one for each of the 1",
+        ),
+        (
+            ["--stages.1.replay.offset=[1]"],
+            r"replay\.offset: .* is of shares and offsets or of sha",
+        ),
+        (
+            ["--stages.1.replay={source: [one, .], share: [0.4, 0.7]}"],
+            r"share: must be at most 1 together, got \[0\.4, 0\.7\]",
+        ),
+        (
+            ["--stages.1.replay={source: [one, .], share: [0.4, 0.1], offset: [80, 0]}"],
+            r"offset: must be below the 80 samples of one, got 80(.|\n)*0\.4 of 240 samples are 96",
+        ),
         (["--stages.0.replay.share=0.1"], r"stages\.0\.replay\.source: there is no stage before"),
         (["--stages.1.replay.order=random"], r"replay\.order: expected one of original, resh"),
         (["--stages.1.replay.shares=1"], r"unknown key, .*; did you mean stages\.1\.replay\.share"),
