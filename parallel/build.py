@@ -268,7 +268,7 @@ def build_part(
         if compile:
             # Dynamic shapes take minutes to reason about where a mixer unrolls its chunks.
             block.compile(dynamic=False)
-    if mesh is not None:
+    if mesh is not None and not parallel.megatron.distributed_optimizer:
         data_parallel.shard_parameters(part, mesh, dtype, experts)
     if [name for name, _ in part.named_parameters()] != names:
         raise RuntimeError("sharding changed the parameters' names")

@@ -32,6 +32,24 @@ class DeepSpeedOptions:
 
 
 @dataclass
+class MegatronOptions:
+    """What `parallel.engine: megatron` does beside its layers; nothing of it counts with another
+    engine."""
+
+    distributed_optimizer: bool = False
+    """Megatron's DistributedDataParallel and distributed optimizer over all data ranks instead of
+    FSDP2: every rank has all parameters and gradients of its part of tp, and optimizer state is
+    divided (arXiv 1910.02054). On CUDA devices only."""
+    overlap_grad_reduce: bool = False
+    """Reduce the gradients of a bucket while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather the parameters of a bucket while the next forward pass goes on."""
+    bucket_size: int | None = None
+    """Parameters in a bucket at least, with overlap_grad_reduce; null for Megatron's own choice,
+    the larger of 40 million and a million a data rank."""
+
+
+@dataclass
 class ParallelConfig:
     """Sizes of the device mesh, whose product is the number of ranks, and the engine."""
 
@@ -64,5 +82,7 @@ class ParallelConfig:
     zero_bubble schedule."""
     engine: Engine = "native"
     """Who holds and updates parameters: torch (FSDP2), or DeepSpeed's ZeRO, which shares them out
-    over dp_shard alone. 'megatron' is torch with Megatron-Core's layers over tp."""
+    over dp_shard alone. 'megatron' is torch with Megatron-Core's layers over tp, and its own
+    optimizer if `megatron.distributed_optimizer`."""
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
+    megatron: MegatronOptions = field(default_factory=MegatronOptions)

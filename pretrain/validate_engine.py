@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rondo.models.config import problems as model_problems
 from rondo.models.registry import FFNS
-from rondo.parallel.config import DeepSpeedOptions
+from rondo.parallel.config import DeepSpeedOptions, MegatronOptions
 from rondo.parallel.engines.deepspeed_config import config_problems
 from rondo.pretrain.recipe import Recipe
 
@@ -24,11 +24,13 @@ def engine_problems(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     config = recipe.parallel
     if config.engine == "deepspeed":
         yield from _deepspeed(recipe, world_size)
-        return
+    elif config.deepspeed != DeepSpeedOptions():
+        yield f"parallel.deepspeed: counts with parallel.engine deepspeed only, got {config.engine}"
     if config.engine == "megatron":
         yield from _megatron(recipe)
-    if config.deepspeed != DeepSpeedOptions():
-        yield f"parallel.deepspeed: counts with parallel.engine deepspeed only, got {config.engine}"
+        yield from _megatron_optimizer(recipe, world_size)
+    elif config.megatron != MegatronOptions():
+        yield f"parallel.megatron: counts with parallel.engine megatron only, got {config.engine}"
 
 
 def _megatron(recipe: Recipe) -> Iterator[str]:
@@ -52,6 +54,36 @@ def _megatron(recipe: Recipe) -> Iterator[str]:
                 f"model.pattern: {name} hands something on from layer to layer, which Megatron's "
                 "layers do not know; use parallel.engine native"
             )
+
+
+def _megatron_optimizer(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+    options, where = recipe.parallel.megatron, "parallel.megatron"
+    if not options.distributed_optimizer:
+        if options != MegatronOptions():
+            yield f"{where}: overlaps and bucket_size count with distributed_optimizer true only"
+        return
+    if recipe.optimizer.name != "adamw":
+        yield (
+            f"optimizer.name: {recipe.optimizer.name} needs whole matrices, of which Megatron's "
+            "data ranks hold stretches; use adamw, or parallel.engine native"
+        )
+    if world_size == 1:
+        yield (
+            f"{where}.distributed_optimizer: nothing to divide in a run of 1 rank; use false, or "
+            "start more with torchrun"
+        )
+    if options.overlap_param_gather and recipe.compile:
+        yield (
+            f"compile: torch.compile does not see through the hooks of {where}."
+            "overlap_param_gather; use false for one of them"
+        )
+    if options.bucket_size is not None and options.bucket_size < 1:
+        yield f"{where}.bucket_size: must be at least 1 or null, got {options.bucket_size}"
+    if options.bucket_size is not None and not options.overlap_grad_reduce:
+        yield (
+            f"{where}.bucket_size: {options.bucket_size} counts with overlap_grad_reduce true "
+            "only; without it Megatron takes all gradients in one bucket"
+        )
 
 
 def _deepspeed(recipe: Recipe, world_size: int | None) -> Iterator[str]:

@@ -1,8 +1,13 @@
-"""Attention by the flash-attn package (CUDA, float16 or bfloat16)."""
+"""Attention by the flash-attn package (CUDA, float16 or bfloat16).
+
+Version 2 is the module `flash_attn`; version 3, for Hopper GPUs, is `flash_attn_interface`. The
+keywords used here mean the same in both.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +33,20 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             f"it needs equal head dims of at most {MAX_HEAD_DIM}, "
             f"got {q.shape[-1]} for q and {v.shape[-1]} for v"
         )
-    if importlib.util.find_spec("flash_attn") is None:
+    if _package(q.device) is None:
         return "it is not installed: pip install flash-attn --no-build-isolation"
     return None
+
+
+def _package(device: torch.device) -> str | None:
+    """Name of the module to call: version 3 where it is installed and the GPU is one of its kind,
+    else version 2."""
+    names = ["flash_attn_interface", "flash_attn"] if _is_hopper(device) else ["flash_attn"]
+    return next((name for name in names if importlib.util.find_spec(name) is not None), None)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def flash_attention(
@@ -50,16 +66,15 @@ def flash_attention(
     reason = _refusal(q, k, v)
     if reason is not None:
         raise ValueError(f"attention: backend 'flash' cannot run: {reason}")
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
+    package: Any = importlib.import_module(str(_package(q.device)))
     # flash-attn counts the keys to the left of a query, without the query itself, and aligns
     # queries with the last keys.
     left = -1 if window is None else window - 1
     options = {"softmax_scale": scale, "causal": True, "window_size": (left, 0)}
     if segment_ids is None or key_segment_ids is None:
-        return flash_attn_func(q, k, v, **options)
+        return package.flash_attn_func(q, k, v, **options)
     query_bounds, key_bounds = _bounds(segment_ids, key_segment_ids)
-    out = flash_attn_varlen_func(
+    out = package.flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),

@@ -43,6 +43,10 @@ def make_engine(
         from rondo.parallel.engines.deepspeed import DeepSpeedEngine
 
         engine = DeepSpeedEngine
+    elif parallel.engine == "megatron" and parallel.megatron.distributed_optimizer:
+        from rondo.parallel.engines import megatron_optimizer  # takes seconds
+
+        engine = megatron_optimizer.MegatronEngine
     return engine(
         config,
         ranks,

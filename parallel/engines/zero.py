@@ -18,14 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from rondo.errors import UserError
 from rondo.models import Decoder
 from rondo.parallel.checkpoint import model_tensors
 from rondo.parallel.data_parallel import local_part
+from rondo.parallel.engines.moments import MOMENTS, common_step, whole
 from rondo.parallel.mesh import SHARDED, Ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State of AdamW that has its parameter's shape."""
 _VECTORS = "single_partition_of_fp32_groups"
 
 
@@ -89,8 +87,8 @@ class ZeroTensors:
         for name, param in self._trained():
             tensors[f"{name}.step"] = step.clone()
             for key in MOMENTS:
-                whole = utils.safe_get_full_optimizer_state(param, key)
-                tensors[f"{name}.{key}"] = self._rows(whole.view(self._shape(param)))
+                full = utils.safe_get_full_optimizer_state(param, key)
+                tensors[f"{name}.{key}"] = self._rows(full.view(self._shape(param)))
         return tensors
 
     @torch.no_grad()
@@ -99,22 +97,16 @@ class ZeroTensors:
         parameters have made different numbers of steps: ZeRO counts them for all."""
         for name, value in tensors.get("model", {}).items():
             if name in self.params:
-                self.write(name, _whole(value))
+                self.write(name, whole(value))
         states = tensors.get("optimizer")
         if states is None:
             return
-        steps = {name: float(states[f"{name}.step"]) for name, _ in self._trained()}
-        few, many = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
-        if steps[few] != steps[many]:
-            raise UserError(
-                f"parallel.engine: deepspeed counts the steps of all parameters alike, but {few} "
-                f"has made {steps[few]:.0f} and {many} {steps[many]:.0f}; go on with native"
-            )
+        step = common_step(states, (name for name, _ in self._trained()), "deepspeed")
         for vector in self._vectors:
-            self.adamw.state[vector]["step"].fill_(steps[few])
+            self.adamw.state[vector]["step"].fill_(step)
         for name, param in self._trained():
             for key in MOMENTS:
-                self._set(param, _whole(states[f"{name}.{key}"]), key)
+                self._set(param, whole(states[f"{name}.{key}"]), key)
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
@@ -158,13 +150,13 @@ class ZeroTensors:
         padded[: value.numel()] = value.flatten()
         self.zero.set_local_hp_param(padded[rank * size :][:size], param, key)
 
-    def _rows(self, whole: Tensor) -> Tensor:
+    def _rows(self, full: Tensor) -> Tensor:
         """A whole tensor as a DTensor of which this rank holds some rows, in host memory."""
-        if whole.ndim == 0:
-            return whole.cpu().clone()
-        local = local_part(whole, self._mesh, (Shard(0),)).cpu().clone()
+        if full.ndim == 0:
+            return full.cpu().clone()
+        local = local_part(full, self._mesh, (Shard(0),)).cpu().clone()
         return DTensor.from_local(
-            local, self._mesh, [Shard(0)], shape=whole.shape, stride=whole.stride(), run_check=False
+            local, self._mesh, [Shard(0)], shape=full.shape, stride=full.stride(), run_check=False
         )
 
     def _make_state(self) -> None:
@@ -186,7 +178,3 @@ class ZeroTensors:
 def gathered(param: Any, *, changed: bool = False) -> AbstractContextManager[Any]:
     """Inside, a divided parameter is whole; `changed`: rank 0's value is kept after."""
     return deepspeed.zero.GatheredParameters([param], modifier_rank=0 if changed else None)
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -23,6 +23,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "rondo.parallel.build",
         "rondo.parallel.checkpoint",
+        "rondo.parallel.engines.megatron_optimizer",
         "rondo.pretrain.optim",
         "rondo.tests.distributed.spawn",
         "torch.distributed.fsdp",

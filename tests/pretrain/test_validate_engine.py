@@ -71,9 +71,46 @@ def test_megatron_knows_no_routers() -> None:
     assert "model.pattern: moe" in found
 
 
-def test_options_of_another_engine() -> None:
-    found = problems(1, "--parallel.deepspeed.zero_stage=3")
-    assert "parallel.deepspeed" in found and "got native" in found
+MEGATRON = ("--parallel.engine=megatron", "--parallel.megatron.distributed_optimizer=true")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "words"),
+    [
+        (2, ["--optimizer.name=muon"], ["optimizer.name", "muon", "adamw"]),
+        (1, [], ["parallel.megatron.distributed_optimizer", "1 rank"]),
+        (
+            2,
+            ["--parallel.megatron.overlap_param_gather=true", "--compile=true"],
+            ["compile", "overlap_param_gather"],
+        ),
+        (2, ["--parallel.megatron.bucket_size=9"], ["bucket_size", "9", "overlap_grad_reduce"]),
+        (
+            2,
+            ["--parallel.megatron.overlap_grad_reduce=true", "--parallel.megatron.bucket_size=0"],
+            ["bucket_size", "at least 1", "got 0"],
+        ),
+        (
+            2,
+            [
+                "--parallel.megatron.distributed_optimizer=false",
+                "--parallel.megatron.overlap_grad_reduce=true",
+            ],
+            ["parallel.megatron", "distributed_optimizer true"],
+        ),
+    ],
+)
+def test_what_megatrons_optimizer_cannot_do(
+    ranks: int, options: list[str], words: list[str]
+) -> None:
+    found = problems(ranks, *MEGATRON, *options)
+    assert all(word in found for word in words), found
+
+
+@pytest.mark.parametrize("option", ["deepspeed.zero_stage=3", "megatron.overlap_grad_reduce=true"])
+def test_options_of_another_engine(option: str) -> None:
+    found = problems(1, f"--parallel.{option}")
+    assert f"parallel.{option.split('.')[0]}" in found and "got native" in found
 
 
 def test_own_keys_of_file_and_recipe_stand_beside_what_the_recipe_decides(tmp_path: Path) -> None:
