@@ -1,57 +1,70 @@
 """`python -m rondo.evals.short_tasks`: which layers learn to recall, and to track a state.
 
-Every cell of the table is an ordinary run of the recipe `short-tasks`, trained on texts of the
-train split and scored on those of the test split, longer ones too. A run goes on from its
-checkpoints, and what was scored is kept beside it, so that the command can be stopped and started
-again.
+Every cell of the table is a small model that is trained to give the answer beside each word of
+short texts of the train split (`labelling.py`) and scored on the test split, on longer texts too.
+What was scored is kept, so that the command can be stopped and started again, and cells be added.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
+import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.progress import Progress
 
 from rondo.errors import UserError, run_command
-from rondo.evals.scoring import continuations
-from rondo.evals.tasks import examples
-from rondo.evals.tasks.__main__ import WriteConfig, write
-from rondo.models import load
-from rondo.models.loading import find_checkpoint
-from rondo.pretrain.data import PrepareConfig, load_tokenizer, prepare
+from rondo.evals.labelling import Fit, fit, rows, score, vocabulary
+from rondo.models import Decoder, ModelConfig
 from rondo.pretrain.options import parse_command
 from rondo.pretrain.parse import load_recipe
-from rondo.pretrain.recipe import Recipe
 
 USAGE = "python -m rondo.evals.short_tasks [--option value]..."
-MARKS = "<< >>"
+TEXTS = 20_000
+"""Texts to draw from in training."""
 
 
 class Task(NamedTuple):
     """What is trained on, and what is scored."""
 
-    sizes: str
+    sizes: tuple[int, ...]
     """Sizes of the texts to train on."""
     scored: tuple[int, ...]
     """Sizes of the texts that are scored."""
     chance: float
     """Accuracy of a guess."""
-    settings: tuple[str, ...] = ()
-    """What the recipe needs besides."""
+    plan: Fit
+    before: tuple[str, ...] = ()
+    """Layers in front of the row's own."""
+    last: bool = True
+    """Score the last answer of each text only."""
+
+
+def _tracking(size: int, longer: int, classes: int, steps: int) -> Task:
+    """A task of which short texts are learnt first."""
+    return Task((size,), (size, longer), 1 / classes, Fit(steps, lr=1e-2, first=3))
 
 
 TASKS = {
-    # To copy, a model has to write what it read: easier with one matrix for both.
-    "mqar_small": Task("1,2,4,8", (8, 16), 1 / 8, ("--model.tie_embeddings=true",)),
-    "parity": Task("4,5,6,7,8,10,12,14,16", (16, 64), 1 / 2),
-    "s3": Task("2,3,4,5,6,8,10,12", (12, 36), 1 / 6),
+    # A layer that sees the token before: without it, layers must first find out what pairs are.
+    "mqar_all": Task((4, 8), (8, 16), 1 / 8, Fit(400), ("previous+none",), last=False),
+    "parity": _tracking(16, 64, 2, 500),
+    "cycle_navigation": _tracking(32, 100, 5, 600),
+    "a5": _tracking(16, 64, 60, 1500),
+    "s5": _tracking(16, 64, 120, 1500),
+    "s3": _tracking(16, 64, 6, 600),
+    "modular_arithmetic": _tracking(10, 40, 5, 600),
 }
+DELTA_RULES = ("gated_deltanet", "reflecting")
+DELTA_RULE_PLAN: dict[str, Any] = {"lr": 3e-3, "init_std": 0.02, "first": None}
+"""What delta rules track a state with: larger weights at first, or a higher rate, fail in some
+seeds, where the other rows need both."""
 Found = dict[str, dict[str, list[dict[int, float]]]]
 """Accuracy by mixer, task, seed and size."""
 
@@ -60,119 +73,144 @@ Found = dict[str, dict[str, list[dict[int, float]]]]
 class ShortTasksConfig:
     """Which cells of the table are made, and where."""
 
-    mixers: str = "attention,previous/matching,gated_deltanet,reflecting,slstm"
-    """Rows: mixers of the recipe `short-tasks`, with commas between them; a slash between those of
-    the first and the second layer where they differ."""
-    tasks: str = "mqar_small,parity,s3"
-    """Columns: mqar_small, parity, s3."""
-    seeds: int = 1
-    """Runs of each; the table has the best of them."""
-    examples: int = 200000
-    """Texts to train on."""
+    mixers: str = (
+        "attention,matching,mamba2,gated_deltanet,reflecting,para_gru,para_lstm,lstm,slstm"
+    )
+    """Rows: mixers of the recipe `short-tasks`, with commas between them; slashes between those of
+    layers. `matching` is attention without positions, `reflecting` Gated DeltaNet with eigenvalues
+    down to -1."""
+    tasks: str = "mqar_all,parity"
+    """Columns: mqar_all, parity, cycle_navigation, a5, s5, s3, modular_arithmetic."""
+    seeds: int = 3
+    """Runs of each; the table has their mean, and the worst and the best."""
     samples: int = 500
     """Texts that are scored, of each size."""
     output: str = "runs/short-tasks"
-    """Folder of texts, runs and results."""
-    steps: int = 2000
-    """Steps of a run."""
-    lr: float = 3e-3
-    """Peak learning rate."""
-    init_std: float = 0.02
-    """Initial size of weights; attention learns to match keys sooner with 0.1."""
+    """Folder of results."""
+    steps: int | None = None
+    """Steps of a run; None: the task's."""
+    lr: float | None = None
+    """Peak learning rate; None: the task's."""
 
 
-def table(config: ShortTasksConfig) -> int:
-    """Trains, scores and writes `table.json` and `table.md`; returns an exit code of `train`.
+def table(config: ShortTasksConfig) -> Path:
+    """Trains, scores and writes `table.md` beside the results; the path of it.
 
     Raises:
-        UserError: a mixer or a task is not known.
+        UserError: a mixer or a task is not known, or a result was made with other options.
     """
-    from rondo.pretrain.train import train
-
-    folder, console = Path(config.output), Console(stderr=True)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
     mixers, tasks = config.mixers.split(","), config.tasks.split(",")
     if unknown := [name for name in tasks if name not in TASKS]:
         raise UserError(f"tasks: unknown {unknown[0]!r} (known: {', '.join(TASKS)})")
-    found: Found = {}
-    for task, mixer, seed in itertools.product(tasks, mixers, range(config.seeds)):
-        run = _recipe(config, task, mixer, seed, _data(task, config, folder))
-        console.print(run.name, highlight=False)
-        result = folder / run.name / "accuracy.json"
-        if not result.is_file():
-            if code := train(run):
-                return code
-            scores = accuracy(find_checkpoint(folder / run.name), task, config.samples)
-            result.write_text(json.dumps(scores))
-        scores = {int(size): value for size, value in json.loads(result.read_text()).items()}
-        found.setdefault(mixer, {}).setdefault(task, []).append(scores)
-        (folder / "table.json").write_text(json.dumps(found, indent=1))
-        (folder / "table.md").write_text(markdown(found))
-    print(markdown(found), end="")
-    return 0
+    found: Found = {mixer: {} for mixer in mixers}
+    console = Console(stderr=True)
+    for name, seed, mixer in itertools.product(tasks, range(config.seeds), mixers):
+        scores = _cell(config, name, mixer, seed, folder, console)
+        found[mixer].setdefault(name, []).append(scores)
+        (folder / "table.md").write_text(markdown(found, tasks, config.seeds))
+    return folder / "table.md"
 
 
-def _recipe(config: ShortTasksConfig, task: str, mixer: str, seed: int, data: Path) -> Recipe:
-    words = {
-        "name": f"{task}-{mixer.replace('/', '-')}-{seed}",
-        "seed": seed,
-        "output_dir": config.output,
-        "steps": config.steps,
-        "model.pattern": f"[{mixer.replace('/', ', ')}]",
-        "data.sources": f"[{{path: {data}}}]",
-        "optimizer.lr": config.lr,
-        "model.init_std": config.init_std,
+def _cell(
+    config: ShortTasksConfig, name: str, mixer: str, seed: int, folder: Path, console: Console
+) -> dict[int, float]:
+    """Accuracy by size, made now or before."""
+    task, path = TASKS[name], folder / f"{name}-{mixer.replace('/', '-')}-{seed}.json"
+    plan = _plan(config, task, mixer)
+    model = _model(task, mixer, len(vocabulary(name)), plan.init_std)
+    options: dict[str, Any] = {
+        "model": _about(model),
+        "plan": dataclasses.asdict(plan),
+        "sizes": list(task.sizes),
+        "samples": config.samples,
     }
-    given = [f"--{key}={value}" for key, value in words.items()]
-    return load_recipe("short-tasks", [*TASKS[task].settings, *given])
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if changed := [key for key, value in options.items() if kept[key] != value]:
+            raise UserError(f"{path}: made with another {changed[0]}; take it away, or set output")
+        return {int(size): value for size, value in kept["accuracy"].items()}
+    began = time.process_time()
+    trained = _train(name, model, plan, seed, path.stem, console)
+    tests = {size: rows(name, size, "test", config.samples, 0) for size in task.scored}
+    scores = {size: score(trained, texts) for size, texts in tests.items()}
+    accuracy = {size: each.last if task.last else each.mean for size, each in scores.items()}
+    seconds = time.process_time() - began
+    shown = ", ".join(f"{size}: {value:.3f}" for size, value in accuracy.items())
+    console.print(f"{path.stem}: {shown} ({seconds:.0f} s)", highlight=False)
+    path.write_text(json.dumps({**options, "accuracy": accuracy, "seconds": seconds}))
+    return accuracy
 
 
-def _data(task: str, config: ShortTasksConfig, folder: Path) -> Path:
-    """Texts to train on, as token files with the loss on answers."""
-    texts, words = folder / f"{task}.jsonl", folder / f"{task}-words.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not words.is_file():
-        sizes = TASKS[task].sizes
-        write(WriteConfig(task, str(texts), sizes, config.examples, 0, True, str(words)))
-    output = str(folder / f"{task}-tokens")
-    return prepare(
-        PrepareConfig(
-            str(texts), output, str(words), loss_marks=MARKS, validation_fraction=0.002, workers=0
-        )
+def _train(
+    name: str, model: ModelConfig, plan: Fit, seed: int, title: str, console: Console
+) -> Decoder:
+    pools = [rows(name, size, "train", TEXTS, seed) for size in TASKS[name].sizes]
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task(title, total=plan.steps)
+
+        def say(step: int, loss: float) -> None:
+            progress.update(bar, completed=step + 1, description=f"{title} loss {loss:.3f}")
+
+        return fit(model, pools, plan, seed, say)
+
+
+def _plan(config: ShortTasksConfig, task: Task, mixer: str) -> Fit:
+    """The task's, or that of the delta rules, with what was asked for."""
+    tracks = task.last and mixer in DELTA_RULES
+    own = DELTA_RULE_PLAN if tracks else {}
+    given = {key: getattr(config, key) for key in ("steps", "lr")}
+    asked = {key: value for key, value in given.items() if value is not None}
+    return dataclasses.replace(task.plan, **{**own, **asked})
+
+
+def _model(task: Task, mixer: str, words: int, std: float) -> ModelConfig:
+    """That of the recipe, with the row's layers and a row of the embedding for each word."""
+    pattern = [*task.before, *mixer.split("/")]
+    shown = f"[{', '.join(pattern)}]"
+    given = [f"--model.pattern={shown}", f"--model.num_layers={len(pattern)}"]
+    return dataclasses.replace(
+        load_recipe("short-tasks", given).model, vocab_size=words, init_std=std
     )
 
 
-def accuracy(checkpoint: Path, task: str, samples: int) -> dict[int, float]:
-    """Share of the answers that greedy decoding would write, by size, on the test split."""
-    model, tokenizer = load(checkpoint).eval(), load_tokenizer(checkpoint / "tokenizer")
-    scores = {}
-    for size in TASKS[task].scored:
-        texts = islice(examples(task, size, "test"), samples)
-        pairs = [(tokenizer.encode(t.prompt), tokenizer.encode(t.answer)) for t in texts]
-        found = continuations(model, pairs, batch_size=64)
-        scores[size] = sum(score.greedy for score in found) / len(found)
-    return scores
+def _about(model: ModelConfig) -> dict[str, Any]:
+    """What tells one model from another: not the mixers that it does not use."""
+    layers = [dataclasses.asdict(layer) for layer in model.layers()]
+    sizes = {key: getattr(model, key) for key in ("vocab_size", "dim", "ffn_dim", "init_std")}
+    return {**sizes, "layers": layers}
 
 
-def markdown(found: Found) -> str:
-    """The table: the best seed of each mixer and task, in length and beyond."""
-    tasks = list(dict.fromkeys(task for row in found.values() for task in row))
+def markdown(found: Found, tasks: list[str], seeds: int) -> str:
+    """The table: means over seeds, the worst and the best of them where they differ."""
     heads = [f"{task} {size}" for task in tasks for size in TASKS[task].scored]
-    rows = [["mixer", *heads], ["---"] * (len(heads) + 1)]
-    rows.append(["chance", *(f"{TASKS[t].chance:.2f}" for t in tasks for _ in TASKS[t].scored)])
+    lines = [["mixer", *heads], ["---"] * (len(heads) + 1)]
+    lines.append(["guess", *(f"{TASKS[t].chance:.2f}" for t in tasks for _ in TASKS[t].scored)])
     for mixer, row in found.items():
-        cells = []
-        for task in tasks:
-            sizes, runs = TASKS[task].scored, row.get(task, [])
-            best = max(runs, key=lambda scores: [scores[size] for size in sizes], default=None)
-            cells += [f"{best[size]:.3f}" if best else "" for size in sizes]
-        rows.append([mixer, *cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        cells = [
+            _shown([scores[size] for scores in row.get(task, [])], seeds)
+            for task in tasks
+            for size in TASKS[task].scored
+        ]
+        lines.append([mixer, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _shown(values: list[float], seeds: int) -> str:
+    if not values:
+        return ""
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    text = f"{mean:.2f}" if high - low < 0.01 else f"{mean:.2f} ({low:.2f} to {high:.2f})"
+    return text if len(values) == seeds else f"{text}, {len(values)} of {seeds} seeds"
 
 
 def main(words: list[str]) -> int:
     """Runs the command; see `ShortTasksConfig`."""
     config = parse_command(ShortTasksConfig, words, USAGE, ())
-    return 0 if config is None else table(config)
+    if config is not None:
+        print(table(config).read_text(), end="")
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,20 +9,47 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rondo.errors import UserError
-from rondo.evals.tasks.recall import mqar, mqar_small, mqar_twice, path_finding
-from rondo.evals.tasks.state_tracking import delayed_match, group_word, modular_arithmetic, parity
+from rondo.evals.tasks.recall import mqar, mqar_all, mqar_small, mqar_twice, path_finding
+from rondo.evals.tasks.state_tracking import (
+    Walk,
+    cycle_navigation,
+    delayed_match,
+    group_word,
+    modular_arithmetic,
+    parity,
+)
 
+T = TypeVar("T")
 _PATIENCE = 10_000
 """Draws in a row of the other split after which this one counts as empty."""
 SPLITS = ("train", "test")
-KINDS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
+_STATES: dict[str, Callable[[random.Random, int], Walk]] = {
     "parity": parity,
+    "cycle_navigation": cycle_navigation,
     "modular_arithmetic": modular_arithmetic,
     "s3": lambda draw, size: group_word(draw, size, 3),
     "s5": lambda draw, size: group_word(draw, size, 5),
+    "a5": lambda draw, size: group_word(draw, size, 5, even=True),
+}
+LABELLED: dict[str, Callable[[random.Random, int], Walk]] = {**_STATES, "mqar_all": mqar_all}
+"""Tasks with an answer beside their words."""
+
+
+def _text(walk: Callable[[random.Random, int], Walk]) -> Callable[..., tuple[str, str]]:
+    """A task that asks for the last answer only."""
+
+    def ask(draw: random.Random, size: int) -> tuple[str, str]:
+        words, answers = walk(draw, size)
+        return f"{' '.join(words)} =", str(answers[-1])
+
+    return ask
+
+
+KINDS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
+    **{name: _text(walk) for name, walk in _STATES.items()},
     "delayed_match": delayed_match,
     "mqar": mqar,
     "mqar_small": mqar_small,
@@ -49,18 +76,47 @@ def examples(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Exa
     Raises:
         UserError: kind or split is unknown, or the size is below 1, or too small for two splits.
     """
-    if kind not in KINDS:
-        raise UserError(f"kind: unknown task {kind!r} (known: {', '.join(KINDS)})")
+    draws = _draws(KINDS, kind, size, split, seed)
+    for prompt, answer in _of_split(draws, kind, size, split, lambda each: each[0]):
+        yield Example(prompt, f" {answer}")
+
+
+def labelled(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Walk]:
+    """As `examples`, with an answer beside every word that has one; `kind` is a key of `LABELLED`.
+
+    A text belongs to a split by all of its words: beginnings of longer ones may be in the other.
+    """
+    draws = _draws(LABELLED, kind, size, split, seed)
+    yield from _of_split(draws, kind, size, split, lambda walk: f"{' '.join(walk[0])} =")
+
+
+def _draws(
+    kinds: dict[str, Callable[[random.Random, int], T]],
+    kind: str,
+    size: int,
+    split: str,
+    seed: int,
+) -> Iterator[T]:
+    if kind not in kinds:
+        raise UserError(f"kind: unknown task {kind!r} (known: {', '.join(kinds)})")
     if split not in SPLITS:
         raise UserError(f"split: expected train or test, got {split!r}")
     if size < 1:
         raise UserError(f"size: must be at least 1, got {size}")
     draw = random.Random(f"{kind} {size} {split} {seed}")
+    while True:
+        yield kinds[kind](draw, size)
+
+
+def _of_split(
+    draws: Iterator[T], kind: str, size: int, split: str, prompt: Callable[[T], str]
+) -> Iterator[T]:
+    """The draws whose prompt is of the split, by its hash."""
     rejected = 0
-    while rejected < _PATIENCE:
-        prompt, answer = KINDS[kind](draw, size)
+    for each in draws:
         rejected += 1
-        if (zlib.crc32(prompt.encode()) % 4 == 0) == (split == "test"):
+        if (zlib.crc32(prompt(each).encode()) % 4 == 0) == (split == "test"):
             rejected = 0
-            yield Example(prompt, f" {answer}")
-    raise UserError(f"size: {kind} of {size} has too few prompts for a {split} split")
+            yield each
+        elif rejected == _PATIENCE:
+            raise UserError(f"size: {kind} of {size} has too few prompts for a {split} split")

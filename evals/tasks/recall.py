@@ -6,6 +6,7 @@ import itertools
 import random
 
 from rondo.errors import UserError
+from rondo.evals.tasks.state_tracking import Walk
 
 
 def mqar(
@@ -28,6 +29,18 @@ def mqar(
 def mqar_small(draw: random.Random, size: int) -> tuple[str, str]:
     """`mqar` with 64 keys and 64 values: a vocabulary for small models."""
     return mqar(draw, size, (0, 64, 128))
+
+
+def mqar_all(draw: random.Random, size: int) -> Walk:
+    """`size` pairs of 64 keys and 64 values, then each of the keys once, in any order: its value is
+    the answer beside it, as in the paper, and is not in the text."""
+    if size > 64:
+        raise UserError(f"size: there are 64 keys, got {size} pairs")
+    keys, values = draw.sample(range(64), size), draw.sample(range(64, 128), size)
+    pairs = [str(x) for pair in zip(keys, values, strict=True) for x in pair]
+    asked = draw.sample(range(size), size)
+    answers = [str(values[i]) for i in asked]
+    return [*pairs, *(str(keys[i]) for i in asked)], [None] * len(pairs) + answers
 
 
 def mqar_twice(draw: random.Random, size: int) -> tuple[str, str]:

@@ -1,41 +1,72 @@
-"""Answers that need a state: parity, arithmetic modulo 5 (arXiv 2411.12537), words of S_n."""
+"""Tasks that need a state: parity, a walk on a circle (arXiv 2207.02098), arithmetic modulo 5
+(arXiv 2411.12537), words of permutation groups.
+
+Each draws words and, beside each word, what the answer would be if the text ended with it (None
+where none is asked for).
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 
+Walk = tuple[list[str], list[str | None]]
+"""Words, and the answer after each."""
+CIRCLE = 5
+_MOVES = {"stay": 0, "right": 1, "left": -1}
 
-def parity(draw: random.Random, size: int) -> tuple[str, str]:
-    """Bits and the parity of their number of ones."""
+
+def parity(draw: random.Random, size: int) -> Walk:
+    """`size` bits, and the parity of the number of ones so far."""
     bits = [draw.randrange(2) for _ in range(size)]
-    return " ".join(map(str, bits)) + " =", str(sum(bits) % 2)
+    return [str(bit) for bit in bits], [str(sum_ % 2) for sum_ in itertools.accumulate(bits)]
 
 
-def modular_arithmetic(draw: random.Random, size: int) -> tuple[str, str]:
-    """`size` numbers below 5 with +, - and * between them; products first, value modulo 5."""
+def cycle_navigation(draw: random.Random, size: int) -> Walk:
+    """`size` steps from place to place on a circle of five, and the place reached, from 0 on."""
+    moves = draw.choices(list(_MOVES), k=size)
+    places = itertools.accumulate(_MOVES[move] for move in moves)
+    return moves, [str(place % CIRCLE) for place in places]
+
+
+def modular_arithmetic(draw: random.Random, size: int) -> Walk:
+    """`size` numbers below 5 with +, - and * between them; products first, value modulo 5. What
+    comes after an operator is not asked for."""
     numbers = [draw.randrange(5) for _ in range(size)]
     operators = draw.choices("+-*", k=size - 1)
     total, product = 0, numbers[0]
+    words: list[str] = [str(product)]
+    labels: list[str | None] = [str(product)]
     for operator, number in zip(operators, numbers[1:], strict=True):
         if operator == "*":
             product *= number
         else:
             total, product = total + product, number if operator == "+" else -number
-    words = [str(numbers[0])]
-    for operator, number in zip(operators, numbers[1:], strict=True):
         words += [operator, str(number)]
-    return " ".join(words) + " =", str((total + product) % 5)
+        labels += [None, str((total + product) % 5)]
+    return words, labels
 
 
-def group_word(draw: random.Random, size: int, points: int) -> tuple[str, str]:
-    """Permutations of S_n by number, 0 the identity, and their product, the first applied first."""
-    elements = list(itertools.permutations(range(points)))
-    word = [draw.randrange(len(elements)) for _ in range(size)]
-    product = tuple(range(points))
-    for index in word:
-        product = tuple(elements[index][p] for p in product)
-    return " ".join(map(str, word)) + " =", str(elements.index(product))
+def group_word(draw: random.Random, size: int, points: int, even: bool = False) -> Walk:
+    """Permutations of S_n by number, 0 the identity, and their product so far, the first applied
+    first. `even`: those of A_n only."""
+    table = _products(points, even)
+    word = [draw.randrange(len(table)) for _ in range(size)]
+    products = itertools.accumulate(word, lambda product, index: table[product][index], initial=0)
+    return [str(index) for index in word], [str(p) for p in itertools.islice(products, 1, None)]
+
+
+@functools.cache
+def _products(points: int, even: bool) -> list[list[int]]:
+    """`[p][q]`: the number of the permutation that is p, then q."""
+    elements = [p for p in itertools.permutations(range(points)) if not even or _is_even(p)]
+    number = {p: i for i, p in enumerate(elements)}
+    return [[number[tuple(q[x] for x in p)] for q in elements] for p in elements]
+
+
+def _is_even(permutation: tuple[int, ...]) -> bool:
+    return sum(a > b for a, b in itertools.combinations(permutation, 2)) % 2 == 0
 
 
 def delayed_match(draw: random.Random, size: int) -> tuple[str, str]:

@@ -33,6 +33,9 @@ class ParaRNNOptions:
     max_recurrent: float | None = 0.5
     """Largest recurrent weight, by absolute value; None: no limit. Newton's method is sure to
     converge fast while they are small."""
+    recurrent_std: float | None = None
+    """Standard deviation of recurrent weights at the start; None: 2 / √(5 width). About 2, without
+    a limit, lets channels flip and count from the start, at more Newton iterations."""
     iterations: int = 3
     """Newton iterations that are expected; those beyond are counted."""
     max_iterations: int = 10
@@ -46,9 +49,9 @@ class ParaRNN(Mixer):
 
         gates = B u + b    h = cell(gates)    y = W_o (norm(h) · SiLU(v))
 
-    and B block-diagonal over heads. Recurrent weights begin N(0, 2 / √(5 width)), B Xavier uniform
-    within a head and gate, the first gate's bias falls from 0 to -1 over the channels, the others
-    are 0. Norm over all channels. With `max_recurrent` training
+    and B block-diagonal over heads. Recurrent weights begin with standard deviation 2 / √(5 width),
+    or `recurrent_std`, B Xavier uniform within a head and gate, the first gate's bias falls from 0
+    to -1 over the channels, the others are 0. Norm over all channels. With `max_recurrent` training
     keeps recurrent weights within it (`bounds`).
 
     State: `recurrent` `(B, H, D)`, of an LSTM `(B, 2, H, D)` with c first, float32; `conv`
@@ -103,7 +106,8 @@ class ParaRNN(Mixer):
                 self.register_buffer(name, torch.zeros((), dtype=dtype), persistent=False)
 
     def _recurrent_values(self) -> Initializer:
-        draw, limit = normal(2 / math.sqrt(5 * self.inner)), self.options.max_recurrent
+        std, limit = self.options.recurrent_std, self.options.max_recurrent
+        draw = normal(2 / math.sqrt(5 * self.inner) if std is None else std)
         return lambda shape, generator: draw(shape, generator).clamp_(-(limit or 1e9), limit or 1e9)
 
     @classmethod

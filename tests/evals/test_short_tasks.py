@@ -1,4 +1,4 @@
-"""The table of small models: cells are made once, and show what was scored."""
+"""The table of small models: what is trained on, cells that are made once, and what is shown."""
 
 from __future__ import annotations
 
@@ -6,23 +6,93 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from rondo.errors import UserError
+from rondo.evals.labelling import Fit, Rows, fit, rows, score, vocabulary
+from rondo.evals.short_tasks import TASKS, markdown
 from rondo.evals.short_tasks import main as short_tasks
+from rondo.models import Decoder, ModelConfig
+
+pytestmark = pytest.mark.quick
+QUICK = ["--tasks", "parity", "--mixers", "attention", "--steps", "2", "--samples", "20"]
 
 
-def test_the_table_of_small_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tokenizers")
-    words = ["--tasks", "parity", "--mixers", "attention", "--examples", "300", "--steps", "2"]
-    words += ["--samples", "20", "--output", str(tmp_path)]
+def config(mixer: str = "slstm", **options: object) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=2, dim=16, num_layers=1, pattern=[mixer], mixers={mixer: options}, ffn_dim=32
+    )
+
+
+def test_rows_hold_answers_beside_words() -> None:
+    bits = vocabulary("parity")
+    words, answers = rows("parity", 8, "train", 5, 0)
+    assert words.shape == answers.shape == (5, 8)
+    ones = (words == bits["1"]).cumsum(1) % 2
+    assert torch.equal(answers, torch.where(ones == 1, bits["1"], bits["0"]))
+    words, answers = rows("mqar_all", 3, "train", 5, 0)
+    assert (answers[:, :6] == -100).all() and words.shape == (5, 9)
+    for row, asked in zip(words.tolist(), answers.tolist(), strict=True):
+        pairs = dict(zip(row[:6:2], row[1:6:2], strict=True))
+        assert [pairs[key] for key in row[6:]] == asked[6:]
+    for name, task in TASKS.items():  # every text ends with an answer, and every word is known
+        size = task.sizes[0]
+        assert (rows(name, size, "test", 3, 0).answers[:, -1] >= 0).all()
+
+
+def test_training_is_repeatable_and_learns() -> None:
+    plan, losses = Fit(60, batch_size=32, lr=1e-2, init_std=0.25, first=2), []
+    pools = [rows("parity", 6, "train", 40, 0)]
+    tell = (lambda _, x: losses.append(x), lambda _, x: None)
+    models = [fit(config(num_heads=1), pools, plan, 3, say) for say in tell]
+    one, two = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(one, two)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_weights_stay_within_their_bounds() -> None:
+    plan = Fit(3, batch_size=2, lr=5.0)
+    pools = [rows("parity", 6, "train", 40, 0)]
+    model = fit(config("para_gru", max_recurrent=0.25), pools, plan, 0, lambda *_: None)
+    recurrent = model.blocks["0"].mixer.get_parameter("recurrent")  # type: ignore[union-attr]
+    assert recurrent.abs().max() == 0.25
+
+
+def test_scores_count_answers_only() -> None:
+    model = Decoder(config(), seed=0)
+    words = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 1]])
+    likeliest = model.logits(model(words).hidden).argmax(-1)
+    answers = likeliest.clone()
+    answers[:, 0], answers[0, 2] = -100, 1 - likeliest[0, 2]
+    assert score(model, Rows(words, answers), batch_size=2) == (5 / 6, 2 / 3)
+
+
+def test_cells_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*QUICK, "--seeds", "1", "--output", str(tmp_path)]
     assert short_tasks(words) == 0
-    (run,) = tmp_path.glob("parity-attention-0")
-    scores = json.loads((run / "accuracy.json").read_text())
-    assert list(scores) == ["16", "64"] and all(0 <= s <= 1 for s in scores.values())
+    path = tmp_path / "parity-attention-0.json"
+    result = json.loads(path.read_text())
+    assert list(result["accuracy"]) == ["16", "64"]
     printed = capsys.readouterr().out
-    assert f"| attention | {scores['16']:.3f} | {scores['64']:.3f} |" in printed
-    (run / "accuracy.json").write_text('{"16": 0.25, "64": 0.125}')  # kept, not made again
-    assert short_tasks(words) == 0
-    assert "| attention | 0.250 | 0.125 |" in (tmp_path / "table.md").read_text()
+    assert f"| attention | {result['accuracy']['16']:.2f} | " in printed
+    path.write_text(json.dumps({**result, "accuracy": {"16": 0.25, "64": 0.125}}))
+    assert short_tasks(words) == 0  # kept, not made again
+    assert "| attention | 0.25 | 0.12 |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match=r"parity-attention-0\.json: made with another plan"):
+        short_tasks([*words, "--steps", "3"])
     with pytest.raises(UserError, match="tasks: unknown 'party'"):
         short_tasks(["--tasks", "party"])
+
+
+def test_the_table_shows_mean_and_spread() -> None:
+    found = {
+        "slstm": {"parity": [{16: 1.0, 64: 0.5}, {16: 0.998, 64: 0.75}]},
+        "lstm": {"parity": [{16: 0.5, 64: 0.5}]},
+        "gru": {},
+    }
+    assert markdown(found, ["parity"], 2).splitlines()[2:] == [
+        "| guess | 0.50 | 0.50 |",
+        "| slstm | 1.00 | 0.62 (0.50 to 0.75) |",
+        "| lstm | 0.50, 1 of 2 seeds | 0.50, 1 of 2 seeds |",
+        "| gru |  |  |",
+    ]

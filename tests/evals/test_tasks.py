@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rondo.errors import UserError
-from rondo.evals.tasks import KINDS, Example, examples
+from rondo.evals.tasks import KINDS, LABELLED, Example, examples, labelled
 from rondo.evals.tasks.__main__ import main
 from rondo.pretrain.data import load_tokenizer
 
@@ -28,13 +28,22 @@ def matrices(points: int) -> list[np.ndarray]:
     return [np.eye(points, dtype=int)[list(p)] for p in images if len(set(p)) == points]
 
 
+def rotations(size: int) -> list[np.ndarray]:
+    """Permutation matrices of determinant 1."""
+    return [m for m in matrices(size) if round(np.linalg.det(m)) == 1]
+
+
 def solve(kind: str, prompt: str, size: int) -> str:
     if kind == "parity":
         return str(prompt.count("1") & 1)
     if kind == "modular_arithmetic":
         return str(eval(prompt.rstrip("=")) % 5)
-    if kind in ("s3", "s5"):
-        all_of_them, product = matrices(int(kind[1])), np.eye(int(kind[1]), dtype=int)
+    if kind == "cycle_navigation":
+        return str((prompt.count("right") - prompt.count("left")) % 5)
+    if kind in ("s3", "s5", "a5"):
+        points = int(kind[1])
+        all_of_them = matrices(points) if kind[0] == "s" else rotations(points)
+        product = np.eye(points, dtype=int)
         for index in prompt.split()[:-1]:
             product = product @ all_of_them[int(index)]
         return str(next(i for i, m in enumerate(all_of_them) if (m == product).all()))
@@ -68,6 +77,26 @@ def test_seeds_repeat_and_splits_share_nothing(kind: str) -> None:
     assert draw(kind, 8) == draw(kind, 8) != draw(kind, 8, seed=1)
     train = {e.prompt for seed in range(3) for e in draw(kind, 8, seed=seed)}
     assert not train & {e.prompt for e in draw(kind, 8, "test")}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LABELLED if kind in KINDS])
+def test_answers_beside_words_are_those_of_shorter_texts(kind: str) -> None:
+    for words, answers in islice(labelled(kind, 6, "train"), 20):
+        assert len(words) == len(answers) and answers[-1] is not None
+        for i, answer in enumerate(answers):
+            if answer is not None:
+                assert answer == solve(kind, f"{' '.join(words[: i + 1])} =", 6)
+
+
+def test_splits_of_texts_with_answers_beside_them() -> None:
+    for kind in LABELLED:
+        train, test = (
+            {tuple(words) for words, _ in islice(labelled(kind, 8, split), 200)}
+            for split in ("train", "test")
+        )
+        assert train and test and not train & test
+    with pytest.raises(UserError, match="unknown task 'mqar'"):
+        next(labelled("mqar", 3, "train"))
 
 
 @pytest.mark.parametrize(("kind", "classes"), [("parity", 2), ("delayed_match", 2), ("s3", 6)])

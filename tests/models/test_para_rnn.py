@@ -126,3 +126,17 @@ def test_health_reaches_the_metrics_by_layer(name: str) -> None:
 def test_impossible_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         decoder("para_gru", **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recurrent_weights_begin_as_asked(name: str) -> None:
+    wide, cut, usual = (
+        decoder(name, **options).blocks["0"].mixer.get_parameter("recurrent")  # type: ignore[union-attr]
+        for options in (
+            {"max_recurrent": None, "recurrent_std": 2.0},
+            {"recurrent_std": 2.0},
+            {"max_recurrent": None},
+        )
+    )
+    assert 1.5 < wide.std() < 2.5 and usual.std() < 0.25
+    assert torch.equal(cut, wide.clamp(-0.5, 0.5))

@@ -1,0 +1,136 @@
+"""Small models that are trained to give the answer beside each word, and scored on longer texts.
+
+What `pretrain/` trains predicts the next word. Here the answer is not in the text, so that every
+position can ask for it without telling the next one: many more answers a token, and no search for
+where the question is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rondo.evals.tasks import labelled
+from rondo.models import Decoder, ModelConfig
+
+NO_ANSWER = -100
+
+
+class Rows(NamedTuple):
+    """Texts of one size."""
+
+    words: Tensor
+    """`(N, T)` int64."""
+    answers: Tensor
+    """`(N, T)` int64; -100 where nothing is asked."""
+
+
+@dataclass
+class Fit:
+    """How a model is trained."""
+
+    steps: int
+    batch_size: int = 64
+    lr: float = 3e-3
+    """Peak of a cosine that begins with 5% warm-up and ends with 1% of it."""
+    init_std: float = 0.125
+    """Standard deviation of matrices at the start (`ModelConfig.init_std`)."""
+    first: int | None = None
+    """Positions of a text that count at first; they grow to all of them in the first half of
+    training. None: all from the start."""
+
+
+@functools.cache
+def vocabulary(kind: str) -> dict[str, int]:
+    """A number for each word of a task and each answer."""
+    words: set[str] = set()
+    for row, answers in islice(labelled(kind, 16, "train"), 2000):
+        words.update(row, (a for a in answers if a is not None))
+    return {word: number for number, word in enumerate(sorted(words))}
+
+
+@functools.cache
+def rows(kind: str, size: int, split: str, count: int, seed: int) -> Rows:
+    """`count` texts of a split; a function of its arguments."""
+    numbers = vocabulary(kind)
+    texts = list(islice(labelled(kind, size, split, seed=seed), count))
+    words = [[numbers[word] for word in row] for row, _ in texts]
+    answers = [[NO_ANSWER if a is None else numbers[a] for a in row] for _, row in texts]
+    return Rows(torch.tensor(words), torch.tensor(answers))
+
+
+def fit(
+    config: ModelConfig, pools: list[Rows], plan: Fit, seed: int, say: Callable[[int, float], None]
+) -> Decoder:
+    """A model trained on texts drawn from `pools`, a pool a step, each as often; `say` is told the
+    step and its mean loss in nats."""
+    model = Decoder(config, seed=seed).train()
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
+    for step in range(plan.steps):
+        pool = pools[step % len(pools)]
+        index = torch.randint(len(pool.words), (plan.batch_size,), generator=draw)
+        length = _length(plan, step, pool.words.shape[1])
+        words, answers = pool.words[index, :length], pool.answers[index, :length]
+        loss = model.loss(words, answers, reduction="mean")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.lr * _share(step, plan.steps)
+        optimizer.step()
+        keep_bounds(model)
+        say(step, loss.item())
+    return model
+
+
+def _share(step: int, steps: int) -> float:
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def _length(plan: Fit, step: int, full: int) -> int:
+    if plan.first is None:
+        return full
+    grown = plan.first + (full - plan.first) * 2 * step / plan.steps
+    return min(full, round(grown))
+
+
+@torch.no_grad()
+def keep_bounds(model: Decoder) -> None:
+    """Puts parameters back within the bounds of their mixers."""
+    for block in model.blocks.values():
+        for name, bound in block.mixer.bounds().items():  # type: ignore[union-attr]
+            block.mixer.get_parameter(name).clamp_(-bound, bound)  # type: ignore[union-attr]
+
+
+class Score(NamedTuple):
+    """Share of right answers."""
+
+    mean: float
+    """Of all answers."""
+    last: float
+    """Of the last one of each text."""
+
+
+@torch.no_grad()
+def score(model: Decoder, texts: Rows, batch_size: int = 128) -> Score:
+    """How often the likeliest word is the answer."""
+    model.eval()
+    right, asked, last = 0, 0, 0
+    for words, answers in zip(*(x.split(batch_size) for x in texts), strict=True):
+        hit = model.logits(model(words, return_state=False).hidden).argmax(-1) == answers
+        right, asked = right + int(hit.sum()), asked + int((answers != NO_ANSWER).sum())
+        last += int(hit[:, -1].sum())
+    return Score(right / asked, last / len(texts.words))
