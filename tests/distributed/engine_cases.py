@@ -33,6 +33,15 @@ SMALL = [
 ]
 """A mixture of experts, matrices, float32 vectors, and parameters that are kept within bounds; two
 micro-batches a rank and step."""
+OFFLOAD = {
+    1: [],
+    2: ["--parallel.deepspeed.offload_optimizer=cpu"],
+    3: [
+        "--parallel.deepspeed.offload_optimizer=cpu",
+        "--parallel.deepspeed.offload_parameters=cpu",
+    ],
+}
+"""What is kept in host memory, by the stage of ZeRO."""
 Rows = list[dict[str, Any]]
 
 
@@ -128,7 +137,7 @@ def scenarios(folder: str) -> dict[str, Rows]:
     weighed = ["--steps=6", "--reweight.strategy=linear", "--reweight.scope=global_batch"]
     found["spoiled native"] = run(folder, "spoilednative", *weighed, kind=SpoiledTrainer)
     for stage in (1, 2, 3):
-        words = (f"spoiled{stage}", *weighed, *zero(stage))
+        words = (f"spoiled{stage}", *weighed, *zero(stage), *OFFLOAD[stage])
         found[f"spoiled {stage}"] = run(folder, *words, kind=SpoiledTrainer)
     for name in ("native", "1", "2", "3"):
         assert (Path(folder) / f"runs/spoiled{name}/checkpoints/step-000000005").is_dir()
