@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ SMALL = [
 ]
 """A mixture of experts, matrices, float32 vectors, and parameters that are kept within bounds; two
 micro-batches a rank and step."""
+OFFLOAD = {
+    1: [],
+    2: ["--parallel.deepspeed.offload_optimizer=cpu"],
+    3: [
+        "--parallel.deepspeed.offload_optimizer=cpu",
+        "--parallel.deepspeed.offload_parameters=cpu",
+    ],
+}
+"""What is kept in host memory, by the stage of ZeRO."""
 Rows = list[dict[str, Any]]
 
 
@@ -50,13 +60,21 @@ class KilledTrainer(Trainer):
         return super().step(step, batches)
 
 
+class ShortTrainer(KilledTrainer):
+    """Does not live to see its first checkpoint."""
+
+    LAST = 9
+
+
 class SpoiledTrainer(Trainer):
-    """Its gradients of step 1 are not finite."""
+    """Its gradients of step 1 are not finite; a signal reaches rank 0 in step 4."""
 
     def step(self, step: int, batches: list) -> Any:
         backward = self.model._backward
         if step == 1:
             self.model._backward = lambda loss: backward(loss * float("nan"))
+        if step == 4 and self.ranks.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
         try:
             return super().step(step, batches)
         finally:
@@ -98,6 +116,14 @@ def zero(stage: int) -> list[str]:
     return ["--parallel.engine=deepspeed", f"--parallel.deepspeed.zero_stage={stage}"]
 
 
+def own_keys_file(folder: str) -> str:
+    """The option that names a file with keys of DeepSpeed: buckets much smaller than the model."""
+    file = Path(folder) / f"deepspeed-{dist.get_rank()}.json"
+    sizes = {"reduce_bucket_size": 3000, "allgather_bucket_size": 3000}
+    file.write_text(json.dumps({"zero_optimization": sizes, "train_batch_size": "auto"}))
+    return f"--parallel.deepspeed.config_file={file}"
+
+
 def scenarios(folder: str) -> dict[str, Rows]:
     """The same run under several engines, cut and not; rows by what was done."""
 
@@ -108,11 +134,18 @@ def scenarios(folder: str) -> dict[str, Rows]:
     for stage in (1, 2, 3):
         found[f"before {stage}"] = run(folder, f"zero{stage}", *zero(stage), kind=KilledTrainer)
         found[f"zero {stage}"] = run(folder, f"zero{stage}", *zero(stage))
-    short = "--steps=6"
-    found["spoiled native"] = run(folder, "spoiled", short, kind=SpoiledTrainer)
+    weighed = ["--steps=6", "--reweight.strategy=linear", "--reweight.scope=global_batch"]
+    found["spoiled native"] = run(folder, "spoilednative", *weighed, kind=SpoiledTrainer)
     for stage in (1, 2, 3):
-        words = (f"spoiled{stage}", short, *zero(stage))
+        words = (f"spoiled{stage}", *weighed, *zero(stage), *OFFLOAD[stage])
         found[f"spoiled {stage}"] = run(folder, *words, kind=SpoiledTrainer)
+    for name in ("native", "1", "2", "3"):
+        assert (Path(folder) / f"runs/spoiled{name}/checkpoints/step-000000005").is_dir()
+    half = "--precision=bfloat16"
+    found["native bf16"] = run(folder, "native-bf16", half, kind=ShortTrainer)
+    for stage in (1, 2, 3):
+        words = (f"zero{stage}-bf16", half, *zero(stage), own_keys_file(folder))
+        found[f"zero {stage} bf16"] = run(folder, *words, kind=ShortTrainer)
     for stage in (2, 3):
         found[f"{stage} to native"] = run(folder, f"native{stage}", after_10(f"zero{stage}"))
     found["native to 3"] = run(folder, "from-native", *zero(3), after_10("native"))

