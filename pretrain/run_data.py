@@ -23,7 +23,8 @@ def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, Token
         for stage in stages
         if stage.replay and stage.name in replaying
     }
-    sources = prepare_sources(dataclasses.replace(recipe.data, sources=all_sources(recipe)))
+    data = dataclasses.replace(recipe.data, sources=all_sources(recipe))
+    sources = prepare_sources(data, recipe.seed)
     training = Curriculum(recipe, sources, recipe.model.vocab_size, seen)
     held_out = open_held_out(recipe, sources, training) if recipe.evals.batches else {}
     return training, held_out

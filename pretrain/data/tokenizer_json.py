@@ -79,8 +79,11 @@ def _of_pieces(model: bytes) -> tuple[Any, str]:
         path = Path(folder) / "tokenizer.model"
         path.write_bytes(model)
         extractor = SentencePieceExtractor(str(path))
-    parts, proto = extractor.extract(None), extractor.proto
-    fast = SpmConverter.build_tokenizer_from_spm_proto(proto, parts["vocab"], parts.get("merges"))
+    parts: Any = extractor.extract(None)  # which says that it is a tuple
+    proto = extractor.proto
+    fast: Any = SpmConverter.build_tokenizer_from_spm_proto(
+        proto, parts["vocab"], parts.get("merges")
+    )
     fast.add_tokens(parts["additional_special_tokens"])
     spaces: list[Any] = []
     if proto.normalizer_spec.precompiled_charsmap:
