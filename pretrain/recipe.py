@@ -22,6 +22,11 @@ class SourceConfig:
     corpus (stdlib-english, stdlib-code)."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources' weights."""
+    streaming: bool = False
+    """Tokenise it while it is trained on, instead of preparing it first: a hub name, JSON lines or
+    Parquet. Every rank reads and tokenises all of it."""
+    shuffle_buffer: int = 1000
+    """Rows that are read and shuffled together where it is streamed."""
 
 
 @dataclass

@@ -22,7 +22,8 @@ def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, Token
         (name, source): read_seen(source, replay_file(folder, by_name[name], source))
         for name, source in replayed_runs(stages)
     }
-    sources = prepare_sources(dataclasses.replace(recipe.data, sources=all_sources(recipe)))
+    data = dataclasses.replace(recipe.data, sources=all_sources(recipe))
+    sources = prepare_sources(data, recipe.seed)
     training = Curriculum(recipe, sources, recipe.model.vocab_size, seen)
     held_out = open_held_out(recipe, sources, training) if recipe.evals.batches else {}
     return training, held_out

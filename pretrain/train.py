@@ -149,6 +149,7 @@ class Trainer:
             self.training.fingerprint,
         )
         start = self.state["step"]
+        self.training.resume_streams(self.state.get("streams", {}))
         if self.ranks.rank == 0:
             describe_run(recipe, self.folder, self.training)
         self.metrics = Metrics(
@@ -311,6 +312,7 @@ class Trainer:
         """Saves a checkpoint of the state after the last step."""
         step = self.state["step"]
         self.state["data"] = self.training.fingerprint(step)
+        self.state["streams"] = self.training.stream_states(step)
         self.eval_jobs.hold(step)
         config = json.dumps(dataclasses.asdict(self.config), indent=1)
         tokenizer = {f"tokenizer/{self.tokenizer.file_name}": self.tokenizer.content}

@@ -13,7 +13,7 @@ from rondo.pretrain.data.mixture import Mixture
 from rondo.pretrain.data.replay import Share, groups
 from rondo.pretrain.plain import show
 from rondo.pretrain.recipe import Recipe, ReplayConfig, SourceConfig
-from rondo.pretrain.stages import EARLIER, Stage, stages_of
+from rondo.pretrain.stages import EARLIER, Stage, all_sources, source_keys, stages_of
 from rondo.pretrain.validate_schedule import LARGEST, length_problems, schedule_problems
 
 _LONGEST_NAME = 64
@@ -28,7 +28,7 @@ def stage_problems(recipe: Recipe) -> list[str]:
         found += length_problems(f"{key}.steps", config.steps, recipe, least=1)
     if found:
         return found
-    found = [*_beginnings(recipe)]
+    found = [*_beginnings(recipe), *_streaming(recipe)]
     stages = stages_of(recipe)
     if stages[-1].end > LARGEST:
         found.append(f"stages: must have at most {LARGEST} steps in all, got {stages[-1].end}")
@@ -46,6 +46,8 @@ def source_problems(key: str, sources: list[SourceConfig]) -> Iterator[str]:
         if not 0 < source.weight < math.inf:
             weight = show(source.weight)
             yield f"{key}.{i}.weight: must be a finite number above 0, got {weight}"
+        if source.shuffle_buffer < 1:
+            yield f"{key}.{i}.shuffle_buffer: must be at least 1, got {source.shuffle_buffer}"
 
 
 def _names(recipe: Recipe) -> Iterator[str]:
@@ -86,6 +88,34 @@ def _beginnings(recipe: Recipe) -> Iterator[str]:
                     f"{key}.init_from: the run begins with checkpoint.{other} ({show(value)}) "
                     "already; leave one of both out"
                 )
+
+
+def _streaming(recipe: Recipe) -> Iterator[str]:
+    """Whether a source is streamed in one way wherever it is read, and never replayed."""
+    stages = stages_of(recipe)
+    known = dict(zip(source_keys(all_sources(recipe)), all_sources(recipe), strict=True))
+    for stage in stages:
+        key = f"stages.{stage.number}"
+        for name, source in zip(source_keys(stage.sources), stage.sources, strict=True):
+            first = known[name]
+            how = (source.streaming, source.shuffle_buffer)
+            if how != (first.streaming, first.shuffle_buffer):
+                yield (
+                    f"{key}.data.sources: {show(source.path)} is read with streaming "
+                    f"{first.streaming} and shuffle_buffer {first.shuffle_buffer} by an earlier "
+                    f"stage, and goes on as it was, got {how[0]} and {how[1]}"
+                )
+        if stage.replay is None:
+            continue
+        for other in stages[: stage.number]:
+            if stage.replay.source not in (other.name, EARLIER):
+                continue
+            for source in other.sources:
+                if source.streaming:
+                    yield (
+                        f"{key}.replay: stage {show(other.name)} streams {show(source.path)}, of "
+                        "which no tokens are kept to replay; prepare it (rondo prepare)"
+                    )
 
 
 def _schedule(recipe: Recipe, stage: Stage) -> Iterator[str]:

@@ -46,13 +46,17 @@ def farewell(run: Any, validation: Mapping[str, float]) -> Iterator[str]:
     elif held_out and run.ranks.rank == 0:
         size = run.recipe.data.global_batch_size * run.recipe.evals.batches
         targets = (held_out[""].batch([i]).targets for i in range(size))
-        counts = run.training.parts[0].own.token_counts()
-        unigram = unigram_bits_per_byte(counts, targets, run.batches.byte_lengths)
+        own = run.training.parts[0].own
         before = run.state["first_bits_per_byte"]
         known = "" if before is None else f"{before:.3f} before, "
+        compared = ""
+        if not own.streamed():  # whose tokens nobody has counted
+            lengths = run.batches.byte_lengths
+            unigram = unigram_bits_per_byte(own.token_counts(), targets, lengths)
+            compared = f" (a token-unigram model of the training data: {unigram:.3f})"
         yield (
             f"validation bits per byte: {known}{validation['validation/bits_per_byte']:.3f} after "
-            f"training (a token-unigram model of the training data: {unigram:.3f})"
+            f"training{compared}"
         )
 
 

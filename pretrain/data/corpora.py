@@ -24,6 +24,7 @@ TEXT = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_ABSENT = "no such file or folder, and not to be had from the Hugging Face hub"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
@@ -55,7 +56,7 @@ def open_corpus(path: str, text_field: str = "text", document_bytes: int = 65536
     where = Path(path).expanduser()
     if not path or not where.exists():
         return _hub_corpus(path, text_field)
-    files = _files(where)
+    files = files_of(where)
     stats = [file.stat() for file in files]
     identity: list[Any] = [
         [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -71,30 +72,31 @@ def open_corpus(path: str, text_field: str = "text", document_bytes: int = 65536
     return Corpus(path, identity, total, documents)
 
 
-def _kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """The suffix that says what a file holds, compression set aside."""
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
 
 
-def _files(where: Path) -> list[Path]:
+def files_of(where: Path) -> list[Path]:
+    """The files with text at a path. Raises DataError where there are none."""
     known = TEXT + JSON_LINES + PARQUET
     if where.is_file():
-        if _kind(where) not in known:
+        if file_kind(where) not in known:
             raise DataError(
-                f"{where}: cannot tell what it holds by its suffix {_kind(where)!r}; "
+                f"{where}: cannot tell what it holds by its suffix {file_kind(where)!r}; "
                 f"expected one of {', '.join(known)}, or one of these with {'/'.join(COMPRESSED)}"
             )
         return [where]
     if (where / "train.idx").exists():
         raise DataError(f"{where}: is already prepared (it holds train.idx); give its source")
-    files = sorted(p for p in where.rglob("*") if p.is_file() and _kind(p) in known)
+    files = sorted(p for p in where.rglob("*") if p.is_file() and file_kind(p) in known)
     if not files:
         raise DataError(f"{where}: empty corpus: no file with one of {', '.join(known)} in it")
     return files
 
 
 def _file_documents(file: Path, text_field: str, document_bytes: int) -> Iterator[str]:
-    kind = _kind(file)
+    kind = file_kind(file)
     if kind in PARQUET:
         yield from _parquet_documents(file, text_field)
     elif kind in JSON_LINES:
@@ -131,10 +133,11 @@ def _json_text(line: str, text_field: str, where: str) -> str:
         raise DataError(f"{where}: not a JSON object: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object on each line, got {type(row).__name__}")
-    return _field(row, text_field, where)
+    return field_text(row, text_field, where)
 
 
-def _field(row: dict[str, Any], text_field: str, where: str) -> str:
+def field_text(row: dict[str, Any], text_field: str, where: str) -> str:
+    """The text of a row of a dataset. Raises DataError where it has none; `where` is its place."""
     if text_field not in row:
         near = difflib.get_close_matches(text_field, row, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -165,10 +168,10 @@ def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
     except Exception as error:
         raise DataError(f"{file}: not a Parquet file: {error}") from None
     if text_field not in names:
-        _field(dict.fromkeys(names), text_field, str(file))
+        field_text(dict.fromkeys(names), text_field, str(file))
     rows = _read("parquet", file, columns=[text_field])
     for number, row in enumerate(rows, start=1):
-        yield _field(row, text_field, f"{file}: row {number}")
+        yield field_text(row, text_field, f"{file}: row {number}")
 
 
 def _read(builder: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
@@ -187,23 +190,30 @@ def _read(builder: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
 
 
 def _hub_corpus(path: str, text_field: str) -> Corpus:
-    near = difflib.get_close_matches(path, embedded.EMBEDDED, n=1, cutoff=0.6)
-    known = f"embedded corpora are {', '.join(embedded.EMBEDDED)}"
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    looks_local = _kind(Path(path)) in TEXT + JSON_LINES + PARQUET
-    if near or looks_local or not HUB_NAME.fullmatch(path):
-        raise DataError(f"{path!r}: no such file, folder or corpus; {known}{hint}")
+    hub_name(path)
 
     def documents() -> Iterator[str]:
         for number, row in enumerate(_load_from_hub(path), start=1):
-            yield _field(row, text_field, f"{path}: row {number}")
+            yield field_text(row, text_field, f"{path}: row {number}")
 
     return Corpus(path, [path], None, documents)
 
 
-def _load_from_hub(path: str) -> Any:
-    """The train split of `owner/name` or `owner/name:configuration`."""
-    absent = f"{path!r}: no such file or folder, and not to be had from the Hugging Face hub"
+def hub_name(path: str) -> tuple[str, str | None]:
+    """`owner/name` and configuration of `owner/name:configuration`. Raises DataError for what looks
+    like something else."""
+    near = difflib.get_close_matches(path, embedded.EMBEDDED, n=1, cutoff=0.6)
+    known = f"embedded corpora are {', '.join(embedded.EMBEDDED)}"
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    looks_local = file_kind(Path(path)) in TEXT + JSON_LINES + PARQUET
+    if near or looks_local or not HUB_NAME.fullmatch(path):
+        raise DataError(f"{path!r}: no such file, folder or corpus; {known}{hint}")
+    name, _, configuration = path.partition(":")
+    return name, configuration or None
+
+
+def require_hub(path: str) -> None:
+    """Raises DataError where the hub cannot be reached for `path`."""
     # Without a network the hub's client retries for half a minute before it says so.
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
     proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
@@ -212,13 +222,18 @@ def _load_from_hub(path: str) -> Any:
             socket.getaddrinfo(host.split(":")[0], 443)
         except OSError as error:
             raise DataError(
-                f"{absent}: {host} cannot be reached ({error}); "
+                f"{path!r}: {_ABSENT}: {host} cannot be reached ({error}); "
                 "HF_HUB_OFFLINE=1 reads what was downloaded before"
             ) from None
+
+
+def _load_from_hub(path: str) -> Any:
+    """The train split of `owner/name` or `owner/name:configuration`."""
+    require_hub(path)
     import datasets
 
-    name, _, configuration = path.partition(":")
+    name, configuration = hub_name(path)
     try:
-        return datasets.load_dataset(name, configuration or None, split="train")
+        return datasets.load_dataset(name, configuration, split="train")
     except Exception as error:
-        raise DataError(f"{absent}: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path!r}: {_ABSENT}: {type(error).__name__}: {error}") from error

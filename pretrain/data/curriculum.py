@@ -220,6 +220,21 @@ class Curriculum:
             "stages": stages,
         }
 
+    def stream_states(self, step: int) -> dict[str, Any]:
+        """Where streamed sources stand before `step`, by number, as JSON: what spares reading them
+        from their beginning. `resume_streams` takes it."""
+        samples, found = step * self.batch_size, {}
+        for part in self._begun(samples):
+            ends = part.own.ends(part.consumed(min(part.samples, samples - part.first))[0])
+            for number, source in part.own.streamed().items():
+                found[str(number)] = source.state(ends[number] * self.sequence_length)
+        return found
+
+    def resume_streams(self, states: Mapping[str, Any]) -> None:
+        """Goes on where `stream_states` said."""
+        for number, state in states.items():
+            self._sources.streamed[int(number)].resume(state)
+
     def _begun(self, samples: int) -> list[Part]:
         """The stages that any of the first `samples` samples belong to; always the first."""
         return [part for part in self.parts if part.first < samples or part.first == 0]

@@ -10,8 +10,8 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +22,7 @@ from rondo.pretrain.data.card import CARD, read_card
 from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.mixture import Mixture
 from rondo.pretrain.data.packing import Stream
+from rondo.pretrain.data.streaming import StreamedSource
 from rondo.pretrain.data.token_files import open_split
 from rondo.pretrain.data.tokenizer import Tokenizer
 
@@ -41,13 +42,15 @@ class Sources:
     """What each is called in the run (`Sample.source`, and the seed of its order); None: 0, 1..."""
     begins: list[int] | None = None
     """Samples of each that the run has read before; None: none."""
+    streamed: Mapping[int, StreamedSource] = field(default_factory=dict)
+    """What is tokenised while it is trained on, by number; its folder has the held-out text."""
 
     def select(
         self, numbers: Sequence[int], weights: Sequence[float], begins: Sequence[int]
     ) -> Sources:
         """Those of `numbers`, for a part of a run."""
         folders = [self.folders[number] for number in numbers]
-        return Sources(folders, [*weights], self.tokenizer, [*numbers], [*begins])
+        return Sources(folders, [*weights], self.tokenizer, [*numbers], [*begins], self.streamed)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class TokenDataset:
         self.vocab_size = vocab_size or sources.tokenizer.vocab_size
         known = min(self.vocab_size, sources.tokenizer.vocab_size)  # a model may have more rows
         self.known_ids = known
-        self._streams: list[Stream] = []
+        self._streams: list[Stream | StreamedSource] = []
+        self.contents: list[list[Any]] = []
         self.numbers: list[int] = []
         self.begins: list[int] = []
         self.folders: list[Path] = []
@@ -112,13 +116,18 @@ class TokenDataset:
         for number, begin, folder, weight in zip(
             numbers, begins, sources.folders, sources.weights, strict=True
         ):
-            if split == "validation" and not (folder / "validation.idx").is_file():
-                continue
-            file = open_split(folder, split, known)
-            if split == "validation" and file.num_tokens == 0:
-                continue
-            key = (seed, number) if split == "train" else None
-            self._streams.append(Stream(file, key))
+            if split == "train" and number in sources.streamed:
+                streamed = sources.streamed[number]
+                self._streams.append(streamed)
+                self.contents.append(streamed.identity)
+            else:
+                if split == "validation" and not (folder / "validation.idx").is_file():
+                    continue
+                file = open_split(folder, split, known)
+                if split == "validation" and file.num_tokens == 0:
+                    continue
+                self._streams.append(Stream(file, (seed, number) if split == "train" else None))
+                self.contents.append(content_of(folder, split))
             self.numbers.append(number)
             self.begins.append(begin if split == "train" else 0)
             self.folders.append(folder)
@@ -130,7 +139,6 @@ class TokenDataset:
                 "validation_fraction above 0; or set evals.batches to 0"
             )
         self.mixture = Mixture(weights)
-        self.contents = [content_of(folder, split) for folder in self.folders]
         self.weights = weights
         self._description: dict[str, Any] = {
             "folders": self.contents,
@@ -150,7 +158,7 @@ class TokenDataset:
         s = self.sequence_length
         start = (self.begins[which] + k) * s
         tokens, segments = stream.window(start, s + 1)
-        stream.file.check(tokens, self.known_ids)
+        stream.check(tokens, self.known_ids)
         valid = segments[1:] == segments[:-1]
         scored = stream.scored(start, s + 1)
         if scored is not None:
@@ -167,12 +175,10 @@ class TokenDataset:
         return stack([self.sample(i) for i in indices])
 
     def epochs(self, samples: int) -> dict[int, float]:
-        """How often each source (by its number in the recipe) was read after `samples` samples."""
-        ends = self.ends(samples)
-        return {
-            number: ends[number] * self.sequence_length / stream.file.num_tokens
-            for number, stream in zip(self.numbers, self._streams, strict=True)
-        }
+        """How often each source (by its number in the recipe) was read after `samples` samples;
+        how large those are that are streamed is not known."""
+        ends, length = self.ends(samples), self.sequence_length
+        return {number: ends[number] * length / n for number, n in self.unique_tokens().items()}
 
     def ends(self, samples: int) -> dict[int, int]:
         """Samples of each source (by its number) that were read after `samples` samples, those
@@ -182,18 +188,26 @@ class TokenDataset:
         return {number: begin + count for number, begin, count in parts}
 
     def unique_tokens(self) -> dict[int, int]:
-        """Tokens of each source (by its number in the recipe)."""
+        """Tokens of each source (by its number in the recipe) that is not streamed."""
         return {
             number: stream.file.num_tokens
             for number, stream in zip(self.numbers, self._streams, strict=True)
+            if isinstance(stream, Stream)
         }
+
+    def streamed(self) -> dict[int, StreamedSource]:
+        """The sources that are streamed, by number."""
+        pairs = zip(self.numbers, self._streams, strict=True)
+        return {number: s for number, s in pairs if isinstance(s, StreamedSource)}
 
     def token_counts(self) -> np.ndarray:
         """Occurrences of each id in the first tokens of each source, float64 `(vocab_size,)`; each
-        source scaled so that its share of the sum is its weight's."""
-        tokens = sum(stream.file.num_tokens for stream in self._streams)
+        source scaled so that its share of the sum is its weight's. What is streamed is left out."""
+        tokens = sum(self.unique_tokens().values())
         total = np.zeros(self.vocab_size)
         for stream, share in zip(self._streams, self.mixture.shares, strict=True):
+            if not isinstance(stream, Stream):
+                continue
             counts = stream.file.counts(self.vocab_size)
             total += counts * (share * tokens / counts.sum())
         return total

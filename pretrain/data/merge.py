@@ -41,7 +41,7 @@ def merge(
 ) -> dict[str, Any]:
     """Write both splits' token files and `duplicates.json` from the shards; returns their part of
     the card. `unique` leaves out documents whose text came before."""
-    indexed = _megatron()
+    indexed = megatron_writer()
     hashes = np.concatenate([Shard.read_hashes(path) for path in paths])
     lengths = np.concatenate([Shard.read_lengths(path) for path in paths])
     report = {**duplicate_report(hashes, lengths), "dropped": unique}
@@ -93,7 +93,7 @@ def merge(
     }
 
 
-def _megatron() -> Any:
+def megatron_writer() -> Any:
     """Megatron-Core's writer. Importing it takes seconds and warns of what it does without."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

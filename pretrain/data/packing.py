@@ -34,6 +34,10 @@ class Stream:
         self._lengths = np.diff(file.starts)
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
+    def check(self, ids: np.ndarray, vocab_size: int) -> None:
+        """Raise DataError when one of `ids` is outside the vocabulary."""
+        self.file.check(ids, vocab_size)
+
     def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `[start, start + length)` of the stream, int64, and their documents' numbers,
         counted from 0 at the window's first document, int32."""

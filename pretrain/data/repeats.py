@@ -73,12 +73,13 @@ class Repeats:
 def account(
     names: Sequence[str], unique: Mapping[int, int], samples: Mapping[int, int], length: int
 ) -> list[Repeats]:
-    """Repeats by source. `unique` tokens and `samples` of `length` tokens each are by the source's
-    place in `names`."""
+    """Repeats by source. `unique` tokens (where they are known) and `samples` of `length` tokens
+    each are by the source's place in `names`."""
     total = max(1, sum(samples.values())) * length
     return [
         Repeats(names[i], count * length, unique[i], count * length / total)
         for i, count in samples.items()
+        if i in unique
     ]
 
 

@@ -27,7 +27,7 @@ _MAX_BYTES = 64 << 20
 
 def stage_record(stage: Stage, own: TokenDataset, new: int) -> dict[str, Any]:
     """What was consumed in a stage of its own data: `new` samples."""
-    begins, ends = own.ends(0), own.ends(new)
+    begins, ends, streamed = own.ends(0), own.ends(new), own.streamed()
     sources = [
         {
             "path": source.path,
@@ -36,6 +36,7 @@ def stage_record(stage: Stage, own: TokenDataset, new: int) -> dict[str, Any]:
             "weight": weight,
             "number": number,
             "samples": [begins[number], ends[number]],
+            "streamed": number in streamed,
         }
         for source, folder, content, weight, number in zip(
             stage.sources, own.folders, own.contents, own.weights, own.numbers, strict=True
@@ -72,6 +73,12 @@ class Seen:
         found = []
         for stage in record["stages"]:
             sources = stage["sources"]
+            for source in sources:
+                if source.get("streamed"):
+                    raise DataError(
+                        f"{there} has read {source['path']} as a stream, of which no tokens were "
+                        "kept to replay; prepare it (rondo prepare)"
+                    )
             folders = [Path(source["folder"]) for source in sources]
             for source, folder in zip(sources, folders, strict=True):
                 _require_same(folder, source["content"], there)

@@ -113,6 +113,17 @@ def to_utf8(text: str) -> bytes:
         return joined.encode("utf-8")
 
 
+def document_hash(document: bytes, seed: int = 0) -> bytes:
+    """128 bits of a document's text."""
+    key = seed.to_bytes(8, "little", signed=True)
+    return hashlib.blake2b(document, digest_size=16, key=key).digest()
+
+
+def held_out(document: bytes, fraction: float) -> bool:
+    """Whether a document is for validation, by its hash, as in a prepared folder."""
+    return int.from_bytes(document_hash(document)[:8], "little") < int(fraction * 2**64)
+
+
 def tokenize(
     documents: list[bytes], tokenizer: Tokenizer, seed: int, marks: tuple[str, str] | None = None
 ) -> Shard:
@@ -123,7 +134,6 @@ def tokenize(
     """
     ids, sizes, hashes, replaced = [], [], b"", 0
     scored: list[bool] = []
-    key = seed.to_bytes(8, "little", signed=True)
     for document in documents:
         text = document.decode("utf-8")
         replaced += text.count(REPLACEMENT)
@@ -136,7 +146,7 @@ def tokenize(
             size -= sum(text.count(mark) * len(mark.encode()) for mark in marks)
         ids.append(np.array(found, np.int32))
         sizes.append(size)
-        hashes += hashlib.blake2b(document, digest_size=16, key=key).digest()
+        hashes += document_hash(document, seed)
     return Shard(
         tokens=np.concatenate(ids),
         lengths=np.array([len(i) for i in ids], np.int64),

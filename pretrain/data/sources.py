@@ -13,12 +13,17 @@ from rondo.pretrain.data.corpora import open_corpus
 from rondo.pretrain.data.dataset import Sources, Split, TokenDataset
 from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.folders import build_lock, publish
+from rondo.pretrain.data.held_out import held_out_folder
 from rondo.pretrain.data.prepare import PrepareConfig, prepare, request_hash, request_of
+from rondo.pretrain.data.row_sources import open_rows
+from rondo.pretrain.data.streaming import StreamedSource
 from rondo.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from rondo.pretrain.data.train_tokenizer import parse_pieces, sample, train_sentencepiece
 from rondo.pretrain.recipe import DataConfig, SourceConfig
 
 AUTO = "auto"
+_STEPS_BEHIND = 16
+"""More steps than batches are made ahead of the one that is trained on."""
 
 
 def open_dataset(
@@ -26,12 +31,13 @@ def open_dataset(
 ) -> TokenDataset:
     """The recipe's mixture. Prepares sources first where need be; any number of processes may
     call it at once. Raises DataError as `prepare` and `TokenDataset` do."""
-    sources = prepare_sources(config)
+    sources = prepare_sources(config, seed)
     return TokenDataset(sources, config.sequence_length, seed, split, vocab_size)
 
 
-def prepare_sources(config: DataConfig) -> Sources:
-    """Folders of token files for every source, and their tokenizer.
+def prepare_sources(config: DataConfig, seed: int = 0) -> Sources:
+    """Folders of token files for every source, and their tokenizer; of a source that is streamed,
+    in the order of the run's `seed`, the folder has the held-out text alone.
 
     A source that is not a prepared folder is prepared into `<folder>/<name>-<hash>`, where the
     hash covers the source, the tokenizer and the options; when that folder is there, nothing is
@@ -42,18 +48,34 @@ def prepare_sources(config: DataConfig) -> Sources:
     prepared = [_prepared_folder(source) for source in config.sources]
     spec = _tokenizer_spec(config, prepared)
     tokenizer = load_tokenizer(spec)
-    folders = []
-    for source, folder in zip(config.sources, prepared, strict=True):
-        if folder is None:
+    folders, streamed = [], {}
+    for number, (source, folder) in enumerate(zip(config.sources, prepared, strict=True)):
+        if source.streaming:
+            rows = open_rows(source.path)
+            folder = held_out_folder(
+                rows, tokenizer, config.validation_fraction, Path(config.folder)
+            )
+            streamed[number] = StreamedSource(
+                rows,
+                tokenizer,
+                (seed, number),
+                source.shuffle_buffer,
+                config.validation_fraction,
+                history=_STEPS_BEHIND * config.global_batch_size * config.sequence_length,
+            )
+        elif folder is None:
             folder = prepare(_preparation(config, source, str(spec)))
         else:
             _require_same(folder, tokenizer, config.tokenizer)
         folders.append(folder)
-    return Sources(folders, [source.weight for source in config.sources], tokenizer)
+    weights = [source.weight for source in config.sources]
+    return Sources(folders, weights, tokenizer, streamed=streamed)
 
 
 def _prepared_folder(source: SourceConfig) -> Path | None:
     path = Path(source.path).expanduser()
+    if source.streaming:
+        return None
     return path if (path / "train.idx").is_file() else None
 
 
@@ -88,6 +110,11 @@ def _tokenizer_spec(config: DataConfig, prepared: list[Path | None]) -> str | Pa
 
 def _trained_tokenizer(config: DataConfig, pieces: int) -> Path:
     """The folder of a tokenizer trained on the sources, each in proportion to its weight."""
+    if streamed := [source.path for source in config.sources if source.streaming]:
+        raise DataError(
+            f"data.tokenizer is {config.tokenizer!r}, which is trained on whole sources, and "
+            f"{streamed[0]} is streamed; train it with `rondo prepare` on a part and give its path"
+        )
     defaults = PrepareConfig(input="", output="")
     corpora = [open_corpus(source.path) for source in config.sources]
     total = sum(source.weight for source in config.sources)

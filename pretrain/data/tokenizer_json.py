@@ -79,7 +79,7 @@ def _of_pieces(model: bytes) -> tuple[Any, str]:
         path = Path(folder) / "tokenizer.model"
         path.write_bytes(model)
         extractor = SentencePieceExtractor(str(path))
-    parts: Any = extractor.extract(None)
+    parts: Any = extractor.extract(None)  # which says that it is a tuple
     proto = extractor.proto
     fast: Any = SpmConverter.build_tokenizer_from_spm_proto(
         proto, parts["vocab"], parts.get("merges")
