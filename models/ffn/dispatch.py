@@ -1,4 +1,5 @@
-"""Which experts a token goes to, and the way there and back. Every row is moved once each way.
+"""Which experts a token goes to, and the way there and back. Every row is moved once each way
+(the backward pass fetches inputs again, so that no copies of them are kept).
 
 Letters: n tokens, k experts a token, N experts, B sequences, T tokens in each.
 """
@@ -101,9 +102,17 @@ def route(experts: Tensor, count: int, *, drops: bool = False, multiple: int = 1
     return Route(filled, places, counts, experts.shape[-1], drops)
 
 
-def spread(x: Tensor, where: Route) -> Tensor:
+def rows_of_tokens(x: Tensor, where: Route) -> Tensor:
     """`(m, d)`: the token of each row, of `x` `(n, d)`; the last one for filling."""
-    return _Spread.apply(x, *where)
+    return x.index_select(0, (where.order // where.k).clamp_(max=len(x) - 1))
+
+
+def token_sums(y: Tensor, where: Route, shares: Tensor | None = None) -> Tensor:
+    """`(n, d)`: for each token the sum of `y` `(m, d)` over its rows, times `shares` `(n, k)`."""
+    if where.drops:
+        y = F.pad(y, (0, 0, 0, 1))
+    places = where.places.view(-1, where.k)
+    return F.embedding_bag(places, y, mode="sum", per_sample_weights=shares)
 
 
 def spread_choices(values: Tensor, where: Route) -> Tensor:
@@ -111,50 +120,45 @@ def spread_choices(values: Tensor, where: Route) -> Tensor:
     return F.pad(values.flatten(), (0, 1)).index_select(0, where.order)
 
 
+def choices_of_rows(values: Tensor, where: Route) -> Tensor:
+    """`(n, k)`: the value of each choice's row, of `values` `(m,)`; 0 for a dropped one."""
+    return F.pad(values, (0, 1)).index_select(0, where.places).view(-1, where.k)
+
+
+def spread(x: Tensor, where: Route) -> Tensor:
+    """`rows_of_tokens`, with a gradient, where nothing is filled up."""
+    return _Spread.apply(x, *where)
+
+
 def collect(y: Tensor, where: Route) -> Tensor:
-    """`(n, d)`: for each token the sum of `y` `(m, d)` over its rows."""
+    """`token_sums`, with a gradient, where nothing is filled up."""
     return _Collect.apply(y, *where)
 
 
-# The transposes of each other but for filling, which shares of 0 keep out of sums; written out
-# because the derivative of indexing adds up row by row.
+# The transposes of each other; written out because the derivative of indexing adds up row by row.
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, order: Tensor, places: Tensor, counts: Tensor, k: int, drops: bool
-    ) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.k, ctx.drops = k, drops
-        return _rows_of_tokens(x, order, k)
+    def forward(ctx: Any, x: Tensor, *route: Any) -> Tensor:
+        ctx.save_for_backward(*route[:3])
+        ctx.rest = route[3:]
+        return rows_of_tokens(x, Route(*route))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return _token_sums(grad, places, ctx.k, ctx.drops), None, None, None, None, None
+        where = Route(*ctx.saved_tensors, *ctx.rest)
+        return token_sums(grad, where), *(None for _ in where)
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, order: Tensor, places: Tensor, counts: Tensor, k: int, drops: bool
-    ) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return _token_sums(y, places, k, drops)
+    def forward(ctx: Any, y: Tensor, *route: Any) -> Tensor:
+        ctx.save_for_backward(*route[:3])
+        ctx.rest = route[3:]
+        return token_sums(y, Route(*route))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return _rows_of_tokens(grad, order, ctx.k), None, None, None, None, None
-
-
-def _rows_of_tokens(x: Tensor, order: Tensor, k: int) -> Tensor:
-    return x.index_select(0, (order // k).clamp_(max=len(x) - 1))
-
-
-def _token_sums(y: Tensor, places: Tensor, k: int, drops: bool) -> Tensor:
-    if drops:
-        y = F.pad(y, (0, 0, 0, 1))
-    return F.embedding_bag(places.view(-1, k), y, mode="sum")
+        where = Route(*ctx.saved_tensors, *ctx.rest)
+        return rows_of_tokens(grad, where), *(None for _ in where)
