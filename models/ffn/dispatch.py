@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rondo.kernels.tiles import has_numbers
+
 
 class Choice(NamedTuple):
     """The experts of each token."""
@@ -88,7 +90,7 @@ def route(experts: Tensor, count: int, *, drops: bool = False, multiple: int = 1
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     taken = flat.new_zeros(count + 1).scatter_add_(0, flat, torch.ones_like(flat))[:count]
-    if drops:
+    if drops and has_numbers():  # without, none is dropped: the most there can be
         order = order[: int(taken.sum())]
     rows, counts, total = torch.arange(len(order), device=flat.device), taken, len(order)
     if multiple > 1:
