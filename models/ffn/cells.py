@@ -112,31 +112,39 @@ class _GRU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, w, u, rz, from_state, c = ctx.saved_tensors
+        x, h, w, u, *kept = ctx.saved_tensors
         p, low = h.shape[-1], ctx.low
-        r, z = rz.chunk(2, -1)
-        kept = grad * z
-        at_c = torch.ops.aten.tanh_backward(grad - kept, c)
-        at_rz = torch.empty_like(rz)
-        torch.mul(at_c, from_state, out=at_rz[:, :p])
-        torch.mul(grad, h - c, out=at_rz[:, p:])
-        # In columns c, r, z, r c: what the input's products get is the first three, what the
-        # state's get is the last three.
-        at = torch.empty(len(grad), 4 * p, dtype=low, device=grad.device)
-        at[:, :p] = at_c
-        torch.ops.aten.sigmoid_backward(at_rz, rz, grad_input=at_rz)
-        at[:, p : 3 * p] = at_rz
-        torch.mul(at_c, r, out=at[:, 3 * p :])
+        gates, past = _at_gates(grad, h, *kept)
+        bias, at = gates.sum(0), gates.to(low)
         at_input, at_state = at[:, : 3 * p], at[:, p:]
-        order = (w[2 * p :], w[: 2 * p])
         at_w = at_input.T @ x.to(low)
-        bias = at.sum(0, dtype=grad.dtype)
+        at_w, input_bias = (torch.cat((each[p : 3 * p], each[:p])) for each in (at_w, bias))
         return (
-            (at_input @ torch.cat(order).to(low)).to(x.dtype),
-            kept.add_(at_state @ u.to(low)),
-            torch.cat((at_w[p:], at_w[:p])).to(w.dtype),
+            (at_input @ torch.cat((w[2 * p :], w[: 2 * p])).to(low)).to(x.dtype),
+            past.add_(at_state @ u.to(low)),
+            at_w.to(w.dtype),
             (at_state.T @ h.to(low)).to(u.dtype),
-            torch.cat((bias[p : 3 * p], bias[:p])),
+            input_bias,
             bias[p:],
             None,
         )
+
+
+def _at_gates(
+    grad: Tensor, h: Tensor, rz: Tensor, from_state: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients before the activations of c, r and z and at `U_c h + b'_c`, `(n, 4 p)`: what the
+    input's products get is the first three, what the state's get is the last three. And what of the
+    gradient passes the cell by, `(n, p)`."""
+    p = h.shape[-1]
+    r, z = rz.chunk(2, -1)
+    at = grad.new_empty(len(grad), 4 * p)
+    at_c, at_r, at_z, at_product = at.chunk(4, -1)
+    past = grad * z
+    torch.ops.aten.tanh_backward.grad_input(grad - past, c, grad_input=at_c)
+    torch.mul(at_c, from_state, out=at_r)
+    torch.mul(grad, h - c, out=at_z)
+    at_rz = at[:, p : 3 * p]
+    torch.ops.aten.sigmoid_backward.grad_input(at_rz, rz, grad_input=at_rz)
+    torch.mul(at_c, r, out=at_product)
+    return at, past

@@ -1,4 +1,5 @@
-"""Which experts a token goes to, and the way there and back. Every row is moved once each way.
+"""Which experts a token goes to, and the way there and back. Every row is moved once each way
+(the backward pass fetches inputs again, so that no copies of them are kept).
 
 Letters: n tokens, k experts a token, N experts, B sequences, T tokens in each.
 """
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.kernels import combine_rows, gather_rows
+from rondo.kernels.tiles import has_numbers
 
 
 class Choice(NamedTuple):
@@ -89,7 +91,7 @@ def route(experts: Tensor, count: int, *, drops: bool = False, multiple: int = 1
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     taken = flat.new_zeros(count + 1).scatter_add_(0, flat, torch.ones_like(flat))[:count]
-    if drops:
+    if drops and has_numbers():  # without, none is dropped: the most there can be
         order = order[: int(taken.sum())]
     rows, counts, total = torch.arange(len(order), device=flat.device), taken, len(order)
     if multiple > 1:
@@ -108,11 +110,17 @@ def spread(x: Tensor, where: Route) -> Tensor:
     return gather_rows(x, where.order, where.places.view(-1, where.k), drops=where.drops)
 
 
+def collect(y: Tensor, where: Route, shares: Tensor | None = None) -> Tensor:
+    """`(n, d)`: for each token the sum of `y` `(m, d)` over its rows, times `shares` `(n, k)`."""
+    places = where.places.view(-1, where.k)
+    return combine_rows(y, where.order, places, shares, drops=where.drops)
+
+
 def spread_choices(values: Tensor, where: Route) -> Tensor:
     """`(m,)`: the value of each row's choice, of `values` `(n, k)`; 0 for filling."""
     return F.pad(values.flatten(), (0, 1)).index_select(0, where.order)
 
 
-def collect(y: Tensor, where: Route) -> Tensor:
-    """`(n, d)`: for each token the sum of `y` `(m, d)` over its rows."""
-    return combine_rows(y, where.order, where.places.view(-1, where.k), drops=where.drops)
+def choices_of_rows(values: Tensor, where: Route) -> Tensor:
+    """`(n, k)`: the value of each choice's row, of `values` `(m,)`; 0 for a dropped one."""
+    return F.pad(values, (0, 1)).index_select(0, where.places).view(-1, where.k)

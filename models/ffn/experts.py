@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rondo.kernels.tiles import stays_in_cache
-from rondo.models.ffn.dispatch import collect, route, spread, spread_choices
+from rondo.models.ffn.dispatch import (
+    Route,
+    choices_of_rows,
+    collect,
+    route,
+    spread,
+    spread_choices,
+)
 from rondo.models.init import normal, parameter
 
 _ALIGNMENT = 16
@@ -55,8 +62,8 @@ def mixture(
     """What `Experts.forward` says, with its parameters `gate_up` and `down`."""
     count = len(gate_up)
     where = route(experts, count, drops=drops, multiple=_row_multiple(x, experts.numel() / count))
-    shares = spread_choices(shares, where)
-    return collect(grouped_swiglu(spread(x, where), shares, where.counts, gate_up, down), where)
+    shares, gate_up, down = (each.to(x.dtype) for each in (shares, gate_up, down))
+    return _Mixture.apply(x, shares, gate_up, down, *where)
 
 
 def _row_multiple(x: Tensor, even: float) -> int:
@@ -69,50 +76,57 @@ def _row_multiple(x: Tensor, even: float) -> int:
     return 2 ** min(max(5, int(even / 32).bit_length()), 8)
 
 
-def grouped_swiglu(
-    x: Tensor, shares: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """`share · down_e (silu(gate_e x) · up_e x)` for each row x of expert e. `x` `(m, dim)`,
-    sorted by expert; `shares` `(m,)`; `counts` `(N,)` integers that sum to m; `gate_up`
-    `(N, 2, inner, dim)`, `down` `(N, dim, inner)`. Computed in the dtype of `x`."""
-    ends = counts.cumsum(0, dtype=torch.int32)
-    shares, gate_up, down = (each.to(x.dtype) for each in (shares, gate_up, down))
-    return _GroupedSwiGLU.apply(x, shares, ends, gate_up.flatten(1, 2), down)
-
-
-class _GroupedSwiGLU(torch.autograd.Function):
-    """Keeps its input and the products before the activation. Shares multiply the inner channels,
-    which are fewer than a row's. (Torch's own backward pass of grouped_mm is many times slower on
-    a CPU: it asks for layouts that no fast product takes.)"""
+class _Mixture(torch.autograd.Function):
+    """Keeps its input and the products before the activation. What shares multiply is a row of the
+    model's width or comes with a sum over rows, never one of the wider inner channels. (Torch's own
+    backward pass of grouped_mm is many times slower on a CPU: it asks for layouts that no fast
+    product takes.)"""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shares: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+        ctx: Any, x: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, *route: Any
     ) -> Tensor:
-        both = _rows_times(x, gate_up.mT, ends)
-        ctx.save_for_backward(x, shares, ends, gate_up, down, both)
-        gate, up = both.chunk(2, -1)
-        return _rows_times(F.silu(gate) * up * shares[:, None], down.mT, ends)
+        where = Route(*route)
+        ends = where.counts.cumsum(0, dtype=torch.int32)
+        gate, up = _gate_and_up(spread(x, where), gate_up, ends)
+        ctx.save_for_backward(x, shares, gate_up, down, *route[:3], ends, gate, up)
+        ctx.rest = route[3:]
+        y = _rows_times(F.silu(gate).mul_(up), down.mT, ends)
+        return collect(y, where, shares)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, shares, ends, gate_up, down, both = ctx.saved_tensors
-        grad = grad.contiguous()
-        (gate, up), share = both.chunk(2, -1), shares[:, None]
+        x, shares, gate_up, down, *route, ends, gate, up = ctx.saved_tensors
+        where = Route(*route, *ctx.rest)
+        at_y, share = spread(grad, where), spread_choices(shares, where)[:, None]
         gated = F.silu(gate)
         hidden = gated * up
-        at_hidden = _rows_times(grad, down, ends)
-        at_shares = (at_hidden * hidden).sum(-1)
-        at_down = _outer_sums(grad, hidden * share, ends) if ctx.needs_input_grad[4] else None
-        at_hidden = at_hidden * share
-        at_both = torch.empty_like(both)
+        at_hidden = _rows_times(at_y, down, ends)
+        at_shares = choices_of_rows((at_hidden * hidden).sum(-1), where)
+        at_down = _outer_sums(at_y * share, hidden, ends) if ctx.needs_input_grad[3] else None
+        at_both = gate.new_empty(len(gate), 2 * gate.shape[1])
         at_gate, at_up = at_both.chunk(2, -1)
-        at_gate.copy_(torch.ops.aten.silu_backward(at_hidden * up, gate))
         torch.mul(at_hidden, gated, out=at_up)
-        at_x = _rows_times(at_both, gate_up, ends) if ctx.needs_input_grad[0] else None
-        at_gate_up = _outer_sums(at_both, x, ends) if ctx.needs_input_grad[3] else None
-        return at_x, at_shares, None, at_gate_up, at_down
+        torch.ops.aten.silu_backward.grad_input(at_hidden.mul_(up), gate, grad_input=at_gate)
+        at_x = at_gate_up = None
+        if ctx.needs_input_grad[0]:
+            at_rows = _rows_times(at_both, gate_up.flatten(1, 2), ends)
+            at_x = collect(at_rows, where, shares)
+        if ctx.needs_input_grad[2]:
+            at_gate_up = _outer_sums(at_both, spread(x, where) * share, ends)
+            at_gate_up = at_gate_up.view_as(gate_up)
+        return at_x, at_shares, at_gate_up, at_down, *(None for _ in where)
+
+
+def _gate_and_up(x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    """Rows of `x` `(m, dim)` times both matrices of their group's `weight` `(N, 2, inner, dim)`.
+
+    On a CPU passes over the halves of wider rows take twice as long as over rows in a row."""
+    if x.is_cpu:
+        gate, up = (_rows_times(x, matrices.mT, ends) for matrices in weight.unbind(1))
+        return gate, up
+    return _rows_times(x, weight.flatten(1, 2).mT, ends).chunk(2, -1)
 
 
 def served(x: Tensor, weight: Tensor) -> bool:

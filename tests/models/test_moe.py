@@ -22,7 +22,7 @@ from rondo.models.ffn.dispatch import (
     spread,
     spread_choices,
 )
-from rondo.models.ffn.experts import Experts, grouped_swiglu, mixture
+from rondo.models.ffn.experts import Experts, mixture
 from rondo.models.ffn.moe import BALANCE, MoE, Z
 from rondo.models.ffn.swiglu import SwiGLU
 from rondo.tests.numerics import assert_ratio, gradients
@@ -134,20 +134,22 @@ def test_all_experts_are_a_dense_mixture(renormalize: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0]])
 def test_grouped_products_are_separate_ones(dtype: torch.dtype, sizes: list[int]) -> None:
-    shapes = (sum(sizes), 16), (sum(sizes),), (4, 2, 24, 16), (4, 16, 24)
+    """Experts with any number of rows, a choice a token; one share is zero."""
+    shapes = (sum(sizes), 16), (sum(sizes), 1), (4, 2, 24, 16), (4, 16, 24)
     operands = [inputs(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    counts = torch.tensor(sizes)
+    operands[1][:1] = 0
+    mixed = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(7))
+    experts = torch.arange(4).repeat_interleave(torch.tensor(sizes))[mixed]
 
     def ours(x: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> list[Tensor]:
-        return [grouped_swiglu(x, shares, counts, gate_up, down)]
+        return [mixture(x, experts[:, None], shares, gate_up, down)]
 
     def separate(x: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> list[Tensor]:
-        parts = []
-        for rows, share, (gate, up), out in zip(
-            x.split(sizes), shares.split(sizes), gate_up, down, strict=True
-        ):
-            parts.append(share[:, None] * (F.silu(rows @ gate.T) * (rows @ up.T)) @ out.T)
-        return [torch.cat(parts)]
+        y = torch.zeros_like(x)
+        for e, ((gate, up), out) in enumerate(zip(gate_up, down, strict=True)):
+            rows = x[own := experts == e]
+            y[own] = shares[own] * (F.silu(rows @ gate.T) * (rows @ up.T)) @ out.T
+        return [y]
 
     rounded = [each.to(dtype) for each in operands]
     actual = gradients(ours, rounded)

@@ -70,6 +70,19 @@ def test_collectives_of_fast_weights() -> None:
     assert found == pytest.approx((passes * (chunks + 1), passes * sums))
 
 
+def test_collectives_of_limited_experts() -> None:
+    """Sequence-parallel ranks tell each other expert and score of every choice, four bytes each."""
+    planned = dataclasses.replace(job(Layout(cp=2), pattern=["attention"]), precision="bfloat16")
+    key = Collective("all-gather", "cp", "activations")
+    before = plan_ranks(planned)[0].traffic.get(key, Traffic(0, 0.0))
+    limited = {"moe": {"num_experts": 4, "router": "linear", "capacity_factor": 0.5}}
+    config = dataclasses.replace(planned.model.config, pattern=["attention+moe"], ffns=limited)
+    found = plan_ranks(dataclasses.replace(planned, model=Model(config, LENGTH)))[0].traffic[key]
+    sent = MICRO * LENGTH // 2 * 2 * 8
+    times = MICRO_BATCHES * LAYERS
+    assert (found[0] - before[0], found[1] - before[1]) == (times, times * sent)
+
+
 def test_collectives_of_tensor_parallel_ranks() -> None:
     layout = Layout(tp=2)
     half = MICRO * LENGTH * 64 * 4 / 2  # bytes of hidden states that come from the other rank
