@@ -56,7 +56,7 @@ def copy_losses(
 ) -> list[float]:
     """Mean loss of each copy of `paragraph`, nats a token, read one after the other behind `start`;
     all are token ids, and `start` has at least one."""
-    nats = -token_log_likelihoods(model, [*start, *paragraph * copies])[len(start) - 1 :]
+    nats = -token_log_likelihoods(model, [*start, *list(paragraph) * copies])[len(start) - 1 :]
     return nats.double().view(copies, len(paragraph)).mean(1).tolist()
 
 
