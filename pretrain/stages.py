@@ -127,16 +127,21 @@ def domain_of(stages: Sequence[Stage], stage: Stage) -> str:
 
 
 def replayed_runs(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
-    """By name of the stage and `replay.source`, a name for each other run that is replayed."""
+    """By name of the stage and `replay.source`, a name for each other run that is replayed: that of
+    its folder, numbered where it is another's."""
     names = {stage.name for stage in stages}
+    runs: dict[Path, str] = {}
     found = {}
     for stage in stages:
         for source in stage.replay.sources if stage.replay else ():
             if source in {*names, EARLIER}:
                 continue
             path = Path(source)
-            name = (path.parents[1] if path.parent.name == "checkpoints" else path).name
-            found[stage.name, source] = f"run {name}" if name in names else name
+            run = path.parents[1] if path.parent.name == "checkpoints" else path
+            if run not in runs:
+                name = f"run {run.name}" if run.name in names else run.name
+                runs[run] = name if name not in runs.values() else f"{name} {len(runs) + 1}"
+            found[stage.name, source] = runs[run]
     return found
 
 

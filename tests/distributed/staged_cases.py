@@ -16,9 +16,9 @@ EXPERTS = {
 
 
 class KilledInSecond(KilledTrainer):
-    """Does not live to see the end of the third step of the second stage."""
+    """Does not live to see the end of the fourth step of the second stage."""
 
-    LAST = 6
+    LAST = 7
 
 
 def staged(options: list[str]) -> tuple[dict[str, Rows], dict[str, Rows]]:

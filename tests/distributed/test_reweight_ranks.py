@@ -124,7 +124,9 @@ def test_weights_do_not_depend_on_how_samples_fall_on_ranks() -> None:
     expected = train(Weighted(Run(dense, Layout()), STEP))
     assert not differences([train(Weighted(Run(dense, Layout()), STEP, MIXED))], expected)
     cases = [Weighted(Run(dense, Layout(dp_shard=4)), STEP, o) for o in (MIXED, MIXED[::-1])]
+    cases.append(Weighted(cases[0].run, {**SEQUENCES, "temperature": 1e9}))
     results = run_ranks(train_all, 4, cases)
+    no_reweighting([of_rank[2] for of_rank in results], train_plainly(Run(dense, Layout())))
     counted = data(Run(dense, Layout())).targets >= 0
     for number in range(2):
         of_ranks = [of_rank[number] for of_rank in results]
@@ -144,12 +146,19 @@ def test_scopes_differ() -> None:
     assert differences([alone(0, MIXED, 1)], alone(1, MIXED, 1))
 
 
+def no_reweighting(ranks: list[dict[str, Any]], plain: dict[str, Any]) -> None:
+    """Loss and gradients of the first step are those of plain training."""
+    for flat in ranks:
+        told = flat["told"][0]
+        assert told["reweight/loss"] == pytest.approx(plain["losses"][0], rel=1e-8)
+        assert flat["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-12)
+        assert told["reweight/largest_weight"] == pytest.approx(1, rel=1e-8)
+        for name, value in flat["gradients"][0].items():
+            assert ratio(value, plain["gradients"][name]) < 1e-8, name
+
+
 def test_a_high_temperature_is_no_reweighting() -> None:
+    """In one process; `test_weights_do_not_depend_on_how_samples_fall_on_ranks` has four ranks."""
     run = Run(config(), Layout())
-    flat, plain = train(Weighted(run, {**SEQUENCES, "temperature": 1e9})), train_plainly(run)
-    told = flat["told"][0]
-    assert told["reweight/loss"] == pytest.approx(plain["losses"][0], rel=1e-8)
-    assert flat["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-12)
-    assert told["reweight/largest_weight"] == pytest.approx(1, rel=1e-8)
-    for name, value in flat["gradients"][0].items():
-        assert ratio(value, plain["gradients"][name]) < 1e-8, name
+    flat = train(Weighted(run, {**SEQUENCES, "temperature": 1e9}))
+    no_reweighting([flat], train_plainly(run))

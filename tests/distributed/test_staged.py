@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rondo.models.loading import read_tensors
 from rondo.pretrain.data.seen import NAME
@@ -37,6 +38,7 @@ def test_stages_under_layouts_equal_one_process_and_end_alike_if_killed(
                 assert row[key] == near, (name, row["step"], key)
         seen = [tmp_path / "runs" / run / last / NAME for run in ("tiny", name)]
         assert seen[0].read_text() == seen[1].read_text()
+        begins_from(tmp_path / "runs" / name / last, corpora, tmp_path)
     for name in (*LAYOUTS, *EXPERTS):
         steady = [[{**row, **dict.fromkeys(TIMES)} for row in of[name]] for of in (found, resumed)]
         assert steady[0] == steady[1], name
@@ -44,3 +46,17 @@ def test_stages_under_layouts_equal_one_process_and_end_alike_if_killed(
         for part in ("model", "optimizer"):
             assert equal(*(read_tensors(end / part) for end in ends)), (name, part)
         assert (ends[0] / NAME).read_text() == (ends[1] / NAME).read_text()
+
+
+def begins_from(checkpoint: Path, corpora: Path, folder: Path) -> None:
+    """A stage on one process begins with the parameters and moments of a checkpoint of a layout; at
+    a rate of nearly 0 they stay."""
+    stages = f"[{{{{name: next, steps: 1, init_from: {checkpoint}, reset_optimizer: false}}}}]"
+    name, one = f"from-{checkpoint.parts[-3]}", f"--data.sources=[{{path: {corpora}/one.jsonl}}]"
+    run(corpora, folder, *MODEL, f"--name={name}", one, "--optimizer.lr=1e-12", stages=stages)
+    end = folder / "runs" / name / "checkpoints/step-000000001"
+    there, here = (read_tensors(path / "model") for path in (checkpoint, end))
+    assert there.keys() == here.keys()
+    assert all(torch.allclose(there[key], here[key], atol=1e-7) for key in there)
+    steps = [read_tensors(path / "optimizer")["head.weight.step"] for path in (checkpoint, end)]
+    assert steps[1] == steps[0] + 1

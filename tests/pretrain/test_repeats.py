@@ -20,6 +20,7 @@ from rondo.pretrain.data.repeats import (
     token_value,
     warnings,
 )
+from rondo.pretrain.data.token_files import TokenFile
 from rondo.pretrain.recipe import (
     DataConfig,
     Recipe,
@@ -110,6 +111,23 @@ def test_epochs_of_a_run_follow_weights_and_sizes(tmp_path) -> None:
     found = Curriculum(staged, opened).repeats(["small", "large"])
     assert [each.tokens for each in found] == [600 * 16, (1800 + 1200) * 16]
     assert planned_repeats(staged) == found
+
+
+def test_repetition_that_was_put_in_is_found_and_held_out_text_has_none_of_it(tmp_path) -> None:
+    """Hernandez et al.'s knobs: a tenth of the tokens is a small part, read 8 times."""
+    unique, times, share = 720, 8, 0.1
+    documents = [f"text number {i:06d}" for i in range(unique)]
+    chosen = [f"copy number {i:06d}" for i in range(round(share * unique / (1 - share) / times))]
+    mixed = np.random.default_rng(0).permutation(documents + times * chosen).tolist()
+    folder = made(tmp_path, mixed, "injected", validation_fraction=0.1)
+    report = json.loads((folder / "duplicates.json").read_text())
+    assert report["multiplicities"] == {
+        "1": {"texts": unique, "token_share": pytest.approx(1 - share)},
+        "8": {"texts": len(chosen), "token_share": pytest.approx(share)},
+    }
+    files = {split: TokenFile(folder / split) for split in ("train", "validation")}
+    texts = {name: {bytes(file[i]) for i in range(len(file))} for name, file in files.items()}
+    assert len(texts["validation"]) > 50 and not texts["train"] & texts["validation"]
 
 
 def test_first_copies_and_multiplicities() -> None:

@@ -11,6 +11,7 @@ import pytest
 from rondo.errors import UserError
 from rondo.launch.cli import main
 from rondo.pretrain import load_recipe
+from rondo.pretrain.stages import replayed_runs, stages_of
 
 pytestmark = pytest.mark.quick
 TWO = ["--stages", "[{name: one, steps: 10}, {name: two, steps: 30, replay: {share: 0.25}}]"]
@@ -93,6 +94,17 @@ def problems(*words: str) -> str:
 )
 def test_what_is_wrong_is_named(words: list[str], message: str) -> None:
     assert re.search(message, problems(*words)), problems(*words)
+
+
+def test_runs_that_are_replayed_have_names_of_their_own(tmp_path: Path) -> None:
+    """Of two folders of one name, of a run that is called as a stage is, and of a checkpoint."""
+    paths = [tmp_path / name for name in ("a/base", "b/base", "one", "a/base/checkpoints/step-1")]
+    for path in paths:
+        path.mkdir(parents=True)
+    sources = ", ".join(map(str, paths))
+    replay = f"--stages.1.replay={{source: [{sources}], share: 0.1}}"
+    stages = stages_of(load_recipe("tiny", [*TWO, replay]))
+    assert [*replayed_runs(stages).values()] == ["base", "base 2", "run one", "base"]
 
 
 def test_stages_may_be_longer_than_the_steps_they_are_shares_of() -> None:
