@@ -183,8 +183,8 @@ def _about(model: ModelConfig) -> dict[str, Any]:
 
 
 def markdown(found: Found, tasks: list[str], seeds: int) -> str:
-    """The table: means over seeds, the worst and the best where they differ; `[1 of 3]` where not all
-    seeds are done."""
+    """The table: means over seeds, the worst and the best where they differ; `[1 of 3]` where not
+    all seeds are done."""
     heads = [f"{task} {size}" for task in tasks for size in TASKS[task].scored]
     lines = [["mixer", *heads], ["---"] * (len(heads) + 1)]
     guesses = [1 / (TASKS[t].classes or size) for t in tasks for size in TASKS[t].scored]
