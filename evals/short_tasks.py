@@ -37,8 +37,8 @@ class Task(NamedTuple):
     """Sizes of the texts to train on."""
     scored: tuple[int, ...]
     """Sizes of the texts that are scored."""
-    chance: float
-    """Accuracy of a guess."""
+    classes: int | None
+    """Answers that there are; None: as many as the size."""
     plan: Fit
     before: tuple[str, ...] = ()
     """Layers in front of the row's own."""
@@ -48,12 +48,12 @@ class Task(NamedTuple):
 
 def _tracking(size: int, longer: int, classes: int, steps: int) -> Task:
     """A task of which short texts are learnt first."""
-    return Task((size,), (size, longer), 1 / classes, Fit(steps, lr=1e-2, first=3))
+    return Task((size,), (size, longer), classes, Fit(steps, lr=1e-2, first=3))
 
 
 TASKS = {
     # A layer that sees the token before: without it, layers must first find out what pairs are.
-    "mqar_all": Task((4, 8), (8, 16), 1 / 8, Fit(400), ("previous+none",), last=False),
+    "mqar_all": Task((4, 8), (8, 16), None, Fit(400), ("previous+none",), last=False),
     "parity": _tracking(16, 64, 2, 500),
     "cycle_navigation": _tracking(32, 100, 5, 600),
     "a5": _tracking(16, 64, 60, 1500),
@@ -183,10 +183,12 @@ def _about(model: ModelConfig) -> dict[str, Any]:
 
 
 def markdown(found: Found, tasks: list[str], seeds: int) -> str:
-    """The table: means over seeds, the worst and the best of them where they differ."""
+    """The table: means over seeds, the worst and the best where they differ; `[1 of 3]` where not
+    all seeds are done."""
     heads = [f"{task} {size}" for task in tasks for size in TASKS[task].scored]
     lines = [["mixer", *heads], ["---"] * (len(heads) + 1)]
-    lines.append(["guess", *(f"{TASKS[t].chance:.2f}" for t in tasks for _ in TASKS[t].scored)])
+    guesses = [1 / (TASKS[t].classes or size) for t in tasks for size in TASKS[t].scored]
+    lines.append(["guess", *(f"{guess:.2f}" for guess in guesses)])
     for mixer, row in found.items():
         cells = [
             _shown([scores[size] for scores in row.get(task, [])], seeds)
@@ -202,7 +204,7 @@ def _shown(values: list[float], seeds: int) -> str:
         return ""
     mean, low, high = sum(values) / len(values), min(values), max(values)
     text = f"{mean:.2f}" if high - low < 0.01 else f"{mean:.2f} ({low:.2f} to {high:.2f})"
-    return text if len(values) == seeds else f"{text}, {len(values)} of {seeds} seeds"
+    return text if len(values) == seeds else f"{text} [{len(values)} of {seeds}]"
 
 
 def main(words: list[str]) -> int:

@@ -93,6 +93,6 @@ def test_the_table_shows_mean_and_spread() -> None:
     assert markdown(found, ["parity"], 2).splitlines()[2:] == [
         "| guess | 0.50 | 0.50 |",
         "| slstm | 1.00 | 0.62 (0.50 to 0.75) |",
-        "| lstm | 0.50, 1 of 2 seeds | 0.50, 1 of 2 seeds |",
+        "| lstm | 0.50 [1 of 2] | 0.50 [1 of 2] |",
         "| gru |  |  |",
     ]
