@@ -92,6 +92,9 @@ class NeedleConfig:
     """Where `number` and `word` are hidden: a text file, a folder, or an embedded corpus."""
     write: str | None = None
     """A JSON lines file to write texts to, with their answers, instead of scoring."""
+    marks: bool = False
+    """Put << >> around the answers written, for `rondo prepare --loss_marks '<< >>'`: loss on them
+    alone."""
     output: str | None = None
     """JSON file for the scores; None: `needle.json` in the folder of the checkpoint's run."""
 
@@ -217,7 +220,8 @@ def write(config: NeedleConfig) -> Path:
     with path.open("w") as file:
         for group in zip(*streams, strict=True):
             for each in group:
-                file.write(json.dumps({"text": each.prompt + each.answer}) + "\n")
+                answer = f"<<{each.answer}>>" if config.marks else each.answer
+                file.write(json.dumps({"text": each.prompt + answer}) + "\n")
     return path
 
 

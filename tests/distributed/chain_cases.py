@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rondo.kernels import memory_context, neural_memory
+from rondo.parallel.chain import ChainOverRanks
 from rondo.parallel.sequence import over_ranks
 from rondo.tests.distributed.sequence_cases import documents, part, weights
 from rondo.tests.kernels.test_memory_context import make
@@ -53,11 +56,11 @@ CHAINS = {
 }
 
 
-def chain_over_ranks(name: str, batch: int, time: int) -> dict[str, float]:
-    """Largest difference to the whole sequence in one process, by case; `time` tokens a rank."""
+def chain_over_ranks(name: str, batch: int, length: int) -> dict[str, float]:
+    """Largest difference to the whole sequence in one process, by case; `length` tokens a rank."""
     chain = CHAINS[name]
     rank, size = dist.get_rank(), dist.get_world_size()
-    total = time * size
+    total = length * size
     inputs = chain.inputs(total, batch, 0)
     earlier = chain.inputs(4, batch, 3)[: chain.sequences] + inputs[chain.sequences :]
     state = chain(chain.operator, earlier).state
@@ -67,7 +70,7 @@ def chain_over_ranks(name: str, batch: int, time: int) -> dict[str, float]:
             expected = _whole(chain, inputs, first, ids, rank, size)
             found = _split(chain, inputs, first, ids, rank, size)
             given = [name for name, x in (("documents", ids), ("state", first)) if x is not None]
-            worst[f"{batch} rows, {time} tokens a rank, {given}"] = max(
+            worst[f"{batch} rows, {length} tokens a rank, {given}"] = max(
                 float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)
             )
     return worst
@@ -118,3 +121,39 @@ def _split(
     if rank == size - 1:
         found += [last[0].detach(), last[1]] + ([] if numbers is None else [numbers.grad])
     return found
+
+
+def work_overlaps(name: str, folder: Path) -> list[str]:
+    """What two ranks have done at once: the first does not begin its last part before the second
+    has begun one, nor the second the gradient of its last before the first has got one. Rows are
+    too few, so that parts are of heads too."""
+    chain, rank = CHAINS[name], dist.get_rank()
+    inputs = [x.requires_grad_() for x in chain.inputs(4, 1, 0)]
+    ranks = ChainOverRanks(chain.operator, dist.group.WORLD)
+    done: list[str] = []
+
+    def operator(*tensors: Any, **options: Any) -> Any:
+        part = len([word for word in done if word.startswith("part")])
+        done.append(f"part {part}")
+        if rank == 1:
+            (folder / "forward").touch()
+        elif part == 1:
+            _wait_for(folder / "forward")
+        found = chain.operator(*tensors, **options)
+        if rank == 0:
+            found.state[0].register_hook(lambda _: (folder / "backward").touch())
+        elif part == 0:
+            found.o.register_hook(lambda _: _wait_for(folder / "backward"))
+        return found
+
+    ranks.operator = operator
+    chain(ranks, inputs).o.sum().backward()
+    return done
+
+
+def _wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no rank has come to {path.name} while another works")

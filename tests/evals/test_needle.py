@@ -73,13 +73,22 @@ def test_accuracy_counts_whole_answers() -> None:
 
 
 def test_texts_to_train_on(tmp_path: Path) -> None:
-    path = write(
-        NeedleConfig(
-            write=str(tmp_path / "needles.jsonl"), lengths="200,250", kinds="passkey", samples=3
+    found = []
+    for marks in (False, True):
+        config = NeedleConfig(
+            write=str(tmp_path / "needles.jsonl"),
+            lengths="200,250",
+            kinds="passkey",
+            samples=3,
+            marks=marks,
         )
-    )
-    rows = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        path = write(config)
+        found.append([json.loads(line)["text"] for line in path.read_text().splitlines()])
+    rows, marked = found
     assert len(rows) == 6 and all("pass key is" in row for row in rows)
+    for row, with_marks in zip(rows, marked, strict=True):
+        before, _, after = with_marks.partition("<<")
+        assert after.endswith(".>>") and before + after[:-2] == row
 
 
 def test_refusals() -> None:

@@ -291,6 +291,16 @@ def test_bfloat16_is_computed_in_float32() -> None:
         assert_ratio("bfloat16", a, b, 1e-2)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_float32_stays_close(depth: int) -> None:
+    """Chunks in float32 against the token loop in float64: outputs, state, all gradients."""
+    inputs = operands(60, depth)
+    low = gradients(lambda *x: run(*x, chunk_size=8), [x.float() for x in inputs])
+    expected = gradients(lambda *x: run(*x, chunk_size=8, backend="reference"), inputs)
+    for a, b in zip([*low[0], *low[1]], [*expected[0], *expected[1]], strict=True):
+        assert_ratio("float32", a, b, 1e-5)
+
+
 def test_limits_keep_a_hostile_memory_finite_and_say_so() -> None:
     """Depth 4, 4,096 tokens, full steps, no forgetting and nearly no loss of momentum. Limits that
     are never reached change nothing."""

@@ -9,10 +9,26 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.memory_context import ContextOutput
-from rondo.models import Decoder, ModelConfig
+from rondo.models import Decoder, ModelConfig, from_preset, preset_names
 from rondo.models.mixers.attention import Attention, AttentionOptions
 from rondo.tests.mixer_suite import Case, build, context, inputs
 from rondo.tests.numerics import assert_ratio
+
+KINDS = {
+    "lmm": {"titans_memory"},
+    "mac": {"titans_mac"},
+    "mag": {"titans_mag"},
+    "mal": {"titans_memory", "attention"},
+}
+FREE = ("titans_memory", "titans_mac")
+"""Mixers without a window."""
+WEIGHTS = {
+    "titans_memory": "memory",
+    "titans_mac": "context",
+    "titans_mag": "memory.memory",
+    "lact": "weights",
+}
+"""What of a state the learnt weights are."""
 
 
 def attention_with(mixer: Any, window: int | None, persistent_tokens: int) -> Attention:
@@ -91,3 +107,54 @@ def test_memory_as_a_layer_is_a_pattern() -> None:
         state = output.state
         pieces.append(output.hidden)
     assert_ratio("decode", torch.cat(pieces, 1), whole, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["titans_memory", "titans_mac", "titans_mag", "lact"])
+def test_decoding_goes_on_learning(name: str) -> None:
+    """What is read one token at a time changes weights and what later tokens find."""
+    options = {"head_dim": 8, "chunk_size": 4}
+    if name == "titans_mac":
+        options["segment_size"] = 8
+    if name == "lact":
+        options = {"num_heads": 4, "num_fast_heads": 2, "chunk_size": 4, "init_rank": 4}
+    case = Case(name, {**options, **({} if name in FREE else {"window": 4})})
+    mixer, shared = build(case)
+    x = inputs(case, 1, 25)
+
+    def decode(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        state, held = None, []
+        for t in range(x.shape[1]):
+            y, state = mixer(x[:, t : t + 1], context(x[:, t : t + 1], shared, t), state)
+            held.append(state[WEIGHTS[name]].clone())
+        return y, held
+
+    last, held = decode(x)
+    assert not torch.equal(held[11], held[15]) and not torch.equal(held[15], held[23])
+    other = x.clone()
+    other[:, 9] += 1  # far outside windows, segments and convolutions of the last token
+    assert (decode(other)[0] - last).abs().max() > 1e-8
+
+
+def test_every_size_of_the_paper_is_a_preset() -> None:
+    names = {f"titans-{kind}-{size}" for kind in KINDS for size in ("170m", "340m", "400m", "760m")}
+    assert names | {"titans-hybrid-1.3b", "titans-hybrid-7b"} <= set(preset_names())
+    for name in names:
+        mixers = [layer.mixer for layer in from_preset(name).layers()]
+        assert set(mixers) == KINDS[name.split("-")[1]]
+
+
+def test_memory_counts_as_state() -> None:
+    """Weights at the chunk's start, weights and momentum, in float32, whatever the length."""
+    options = {"head_dim": 16, "depth": 3, "expansion": 2.0}
+    config = ModelConfig(
+        vocab_size=9,
+        dim=32,
+        num_layers=2,
+        pattern=["titans_memory"],
+        mixers={"titans_memory": options},
+    )
+    numbers = 2 * 3 * (16 * 32 + 32 * 32 + 32 * 16)  # heads, copies, matrices
+    conv = 3 * 3 * 32 * 2  # three convolutions, three inputs each, bfloat16
+    model = Decoder(config, seed=0)
+    for length in (64, 4096):
+        assert model.cost(length).state_bytes == 2 * (4 * numbers + conv + 8)
