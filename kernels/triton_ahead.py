@@ -1,17 +1,19 @@
 """Compiles the Triton kernels for chips that are not here and says what they would use of them.
 
-python -m rondo.kernels.triton_ahead [--only PART_OF_A_NAME]
+python -m rondo.kernels.triton_ahead [--only PART_OF_A_NAME] [--jobs N]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
 import time
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import triton
@@ -86,13 +88,24 @@ def main() -> None:
         "uses of them, a JSON object a line.",
     )
     parser.add_argument("--only", default="", help="kernels with this in their name")
-    only = parser.parse_args().only
-    with tempfile.TemporaryDirectory() as folder:
-        triton.knobs.cache.dir = str(Path(folder))
-        for compilation in all_compilations():
-            for family in TARGETS:
-                if only in compilation.name:
-                    print(json.dumps(compile_for(compilation, family)), flush=True)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    options = parser.parse_args()
+    wanted = [i for i, each in enumerate(all_compilations()) if options.only in each.name]
+    pairs = [(i, family) for i in wanted for family in TARGETS]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(options.jobs, get_context("spawn"), _keep_in, (folder,)) as pool,
+    ):
+        for used in pool.map(_compile, *zip(*pairs, strict=True)):
+            print(json.dumps(used), flush=True)
+
+
+def _keep_in(folder: str) -> None:
+    triton.knobs.cache.dir = folder
+
+
+def _compile(index: int, family: str) -> dict[str, Any]:
+    return compile_for(all_compilations()[index], family)
 
 
 if __name__ == "__main__":

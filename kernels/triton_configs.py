@@ -68,6 +68,10 @@ for _name in ("expert_rows", "expert_sums"):
         )
     }
 
+# nonlinear_rnn/triton.py: ROWS of the batch; a head's weights are divided among the warps.
+for _name in ("nonlinear_rnn_forward", "nonlinear_rnn_backward"):
+    CONFIGS[_name] = {"*": ({"ROWS": 16, "num_warps": 8, "num_stages": 1},)}
+
 # linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
 for _name in ("walk", "mix", "gradients"):
     CONFIGS[f"linear_attention_{_name}"] = {

@@ -7,18 +7,33 @@ computes this, and it tracks state that no scan can.
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose, full_precision
+from rondo.kernels.backend import choose, full_precision, triton_refusal
 from rondo.kernels.nonlinear_rnn import chunked, reference
 from rondo.kernels.nonlinear_rnn.cells import CELLS, Cell
 from rondo.kernels.tiles import has_numbers
 
 __all__ = ["CELLS", "nonlinear_rnn"]
 
-_IMPLEMENTATIONS = {"chunked": chunked.nonlinear_rnn, "reference": reference.nonlinear_rnn}
+WIDEST, WIDEST_FLOAT32 = 128, 64
+"""Channels of a head whose recurrent weights, of bfloat16 or wider, a Triton program can hold."""
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from rondo.kernels.nonlinear_rnn import triton
+
+    return triton.nonlinear_rnn(*arguments)
+
+
+_IMPLEMENTATIONS = {
+    "chunked": chunked.nonlinear_rnn,
+    "reference": reference.nonlinear_rnn,
+    "triton": _triton,
+}
 
 
 def nonlinear_rnn(
@@ -57,8 +72,9 @@ def nonlinear_rnn(
         bias: `(G, H, D)`, of a GRU `(4, H, D)`.
         initial_state: `(B, S, H, D)` before position 0, of its document.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
-        backend: "auto", "reference" (autograd through the cells as above) or "chunked" (a loop
-            with a backward pass written by hand).
+        backend: "auto", "reference" (autograd through the cells as above), "chunked" (a loop
+            with a backward pass written by hand) or "triton" (the loop in one kernel, heads of up
+            to 128 channels with recurrent weights of bfloat16, else of 64).
 
     Returns:
         h `(B, T, H, D)` in the dtype of gates, and the state `(B, S, H, D)` after the last
@@ -74,7 +90,8 @@ def nonlinear_rnn(
         raise ValueError(f"cell is {cell!r}, expected one of {', '.join(CELLS)}{hint}")
     known = CELLS[cell]
     _check(known, gates, recurrent, bias, initial_state, segment_ids)
-    run = choose("nonlinear_rnn", backend, _IMPLEMENTATIONS, gates.device)
+    refusal = _refusal(gates, recurrent, bias, initial_state)
+    run = choose("nonlinear_rnn", backend, _IMPLEMENTATIONS, gates.device, refusal)
     kind = torch.promote_types(gates.dtype, torch.float32)
     batch, time, _, heads, dim = gates.shape
     if initial_state is None:
@@ -85,8 +102,22 @@ def nonlinear_rnn(
         first = first.repeat_interleave(time, 0)
     with full_precision(gates.device):
         bias = None if bias is None else bias.to(kind)
-        h, state = run(known, gates, recurrent.to(kind), bias, first, segment_ids)
+        if run is not _triton:  # its products take bfloat16 as it is
+            recurrent = recurrent.to(kind)
+        h, state = run(known, gates, recurrent, bias, first, segment_ids)
     return h.view(batch, time, heads, dim), state[-batch:]
+
+
+def _refusal(gates: Tensor, recurrent: Tensor, *others: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot serve a call, or None."""
+    widest = WIDEST if recurrent.dtype == torch.bfloat16 else WIDEST_FLOAT32
+    if gates.shape[-1] > widest:
+        kind = str(recurrent.dtype).removeprefix("torch.")
+        return (
+            f"with recurrent weights of {kind} it takes heads of up to {widest} channels, whose "
+            f"weights stay on the chip, got {gates.shape[-1]}"
+        )
+    return triton_refusal(gates, recurrent, *others)
 
 
 def _check(

@@ -79,11 +79,11 @@ class _Loop(torch.autograd.Function):
         _run_back(cell, (parts, before, path[:, 1:]), weights, _cuts(starts), douts, carry, dparts)
         dbias = None
         if ctx.has_bias:
-            dbias = _placed(dparts.sum(0).sum(1).transpose(0, 1), cell.offsets)
+            dbias = placed(dparts.sum(0).sum(1).transpose(0, 1), cell.offsets)
         return (
             None,
-            _gate_gradients(cell, dparts, ctx.dtype),
-            _weight_gradients(cell, dparts, before[0]),
+            gate_gradients(cell, dparts, ctx.dtype),
+            weight_gradients(cell, dparts, before[0]),
             dbias,
             carry.permute(2, 0, 1, 3),
             None,
@@ -166,14 +166,15 @@ def _run_back(
     carry[0] += torch.bmm(products[0], back)
 
 
-def _placed(x: Tensor, places: tuple[int, ...]) -> Tensor:
+def placed(x: Tensor, places: tuple[int, ...]) -> Tensor:
     """Row p of `x` at row `places[p]`."""
     return torch.empty_like(x[: len(places)]).index_copy_(
         0, torch.tensor(places, device=x.device), x[: len(places)]
     )
 
 
-def _gate_gradients(cell: Cell, dparts: Tensor, dtype: torch.dtype) -> Tensor:
+def gate_gradients(cell: Cell, dparts: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(B, T, G, H, D)` in `dtype`, from the gradients of the parts `(T, H, B, P, D)`."""
     time, heads, batch, _, dim = dparts.shape
     out = dparts.new_empty(batch, time, len(cell.gates), heads, dim, dtype=dtype)
     for part, gate in zip(dparts.unbind(3), cell.inputs, strict=True):
@@ -182,9 +183,9 @@ def _gate_gradients(cell: Cell, dparts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _weight_gradients(cell: Cell, dparts: Tensor, h: Tensor) -> Tensor:
+def weight_gradients(cell: Cell, dparts: Tensor, h: Tensor) -> Tensor:
     """`(G, H, D, D)`, from the gradients of the products and the h they were made from."""
     count, dim = len(cell.products), h.shape[-1]
     products = dparts.flatten(3)[..., : count * dim].transpose(0, 1).flatten(1, 2)
     found = products.mT @ h.transpose(0, 1).flatten(1, 2)
-    return _placed(found.unflatten(1, (count, dim)).transpose(0, 1), cell.products)
+    return placed(found.unflatten(1, (count, dim)).transpose(0, 1), cell.products)
