@@ -130,9 +130,10 @@ def test_generation_is_seeded_and_stops_at_eod() -> None:
     first = generate(model, prompt, max_tokens=30, seed=2)
     assert torch.equal(first, generate(model, prompt, max_tokens=30, seed=2))
     assert not torch.equal(first, generate(model, prompt, max_tokens=30, seed=3))
-    eod = int(first[0, 6])
-    stopped = generate(model, prompt[:1], max_tokens=30, seed=2, eod=eod)
-    assert (stopped == eod).nonzero()[0, 1] == stopped.shape[1] - 1
+    alone = generate(model, prompt[:1], max_tokens=30, seed=2)[0]
+    eod = int(alone[6])
+    stopped = generate(model, prompt[:1], max_tokens=30, seed=2, eod=eod)[0]
+    assert torch.equal(stopped, alone[: int((alone == eod).nonzero()[0]) + 1])
     with pytest.raises(ValueError, match="top_p"):
         generate(model, prompt, max_tokens=1, top_p=0)
 
