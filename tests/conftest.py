@@ -14,8 +14,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def every_test() -> bool:
+    """Whether the slow ones run too."""
+    return os.environ.get("RONDO_TESTS") == "all"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("RONDO_TESTS") != "all":
+    if not every_test():
         skip = pytest.mark.skip(reason="slow; RONDO_TESTS=all runs it")
         for item in items:
             if item.get_closest_marker("slow"):

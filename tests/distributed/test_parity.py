@@ -15,7 +15,7 @@ import pytest
 
 from rondo.models import MIXERS, ModelConfig
 from rondo.parallel.mesh import Layout
-from rondo.tests.conftest import slow_but
+from rondo.tests.conftest import every_test, slow_but
 from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
 
@@ -70,9 +70,9 @@ LAYOUTS = {
 
 CORE = ("tp2", "cp2", "pp2-1f1b", "dp_replicate2")
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
-EACH = ("tp2", "cp2")
-"""Layouts that every mixer meets alone too: they divide what it computes."""
-SINGLE = ("tp2", "cp2", "cp4-ring", "dp_shard2", "pp2-zero_bubble")
+EACH = ("tp2",)
+"""Layouts that every mixer meets alone too (RONDO_TESTS=all): they divide what it is made of."""
+SINGLE = ("tp2", "cp2", "cp4-ring")
 """Layouts of the pattern of all mixers in float32, with its own weight for logits."""
 ALIKE = ("lstm", "gru", "elman")
 """In the pattern of all mixers only: alone, `slstm` stands for its class."""
@@ -130,7 +130,7 @@ def cases(layout: str) -> list[tuple[str, str, bool]]:
     found = [("mixed", "float64", True)]
     if layout in SINGLE:
         found += [("mixed", "float32", False)]
-    if layout in EACH:
+    if layout in EACH and every_test():
         found += [(name, "float64", False) for name in MIXERS if name not in ALIKE]
     return found
 
