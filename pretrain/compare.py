@@ -28,9 +28,10 @@ from rondo.parallel.mesh import world_size
 from rondo.pretrain.compare_report import Scores, markdown, page, results
 from rondo.pretrain.data import DataError, Sources, TokenDataset, prepare_sources
 from rondo.pretrain.options import help_text, split_arguments
-from rondo.pretrain.parse import dump_recipe, load_recipe
+from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import domain_names
+from rondo.pretrain.run_data import require_same_recipe
 from rondo.pretrain.stages import all_sources, total_steps
 
 USAGE = "rondo compare RECIPE --vary KEY VALUE VALUE... [--seeds N] [--section.key value]..."
@@ -128,11 +129,7 @@ def _check(key: str, folders: Sequence[Path], runs: Sequence[Recipe]) -> None:
     if key in ("seed", "name", "output_dir", "checkpoint.keep") or len({*folders}) < len(folders):
         raise UserError(f"vary: values of {key} do not make runs with folders of their own")
     for folder, run in zip(folders, runs, strict=True):
-        there = folder / "recipe.yaml"
-        if there.is_file() and there.read_text() != dump_recipe(run):
-            raise UserError(
-                f"{folder}: holds a run of another recipe; give another --name, or delete it"
-            )
+        require_same_recipe(folder, run)
 
 
 def variant(

@@ -112,7 +112,9 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     metrics.unlink()
     assert main(words) == 0 and not metrics.exists()
     assert json.loads((folder / "compare.json").read_text()) == data
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(
+        UserError, match=r"recipe \(optimizer\.lr: 0\.001 there, 0\.5 now\)"
+    ):
         main([*words, "--optimizer.lr=0.5"])
     with pytest.raises(UserError, match="folders of their own"):
         main(["tiny", "--vary", "seed", "1", "2"])
