@@ -30,6 +30,7 @@ from rich.table import Table
 from rondo.errors import UserError, run_command
 from rondo.models import load
 from rondo.models.loading import find_checkpoint
+from rondo.parallel.mesh import rank_device
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.data import bits_per_byte, count_bytes, open_dataset
 from rondo.pretrain.line_chart import html_page, line_chart
@@ -126,15 +127,17 @@ def contest(config: ContinualConfig) -> dict[str, dict[str, float]]:
 def measure(run: Path, recipe: Recipe, corpus: str, batches: int) -> float:
     """Bits per byte of a run's newest checkpoint on the held-out text of a corpus."""
     checkpoint = find_checkpoint(run)
-    model = load(checkpoint).eval()
+    device = rank_device()
+    model = load(checkpoint, device).eval()
     data = dataclasses.replace(recipe.data, sources=[SourceConfig(corpus)])
     held_out = open_dataset(data, recipe.seed, "validation", model.config.vocab_size)
     lengths = held_out.tokenizer.byte_lengths()
     nats, text, size = 0.0, 0, data.global_batch_size
     for number in range(batches):
         batch = held_out.batch(range(number * size, (number + 1) * size))
-        nats += float(model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids))
         text += count_bytes(batch.targets, lengths)
+        batch = batch.to(device)
+        nats += float(model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids))
     return bits_per_byte(nats, text)
 
 

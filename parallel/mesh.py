@@ -137,20 +137,27 @@ def layout(config: ParallelConfig, size: int) -> Layout:
     return found
 
 
+def rank_device() -> torch.device:
+    """Where this rank computes: its own GPU if the machine has any, else the CPU. Raises UserError
+    where other ranks have them all."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= found:
+        raise UserError(
+            f"rank {local} of this machine has no GPU of its own ({found} found); start at "
+            "most that many ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cuda", local)
+
+
 @contextmanager
 def process_group(config: ParallelConfig) -> Iterator[Ranks]:
     """Joins the ranks a launcher (torchrun, srun) started; alone, starts nothing."""
     size = world_size()
     shape = layout(config, size)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= found:
-            raise UserError(
-                f"rank {local} of this machine has no GPU of its own ({found} found); start at "
-                "most that many ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES="
-            )
-        device = torch.device("cuda", local)
+    device = rank_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1 and config.engine != "deepspeed":
         yield Ranks(0, 1, device, None)

@@ -30,7 +30,7 @@ from rondo.pretrain.recipe import (
     StageConfig,
     StageDataConfig,
 )
-from rondo.pretrain.run_data import replay_file
+from rondo.pretrain.run_data import replay_file, require_same_recipe
 from rondo.pretrain.stages import (
     EARLIER,
     Stage,
@@ -78,6 +78,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     config = parse_dataclass(AnnealConfig, words, "rondo anneal", ("run",))
     recipe = branch(config)
+    require_same_recipe(Path(recipe.output_dir) / recipe.name, recipe)
     keep_replay(Path(config.run), recipe)
     if config.write is not None:
         Path(config.write).write_text(dump_recipe(recipe))

@@ -5,7 +5,8 @@
 
 Every round runs one global batch twice, as an unweighted and as a weighted training step (metrics
 and update included), and then the next the other way round. Strategy, unit and scope are the
-recipe's; LinUpper where it says uniform. Times are rank 0's.
+recipe's; LinUpper where it says uniform. Weights act from the first step, whatever
+`reweight.warmup_steps`. Times are rank 0's.
 """
 
 from __future__ import annotations
@@ -34,37 +35,55 @@ from rondo.pretrain.train import Trainer
 
 def contest(recipe: Recipe, rounds: int) -> None:
     """Prints one JSON object: median and best seconds of either step, and what weights add."""
-    if recipe.reweight.strategy == "uniform":
-        reweight = dataclasses.replace(recipe.reweight, strategy="linupper")
-        recipe = dataclasses.replace(recipe, reweight=reweight)
-    folder = Path(tempfile.mkdtemp())
-    training, _ = open_data(recipe, folder)
-    with process_group(recipe.parallel) as ranks, StopFlag([]) as stop:
-        trainer = Trainer(recipe, folder, ranks, stop, training, {})
-        plain = dataclasses.replace(
-            recipe, reweight=dataclasses.replace(recipe.reweight, strategy="uniform")
+    recipe = weighted(recipe)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        training, _ = open_data(recipe, folder)
+        with process_group(recipe.parallel) as ranks, StopFlag([]) as stop:
+            trainer = Trainer(recipe, folder, ranks, stop, training, {})
+            seconds = _race(trainer, rounds)
+            if ranks.rank == 0:
+                print(json.dumps(summary(seconds)), flush=True)
+
+
+def weighted(recipe: Recipe) -> Recipe:
+    """`recipe` with samples that are weighted in every step: a warm-up may be a time without."""
+    strategy = recipe.reweight.strategy
+    reweight = dataclasses.replace(
+        recipe.reweight,
+        strategy="linupper" if strategy == "uniform" else strategy,
+        warmup_steps=0,
+    )
+    return dataclasses.replace(recipe, reweight=reweight)
+
+
+def _race(trainer: Trainer, rounds: int) -> dict[str, list[float]]:
+    """Seconds by kind and round, but for the first two."""
+    recipe, ranks = trainer.recipe, trainer.ranks
+    plain = dataclasses.replace(recipe.reweight, strategy="uniform")
+    kinds = {
+        "plain": Reweighting(dataclasses.replace(recipe, reweight=plain), ranks),
+        "weighted": trainer.reweighting,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(rounds + 2):
+        data = recipe.data
+        indices = rank_indices(
+            number,
+            data.global_batch_size,
+            ranks.data_index,
+            ranks.layout.data_size,
+            data.micro_batch_size,
         )
-        kinds = {"plain": Reweighting(plain, ranks), "weighted": trainer.reweighting}
-        seconds: dict[str, list[float]] = {name: [] for name in kinds}
-        for number in range(rounds + 2):
-            data = recipe.data
-            indices = rank_indices(
-                number,
-                data.global_batch_size,
-                ranks.data_index,
-                ranks.layout.data_size,
-                data.micro_batch_size,
-            )
-            batches = [micro_batch(training.batch(chunk), ranks) for chunk in indices]
-            for name in sorted(kinds, reverse=bool(number % 2)):
-                trainer.reweighting = kinds[name]
-                ranks.sum(0.0)  # start together
-                began = time.perf_counter()
-                trainer.step(number, batches)
-                if number >= 2:
-                    seconds[name].append(time.perf_counter() - began)
-        if ranks.rank == 0:
-            print(json.dumps(summary(seconds)), flush=True)
+        batches = [micro_batch(trainer.training.batch(chunk), ranks) for chunk in indices]
+        for name in sorted(kinds, reverse=bool(number % 2)):
+            trainer.reweighting = kinds[name]
+            ranks.sum(0.0)  # start together
+            began = time.perf_counter()
+            trainer.step(number, batches)
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, float]:

@@ -24,13 +24,14 @@ from rondo.errors import UserError
 from rondo.models import load
 from rondo.models.decoder import Decoder
 from rondo.parallel.checkpoint.files import step_folder
-from rondo.parallel.mesh import world_size
+from rondo.parallel.mesh import rank_device, world_size
 from rondo.pretrain.compare_report import Scores, markdown, page, results
 from rondo.pretrain.data import DataError, Sources, TokenDataset, prepare_sources
 from rondo.pretrain.options import help_text, split_arguments
-from rondo.pretrain.parse import dump_recipe, load_recipe
+from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import domain_names
+from rondo.pretrain.run_data import require_same_recipe
 from rondo.pretrain.stages import all_sources, total_steps
 
 USAGE = "rondo compare RECIPE --vary KEY VALUE VALUE... [--seeds N] [--section.key value]..."
@@ -128,11 +129,7 @@ def _check(key: str, folders: Sequence[Path], runs: Sequence[Recipe]) -> None:
     if key in ("seed", "name", "output_dir", "checkpoint.keep") or len({*folders}) < len(folders):
         raise UserError(f"vary: values of {key} do not make runs with folders of their own")
     for folder, run in zip(folders, runs, strict=True):
-        there = folder / "recipe.yaml"
-        if there.is_file() and there.read_text() != dump_recipe(run):
-            raise UserError(
-                f"{folder}: holds a run of another recipe; give another --name, or delete it"
-            )
+        require_same_recipe(folder, run)
 
 
 def variant(
@@ -171,13 +168,15 @@ def domain_loss(model: Decoder, dataset: TokenDataset, sequences: int) -> float:
     sequences = max(1, min(sequences, int(1 / held)))
     for start in range(0, sequences, _CHUNK):
         batch = dataset.batch(range(start, min(start + _CHUNK, sequences)))
+        batch = batch.to(model.output_weight.device)
         total += model.loss(batch.tokens, batch.targets, segment_ids=batch.segment_ids).item()
         tokens += int((batch.targets >= 0).sum())
     return total / max(1.0, tokens)
 
 
 def score_run(path: Path, run: Recipe, domains: dict[str, TokenDataset]) -> None:
-    """Writes the losses (in float32) of all checkpoints of a finished run by step and domain.
+    """Writes the losses (in float32, where training computes) of all checkpoints of a finished run
+    by step and domain.
 
     Raises UserError when one of the checkpoints is missing: losses at equal steps need all.
     """
@@ -187,7 +186,7 @@ def score_run(path: Path, run: Recipe, domains: dict[str, TokenDataset]) -> None
         checkpoint = step_folder(path.parent / "checkpoints", step)
         if not checkpoint.is_dir():
             raise UserError(f"{checkpoint}: missing, and losses are compared at it; delete the run")
-        model = load(checkpoint, dtype=torch.float32).eval()
+        model = load(checkpoint, rank_device(), torch.float32).eval()
         found[str(step)] = {
             name: domain_loss(model, dataset, sequences) for name, dataset in domains.items()
         }

@@ -22,6 +22,8 @@ from rondo.pretrain.typed import RecipeError, Text, build, leaves
 __all__ = ["RecipeError", "bundled_recipes", "dump_recipe", "load_recipe"]
 
 _SUFFIXES = (".yaml", ".yml")
+_LONG = 200
+"""Characters of a value that differs from another, which paths may do at their ends."""
 
 
 def load_recipe(
@@ -59,6 +61,31 @@ def load_recipe(
 def dump_recipe(recipe: Recipe) -> str:
     """YAML with every key, which `load_recipe` reads back equal."""
     return write_yaml(dataclasses.asdict(recipe))
+
+
+def recipe_differences(path: Path, recipe: Recipe) -> list[str]:
+    """Keys whose values in the recipe file at `path` are not those of `recipe`, with both values.
+    Raises RecipeError where there is no YAML in it."""
+    try:
+        there, here = (_flat(read_yaml(text)) for text in (path.read_text(), dump_recipe(recipe)))
+    except ValueError as error:
+        raise RecipeError([str(error)], str(path)) from error
+    return [
+        f"{key}: {show(there[key], _LONG) if key in there else 'none'} there, "
+        f"{show(here[key], _LONG) if key in here else 'none'} now"
+        for key in dict.fromkeys([*there, *here])
+        if (key in there, there.get(key)) != (key in here, here.get(key))
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of plain data by their dotted keys."""
+    if not isinstance(tree, dict | list) or not tree:
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        found |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
 
 
 def bundled_recipes() -> dict[str, str]:

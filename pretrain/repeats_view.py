@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rondo.pretrain.data.duplicates import read_multiplicities
 from rondo.pretrain.data.mixture import Mixture
 from rondo.pretrain.data.repeats import Repeats, account, describe, warnings
 from rondo.pretrain.data.replay import Share
@@ -18,7 +19,7 @@ from rondo.pretrain.stages import all_sources, source_keys, stages_of
 
 
 def planned_repeats(recipe: Recipe) -> list[Repeats] | None:
-    """How `recipe` will read its sources, from their index files alone; None unless each source
+    """How `recipe` will read its sources, without reading their tokens; None unless each source
     names a prepared folder."""
     sources = all_sources(recipe)
     folders = [Path(source.path).expanduser() for source in sources]
@@ -32,7 +33,8 @@ def planned_repeats(recipe: Recipe) -> list[Repeats] | None:
         mixture = Mixture([source.weight for source in stage.sources])
         for key, count in zip(source_keys(stage.sources), mixture.counts(new), strict=True):
             counts[keys.index(key)] += count
-    return account(domain_names(sources), unique, counts, recipe.data.sequence_length)
+    copies = {i: read_multiplicities(folder) for i, folder in enumerate(folders)}
+    return account(domain_names(sources), unique, counts, recipe.data.sequence_length, copies)
 
 
 def show_repeats(recipe: Recipe, parameters: int, console: Console) -> None:

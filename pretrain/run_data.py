@@ -6,11 +6,15 @@ import dataclasses
 import json
 from pathlib import Path
 
+from rondo.errors import UserError
 from rondo.pretrain.data import Curriculum, TokenDataset, prepare_sources, read_seen
 from rondo.pretrain.domains import open_held_out
-from rondo.pretrain.parse import dump_recipe
+from rondo.pretrain.parse import dump_recipe, recipe_differences
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.stages import Stage, all_sources, plan_of, replayed_runs, stages_of
+
+_SHOWN = 3
+"""Differences that a message names."""
 
 
 def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, TokenDataset]]:
@@ -41,6 +45,18 @@ def describe_run(recipe: Recipe, folder: Path, training: Curriculum) -> None:
     by_name = {stage.name: stage for stage in stages_of(recipe)}
     for (name, source), seen in training.seen.items():
         seen.write(replay_file(folder, by_name[name], source))
+
+
+def require_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises UserError where `folder` holds a run of another recipe, and says what differs."""
+    there = folder / "recipe.yaml"
+    different = recipe_differences(there, recipe) if there.is_file() else []
+    if different:
+        more = len(different) - _SHOWN
+        raise UserError(
+            f"{folder}: holds a run of another recipe ({'; '.join(different[:_SHOWN])}"
+            f"{f'; and {more} more' if more > 0 else ''}); give another --name, or delete it"
+        )
 
 
 def replay_file(folder: Path, stage: Stage, source: str) -> Path:

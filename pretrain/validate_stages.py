@@ -108,7 +108,7 @@ def _streaming(recipe: Recipe) -> Iterator[str]:
         if stage.replay is None:
             continue
         for other in stages[: stage.number]:
-            if stage.replay.source not in (other.name, EARLIER):
+            if not {other.name, EARLIER} & {*stage.replay.sources}:
                 continue
             for source in other.sources:
                 if source.streaming:

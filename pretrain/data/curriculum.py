@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rondo.pretrain.data.dataset import Batch, Sample, Sources, TokenDataset, stack
+from rondo.pretrain.data.duplicates import read_multiplicities
 from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.repeats import Repeats, account
 from rondo.pretrain.data.replay import Group, Pool, Pools, Share, groups
@@ -173,7 +174,8 @@ class Curriculum:
         for part in self.parts:
             unique |= part.own.unique_tokens()
             ends |= part.own.ends(part.consumed(part.samples)[0])
-        return account(names, unique, ends, self.sequence_length)
+        copies = {n: read_multiplicities(self._sources.folders[n]) for n in unique}
+        return account(names, unique, ends, self.sequence_length, copies)
 
     def fingerprint(self, step: int = 0) -> str:
         """Hash of everything that the samples before `step` depend on: later stages, and how long

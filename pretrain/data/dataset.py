@@ -76,6 +76,10 @@ class Batch:
     targets: torch.Tensor
     segment_ids: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        return Batch(*(part.to(device) for part in (self.tokens, self.targets, self.segment_ids)))
+
 
 class TokenDataset:
     """The mixture of all sources' `split`, cut into sequences.

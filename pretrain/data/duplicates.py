@@ -5,9 +5,16 @@ Memory is 24 bytes a document (its hash and its length), and as much again while
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rondo.pretrain.data.errors import DataError
+
+DUPLICATES = "duplicates.json"
+"""Where a prepared folder keeps its `duplicate_report`."""
 
 
 def first_copies(hashes: np.ndarray) -> np.ndarray:
@@ -50,6 +57,23 @@ def duplicate_report(hashes: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
             for n in np.unique(times).tolist()
         },
     }
+
+
+def read_multiplicities(folder: Path) -> dict[int, float]:
+    """Of a prepared folder, by how often a text occurs (more than once): the share of all tokens
+    that its copies are. Empty where copies were dropped, or nobody has counted them.
+
+    Raises DataError when the report cannot be read.
+    """
+    path = folder / DUPLICATES
+    if not path.is_file():
+        return {}
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        found = {int(n): float(of["token_share"]) for n, of in report["multiplicities"].items()}
+        return {} if report["dropped"] else {n: share for n, share in found.items() if n > 1}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); prepare the folder again") from error
 
 
 def _groups(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

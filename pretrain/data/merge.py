@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from rondo.pretrain.data.duplicates import duplicate_report, first_copies
+from rondo.pretrain.data.duplicates import DUPLICATES, duplicate_report, first_copies
 from rondo.pretrain.data.shards import Shard
 from rondo.pretrain.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
-DUPLICATES = "duplicates.json"
 LOSS = ".loss.bin"
 """Ends the name of a split's loss mask: a byte a token, 1 where the loss is on it."""
 

@@ -9,6 +9,7 @@ Two results that do not contradict each other:
   Learning from Repeated Data*, arXiv 2205.10487): between `4.2e6 N^-0.56` and `5.1e7 N^-0.50`
   repeats, N the parameters, a small repeated share harms a model much more than its size suggests:
   10% of the tokens made 800M parameters as good as 400M. Fewer repeats and many more are harmless.
+  A text that occurs m times in a source that is read E times is read m E times.
 
 The constants of both are fits by others, taken second-hand: use them as warnings, not predictions.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 R_STAR = 15.4
 """Repeats after which a further one is worth 1/e of a fresh epoch."""
@@ -58,7 +59,10 @@ class Repeats:
     unique: int
     """Tokens that the source has."""
     share: float
-    """Of the tokens of the run."""
+    """Of the tokens that are new in the run: what is replayed is not counted."""
+    copies: Mapping[int, float] = field(default_factory=dict)
+    """By how often a text occurs in the source (more than once), the share of the source's tokens
+    that such texts are."""
 
     @property
     def epochs(self) -> float:
@@ -71,13 +75,18 @@ class Repeats:
 
 
 def account(
-    names: Sequence[str], unique: Mapping[int, int], samples: Mapping[int, int], length: int
+    names: Sequence[str],
+    unique: Mapping[int, int],
+    samples: Mapping[int, int],
+    length: int,
+    copies: Mapping[int, Mapping[int, float]] | None = None,
 ) -> list[Repeats]:
-    """Repeats by source. `unique` tokens (where they are known) and `samples` of `length` tokens
-    each are by the source's place in `names`."""
+    """Repeats by source. `unique` tokens (where they are known), `samples` of `length` tokens each
+    and `copies` (as in `Repeats`) are by the source's place in `names`."""
     total = max(1, sum(samples.values())) * length
+    known = copies or {}
     return [
-        Repeats(names[i], count * length, unique[i], count * length / total)
+        Repeats(names[i], count * length, unique[i], count * length / total, known.get(i, {}))
         for i, count in samples.items()
         if i in unique
     ]
@@ -86,6 +95,10 @@ def account(
 def warnings(found: Sequence[Repeats], parameters: int) -> list[str]:
     """What is worth knowing before a model of so many parameters is trained so."""
     low, high = damage_band(parameters)
+    band = (
+        f"in the band of {low:,.0f} to {high:,.0f} repeats in which a small repeated part harms a "
+        f"model of {parameters:,} parameters"
+    )
     lines = []
     for each in found:
         at = f"data.sources: {each.name} is read {each.epochs:.1f} times"
@@ -96,18 +109,39 @@ def warnings(found: Sequence[Repeats], parameters: int) -> list[str]:
                 "free)"
             )
         if HARMFUL_SHARE <= each.share <= SMALL_SHARE and low <= each.epochs <= high:
+            lines.append(f"{at} and is {each.share:.1%} of the run's new tokens: {band}")
+        if copied := _harmful_copies(each, low, high):
             lines.append(
-                f"{at} and is {each.share:.1%} of the run: in the band of {low:,.0f} to "
-                f"{high:,.0f} repeats in which a small repeated part harms a model of "
-                f"{parameters:,} parameters"
+                f"{copied}: {band}; rondo prepare --drop_duplicates true keeps one of each"
             )
     return lines
+
+
+def _harmful_copies(each: Repeats, low: float, high: float) -> str | None:
+    """Of the texts that occur more than once in a source, those that are read from `low` to `high`
+    times: all together, as corpora have a few of every multiplicity."""
+    shares = {
+        times: each.share * share
+        for times, share in each.copies.items()
+        if low <= times * each.epochs <= high and each.share * share <= SMALL_SHARE
+    }
+    share = sum(shares.values())
+    if share < HARMFUL_SHARE:
+        return None
+    least, most = min(shares), max(shares)
+    times, read = f"{least:,}", f"{least * each.epochs:,.1f}"
+    if most > least:
+        times, read = f"{times} to {most:,}", f"{read} to {most * each.epochs:,.1f}"
+    return (
+        f"data.sources: documents that occur {times} times in {each.name} are read {read} times "
+        f"and are {share:.1%} of the run's new tokens"
+    )
 
 
 def describe(found: Sequence[Repeats]) -> list[str]:
     """A line a source."""
     return [
-        f"{each.name}: {each.share:.1%} of the tokens, {each.tokens:,} of {each.unique:,} unique "
-        f"({each.epochs:.2f} epochs, worth {each.effective:,.0f} fresh tokens)"
+        f"{each.name}: {each.share:.1%} of the new tokens, {each.tokens:,} of {each.unique:,} "
+        f"unique ({each.epochs:.2f} epochs, worth {each.effective:,.0f} fresh tokens)"
         for each in found
     ]

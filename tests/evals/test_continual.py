@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from rondo.evals import continual
 from rondo.evals.continual import ContinualConfig, contest, plans
 from rondo.pretrain import load_recipe
+from rondo.pretrain.data import Batch
 from rondo.pretrain.stages import stages_of
 from rondo.tests.pretrain.test_stages import corpora  # noqa: F401
+
+
+def noting_device(function: Callable, used: list[torch.device]) -> Callable:
+    """`function`, whose second argument is a device, and is kept in `used`."""
+
+    def noted(first: Any, device: torch.device, *others: Any) -> Any:
+        used.append(device)
+        return function(first, device, *others)
+
+    return noted
 
 
 @pytest.mark.quick
@@ -28,7 +43,15 @@ def test_its_runs_are_of_one_budget(tmp_path: Path) -> None:
     assert stage.replay.share == 0.25
 
 
-def test_all_of_it(corpora: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_all_of_it(
+    corpora: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, used = torch.device("cpu", 0), []  # any that `load` and `to` have not by themselves
+    monkeypatch.setattr(continual, "rank_device", lambda: device)
+    for owner, name in ((continual, "load"), (Batch, "to")):
+        monkeypatch.setattr(owner, name, noting_device(getattr(owner, name), used))
     overrides = [
         "--model.dim=16", "--model.num_layers=1", "--model.pattern=[attention]",
         "--model.mixers.attention.num_heads=2", "--data.sequence_length=32",
@@ -48,4 +71,5 @@ def test_all_of_it(corpora: Path, tmp_path: Path) -> None:  # noqa: F811
     assert json.loads((tmp_path / "runs/continual.json").read_text()) == found
     last = json.loads((tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()[-1])
     assert found["base"]["first"] == pytest.approx(last["validation/bits_per_byte"], rel=0.1)
+    assert len(used) == 9 * 2 * (1 + 2) and set(used) == {device}  # runs, languages, batches
     assert "<polyline" in (tmp_path / "runs/continual.html").read_text()

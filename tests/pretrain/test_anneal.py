@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -60,6 +61,30 @@ def test_a_branch_decays_from_the_rate_at_its_step_and_leaves_the_run_alone(
     assert found[0]["loss"] == rows(base / "tiny")[6]["loss"]
     record = json.loads((parts[1] / "step-000000010/samples.json").read_text())
     assert [stage["sources"][0]["samples"] for stage in record["stages"]] == [[0, 48], [48, 80]]
+
+
+def test_another_branch_of_the_same_name_is_refused(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also when it is only to be written; what is there stays as it is."""
+    given = {"--at": "6", "--steps": "4", "--name": "same"}
+
+    def anneal(**changed: str) -> int:
+        options = given | {f"--{key}": value for key, value in changed.items()}
+        return main(["anneal", str(base / "tiny"), *itertools.chain(*options.items())])
+
+    assert anneal() == 0
+    before = digests(base / "same")
+    for changed, message in (
+        ({"steps": "6"}, r"\(stages\.1\.steps: 4 there, 6 now\); give another --name"),
+        ({"shape": "cosine"}, r'decay_shape: "exponential" there, "cosine" now\);'),
+        ({"final_ratio": "0.05"}, r"schedule\.final_ratio: 0\.1 there, 0\.05 now\);"),
+        ({"at": "4"}, r"\(steps: 6 there, 4 now; stages\.0\.steps: .*000000004\" now\);"),
+        ({"steps": "5", "write": str(base / "never.yaml")}, "4 there, 5 now"),
+    ):
+        assert anneal(**changed) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert digests(base / "same") == before and not (base / "never.yaml").exists()
 
 
 def test_a_branch_of_a_stage_goes_on_in_its_replay(base: Path) -> None:

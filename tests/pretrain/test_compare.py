@@ -7,10 +7,15 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from rondo.errors import UserError
+from rondo.parallel.mesh import rank_device
+from rondo.pretrain import compare
 from rondo.pretrain.compare import main, parse_words
 from rondo.pretrain.compare_report import markdown, page, results
+from rondo.pretrain.data import Batch
+from rondo.tests.evals.test_continual import noting_device
 
 SCORES = {
     ("a", 0): {5: {"en": 3.0, "de": 5.0}, 10: {"en": 2.0, "de": 4.0}},
@@ -81,7 +86,27 @@ def test_command_line() -> None:
             parse_words(wrong)
 
 
-def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
+@pytest.mark.quick
+def test_every_rank_has_a_gpu_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert rank_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert rank_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert rank_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"rank 2 .* has no GPU of its own \(2 found\)"):
+        rank_device()
+
+
+def test_runs_are_compared_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, used = torch.device("cpu", 0), []  # any that `load` has not by itself
+    monkeypatch.setattr(compare, "rank_device", lambda: device)
+    for owner, name in ((compare, "load"), (Batch, "to")):
+        monkeypatch.setattr(owner, name, noting_device(getattr(owner, name), used))
     for name, word in (("en", "hello world"), ("de", "guten Tag")):
         lines = (json.dumps({"text": f"{word} {i}. " * 20}) for i in range(30))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -104,6 +129,9 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     assert len(data["rows"]) == 2 * 2 * 3  # values, steps, domains and their mean
     for each in data["rows"]:
         assert len(each["losses"]) == 2 and 0 < each["mean"] < 8
+    # 4 runs of 2 checkpoints, a batch of each domain; the batches go where the model is.
+    assert used.count(device) + used.count(torch.device("cpu")) == 4 * 2 * (1 + 2)
+    assert used.count(device) >= 4 * 2
     final = {each["value"]: each for each in data["rows"] if each["step"] == 4}
     assert final["uniform"]["losses"] != final["linupper"]["losses"]
     assert (folder / "compare.html").is_file()
@@ -112,7 +140,7 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     metrics.unlink()
     assert main(words) == 0 and not metrics.exists()
     assert json.loads((folder / "compare.json").read_text()) == data
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match=r"recipe \(optimizer\.lr: 0\.001 there, 0\.5 now\)"):
         main([*words, "--optimizer.lr=0.5"])
     with pytest.raises(UserError, match="folders of their own"):
         main(["tiny", "--vary", "seed", "1", "2"])

@@ -88,6 +88,12 @@ MISTAKES = [
         "5 steps of warm-up and 5 of decay",
         "9 steps",
     ),
+    (
+        "steps: 100\nschedule: {name: wsd, warmup_steps: 90}",
+        "schedule.warmup_steps",
+        "90 steps of warm-up and 20 of decay do not fit into a run of 100 steps",
+        "decay_steps 0 stands for a fifth",
+    ),
     ("schedule: {name: wsds}", "schedule.name", "infinite_cosine", "did you mean wsd"),
     ("schedule: {warmup_steps: -1}", "schedule.warmup_steps", "at least 0", "got -1"),
     ("schedule: {warmup_steps: 1.5}", "schedule.warmup_steps", "a whole number or text", "1.5"),
@@ -249,6 +255,7 @@ def test_lengths_are_numbers_or_text(tmp_path):
     assert (schedule.warmup_steps, schedule.decay_steps) == ("1%", "20k tokens")
     assert schedule.decay_ends == [90, "40%"]
     assert load("name: x", tmp_path, "--schedule.warmup_steps", "7").schedule.warmup_steps == 7
+    load("name: x\nsteps: 100\nschedule: {name: wsd, warmup_steps: 80%}", tmp_path)
 
 
 def test_overrides_reach_into_defaults_and_earlier_overrides(tmp_path):

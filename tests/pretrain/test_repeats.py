@@ -10,7 +10,12 @@ import pytest
 
 from rondo.models import ModelConfig
 from rondo.pretrain.data import Curriculum, PrepareConfig, Sources, load_tokenizer, prepare
-from rondo.pretrain.data.duplicates import duplicate_report, first_copies
+from rondo.pretrain.data.duplicates import (
+    duplicate_report,
+    first_copies,
+    read_multiplicities,
+)
+from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.repeats import (
     Repeats,
     account,
@@ -60,10 +65,27 @@ def test_warnings_name_the_source_and_the_reason() -> None:
     assert "0.50 epochs" in describe([once])[0]
 
 
+def test_warnings_of_documents_that_occur_more_than_once() -> None:
+    """Copies times epochs against the band (43 to 1,803 at 800M parameters), shares of the run."""
+
+    def found(copies: dict[int, float], epochs: float = 2.0, share: float = 1.0) -> list[str]:
+        return warnings([Repeats("web", round(1e6 * epochs), 10**6, share, copies)], 8 * 10**8)
+
+    [line] = found({2: 0.3, 30: 0.1})
+    assert "occur 30 times in web are read 60.0 times and are 10.0% of the run's new" in line
+    assert "43 to 1,803 repeats" in line and "--drop_duplicates true" in line
+    [line] = found({21: 0.5, 30: 0.004, 50: 0.004, 900: 0.004, 1000: 0.5})  # 42 and 2,000 are out
+    assert "occur 30 to 900 times in web are read 60.0 to 1,800.0 times and are 1.2%" in line
+    assert found({30: 0.1}, epochs=1.0) == []
+    assert found({30: 0.1}, share=0.05) == []  # half a percent of the run
+    assert found({30: 0.6}) == [] and len(found({30: 0.6}, share=0.5)) == 1
+
+
 def test_account_of_shares() -> None:
     found = account(["a", "b"], {0: 100, 1: 4000}, {0: 30, 1: 70}, 10)
     assert [each.epochs for each in found] == [3.0, 0.175]
     assert [each.share for each in found] == [0.3, 0.7]
+    assert [each.copies for each in found] == [{}, {}]
 
 
 def texts(tmp_path, documents: list[str]):
@@ -125,6 +147,17 @@ def test_repetition_that_was_put_in_is_found_and_held_out_text_has_none_of_it(tm
         "1": {"texts": unique, "token_share": pytest.approx(1 - share)},
         "8": {"texts": len(chosen), "token_share": pytest.approx(share)},
     }
+    assert read_multiplicities(folder) == {8: pytest.approx(share)}
+    recipe = Recipe(
+        "x",
+        ModelConfig(),
+        steps=round(1.5 * TokenFile(folder / "train").num_tokens / 160),
+        data=DataConfig([SourceConfig(str(folder))], sequence_length=16, global_batch_size=10),
+    )
+    opened = Curriculum(recipe, Sources([folder], [1.0], load_tokenizer("bytes")))
+    for account_of in (planned_repeats(recipe), opened.repeats(["injected"])):
+        [line] = warnings(account_of, 10**10)  # 10 to 510 repeats
+        assert "occur 8 times in injected are read 12.0 times and are 10.0% of the run" in line
     files = {split: TokenFile(folder / split) for split in ("train", "validation")}
     texts = {name: {bytes(file[i]) for i in range(len(file))} for name, file in files.items()}
     assert len(texts["validation"]) > 50 and not texts["train"] & texts["validation"]
@@ -155,6 +188,12 @@ def test_prepare_reports_duplicates_and_drops_them_if_asked(tmp_path) -> None:
         held = sum(split["documents"] for split in card["splits"].values())
         assert held == (40 if drop else 44) and card["duplicate_documents"] == 4
         assert "duplicates.json" in card["files"]
+    assert read_multiplicities(tmp_path / "kept").keys() == {2, 4}
+    assert read_multiplicities(tmp_path / "dropped") == {}
+    assert read_multiplicities(tmp_path) == {}
+    (tmp_path / "duplicates.json").write_text('{"dropped": false}')
+    with pytest.raises(DataError, match=r"duplicates\.json: cannot be read .'multiplicities'"):
+        read_multiplicities(tmp_path)
     assert reports["kept"] | {"dropped": True} == reports["dropped"]
     times = {n: found["texts"] for n, found in reports["kept"]["multiplicities"].items()}
     assert times == {"1": 38, "2": 1, "4": 1}

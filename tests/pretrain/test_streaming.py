@@ -188,6 +188,10 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     replay = stages + f"{{name: b, data: {{sources: [{one}]}}, replay: {{source: a}}}}]"
     with pytest.raises(UserError, match=r'stage "a" streams .* no tokens are kept to replay'):
         load_recipe("tiny", words(tmp_path, f"--stages={replay}"))
+    listed = replay.replace("b,", "b, data: {sources: [{path: x}]}}, {name: c,")
+    listed = listed.replace("source: a", "source: [b, a], share: [0.1, 0.1]")
+    with pytest.raises(UserError, match=r"stages\.2\.replay: stage \"a\" streams .* no tokens"):
+        load_recipe("tiny", words(tmp_path, f"--stages={listed}"))
     with pytest.raises(UserError, match="shuffle_buffer: must be at least 1, got 0"):
         load_recipe("tiny", words(tmp_path, f"--data.sources=[{other}]"))
     changed = stages + f"{{name: b, data: {{sources: [{{path: {folder}}}]}}}}]"
