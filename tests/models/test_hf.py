@@ -192,7 +192,7 @@ def test_windows_of_qwen3_are_those_that_transformers_derives(tmp_path: Path) ->
     path.write_text(json.dumps({**written, "use_sliding_window": False}))
     assert {spec.name for spec in hf.read_folder(tmp_path)[0].layers()} == {"attention"}
     path.write_text(json.dumps({**written, "use_sliding_window": False, "layer_types": kinds}))
-    with pytest.raises(UserError, match="sliding_attention.* use_sliding_window is not true"):
+    with pytest.raises(UserError, match=r"sliding_attention.* use_sliding_window is not true"):
         hf.read_folder(tmp_path)
     path.write_text(json.dumps({**written, "layer_types": ["chunked_attention"] * 3}))
     with pytest.raises(UserError, match="'chunked_attention' has no counterpart"):
@@ -250,6 +250,33 @@ def test_any_model_is_a_model_of_transformers(tmp_path: Path) -> None:
     assert found == config
     for key, value in model.state_dict().items():
         assert torch.equal(tensors[key], value), key
+
+
+def test_decays_stay_float32_in_a_bfloat16_folder(tmp_path: Path) -> None:
+    """In our class through loading, too; in one of transformers' in the folder alone."""
+    import rondo.models.hf.modeling  # noqa: F401  (registers it)
+
+    model = decoder("mamba2")
+    for name in (hf.RONDO, "Mamba2ForCausalLM"):
+        folder = tmp_path / name
+        hf.write_folder(
+            folder, model.config, model.state_dict(), architecture=name, dtype=torch.bfloat16
+        )
+        tensors = hf.read_folder(folder)[1]
+        for key, value in model.state_dict().items():
+            whole = key in model.float32_names()
+            assert whole == (key.split(".")[-1] in ("A_log", "dt_bias", "D"))
+            expected = value if whole else value.bfloat16()
+            assert torch.equal(tensors[key].float(), expected.float()), (name, key)
+    for dtype in ("auto", torch.float16):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / hf.RONDO, dtype=dtype)
+        found = theirs.decoder.state_dict()
+        for key in model.state_dict():
+            if key in model.float32_names():
+                assert torch.equal(found[key], model.state_dict()[key]), key
+            else:
+                assert found[key].dtype == (torch.bfloat16 if dtype == "auto" else dtype), key
+        assert theirs(tokens()).logits.isfinite().all()
 
 
 def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
