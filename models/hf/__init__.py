@@ -98,15 +98,18 @@ def write_folder(
     if config.lora_rank:
         config, tensors = merged(config, tensors)
     name = choose(config, architecture)
+    with torch.device("meta"):
+        whole = Decoder(config).float32_names()
     if name == RONDO:
         theirs = {f"{PREFIX}{key}": value for key, value in tensors.items()}
         described: dict[str, Any] = rondo_values(config)
-        with torch.device("meta"):
-            kept = {f"{PREFIX}{key}" for key in Decoder(config).float32_names()}
+        kept = {f"{PREFIX}{key}" for key in whole}
     else:
         one = ARCHITECTURES[name]
-        theirs = to_theirs(one.bonds(config), {k: v.float() for k, v in tensors.items()})
-        described, kept = {"model_type": one.model_type, **one.write(config)}, set()
+        bonds = one.bonds(config)
+        theirs = to_theirs(bonds, {k: v.float() for k, v in tensors.items()})
+        described = {"model_type": one.model_type, **one.write(config)}
+        kept = {bond.theirs for bond in bonds if whole.issuperset(bond.ours)}
     for key, value in theirs.items():
         if value.is_floating_point() and key not in kept:
             theirs[key] = value.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rondo.errors import UserError
 from rondo.models.config import LayerSpec, ModelConfig, make_options
 from rondo.models.hf.bonds import Bond, same
 from rondo.models.hf.common import (
@@ -16,6 +17,7 @@ from rondo.models.hf.common import (
     swiglu_bonds,
 )
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 NORMS = {"mixer_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
@@ -47,9 +49,7 @@ class Llama:
         values = {**sizes(config), **attention_values(config, specs[0])}
         windows = [_options(spec)["window"] for spec in specs]
         if self.qk_norm:
-            values["layer_types"] = [
-                "full_attention" if window is None else "sliding_attention" for window in windows
-            ]
+            values["layer_types"] = [FULL if window is None else SLIDING for window in windows]
             window = next((w for w in windows if w is not None), None)
             values |= {"use_sliding_window": window is not None, "sliding_window": window}
         return values
@@ -65,15 +65,15 @@ class Llama:
             "rope_theta": read_rope(values),
             "qk_norm": self.qk_norm,
         }
-        kinds = values.get("layer_types") or ["full_attention"] * int(values["num_hidden_layers"])
+        kinds = self.layer_types(values)
         mixers: dict[str, dict[str, Any]] = {"attention": options}
-        if "sliding_attention" in kinds:
+        if SLIDING in kinds:
             mixers["window"] = {
                 "kind": "attention",
                 **options,
-                "window": int(values["sliding_window"]),
+                "window": int(values.get("sliding_window", 4096)),
             }
-        names = {"full_attention": "attention", "sliding_attention": "window"}
+        names = {FULL: "attention", SLIDING: "window"}
         return {
             "vocab_size": int(values["vocab_size"]),
             "dim": int(values["hidden_size"]),
@@ -84,6 +84,10 @@ class Llama:
             "pattern": [names[kind] for kind in kinds],
             "mixers": mixers,
         }
+
+    def layer_types(self, values: Mapping[str, Any]) -> list[str]:
+        """The kind of attention of each layer, from their config.json. Raises UserError."""
+        return [FULL] * int(values["num_hidden_layers"])
 
     def bonds(self, config: ModelConfig) -> list[Bond]:
         """All tensors."""
@@ -101,6 +105,23 @@ class Qwen3(Llama):
     """`Qwen3ForCausalLM`: queries and keys are normalised per head; windows in some layers."""
 
     name, model_type, qk_norm = "Qwen3ForCausalLM", "qwen3", True
+
+    def layer_types(self, values: Mapping[str, Any]) -> list[str]:
+        """As transformers has it: what `layer_types` says; without it, windows from layer
+        `max_window_layers` (default 28) on, where `use_sliding_window` is on."""
+        layers, kinds = int(values["num_hidden_layers"]), values.get("layer_types")
+        slides = values.get("use_sliding_window") and values.get("sliding_window", 1) is not None
+        if kinds is None:
+            first = int(values.get("max_window_layers", 28)) if slides else layers
+            return [SLIDING if i >= first else FULL for i in range(layers)]
+        if others := sorted({*kinds} - {FULL, SLIDING}):
+            raise UserError(f"config.json: layer_types: {others[0]!r} has no counterpart")
+        if SLIDING in kinds and not slides:
+            raise UserError(
+                f"config.json: layer_types has {SLIDING!r}, but use_sliding_window is not true or "
+                "sliding_window is null"
+            )
+        return [*kinds]
 
 
 def attention_bonds(ours: str, theirs: str, *, qk_norm: bool) -> list[Bond]:

@@ -6,6 +6,7 @@ model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -83,6 +84,10 @@ class RondoForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         assert config.rondo is not None, "config.json of a RondoForCausalLM has the key `rondo`"
         self.decoder = Decoder(ModelConfig(**config.rondo), seed=0)
+        # Patterns: what stays float32 when the rest is loaded as bfloat16 or float16.
+        self._keep_in_fp32_modules_strict = {
+            rf"^decoder\.{re.escape(name)}$" for name in self.decoder.float32_names()
+        }
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,36 @@ def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     assert torch.equal(written(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
 
 
+def test_windows_of_qwen3_are_those_that_transformers_derives(tmp_path: Path) -> None:
+    """In folders without `layer_types`."""
+    values = {**THEIRS["Qwen3"], "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 3}
+    del values["layer_types"]
+    config = transformers.Qwen3Config(**values, max_window_layers=1)
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    kinds = written.pop("layer_types")
+    assert kinds == ["full_attention", "sliding_attention", "sliding_attention"]
+    path.write_text(json.dumps(written))
+    found, tensors = hf.read_folder(tmp_path)
+    assert [spec.name for spec in found.layers()] == ["attention", "window", "window"]
+    model = Decoder(found)
+    model.load_state_dict(tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            our_logits(model, tokens()), theirs(tokens()).logits, rtol=0, atol=1e-4
+        )
+    path.write_text(json.dumps({**written, "use_sliding_window": False}))
+    assert {spec.name for spec in hf.read_folder(tmp_path)[0].layers()} == {"attention"}
+    path.write_text(json.dumps({**written, "use_sliding_window": False, "layer_types": kinds}))
+    with pytest.raises(UserError, match=r"sliding_attention.* use_sliding_window is not true"):
+        hf.read_folder(tmp_path)
+    path.write_text(json.dumps({**written, "layer_types": ["chunked_attention"] * 3}))
+    with pytest.raises(UserError, match="'chunked_attention' has no counterpart"):
+        hf.read_folder(tmp_path)
+
+
 def test_any_model_is_a_model_of_transformers(tmp_path: Path) -> None:
     """Logits whatever the padding, the loss, `generate` token by token, and saved once more."""
     import rondo.models.hf.modeling  # noqa: F401  (registers it)
@@ -219,6 +250,33 @@ def test_any_model_is_a_model_of_transformers(tmp_path: Path) -> None:
     assert found == config
     for key, value in model.state_dict().items():
         assert torch.equal(tensors[key], value), key
+
+
+def test_decays_stay_float32_in_a_bfloat16_folder(tmp_path: Path) -> None:
+    """In our class through loading, too; in one of transformers' in the folder alone."""
+    import rondo.models.hf.modeling  # noqa: F401  (registers it)
+
+    model = decoder("mamba2")
+    for name in (hf.RONDO, "Mamba2ForCausalLM"):
+        folder = tmp_path / name
+        hf.write_folder(
+            folder, model.config, model.state_dict(), architecture=name, dtype=torch.bfloat16
+        )
+        tensors = hf.read_folder(folder)[1]
+        for key, value in model.state_dict().items():
+            whole = key in model.float32_names()
+            assert whole == (key.split(".")[-1] in ("A_log", "dt_bias", "D"))
+            expected = value if whole else value.bfloat16()
+            assert torch.equal(tensors[key].float(), expected.float()), (name, key)
+    for dtype in ("auto", torch.float16):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / hf.RONDO, dtype=dtype)
+        found = theirs.decoder.state_dict()
+        for key in model.state_dict():
+            if key in model.float32_names():
+                assert torch.equal(found[key], model.state_dict()[key]), key
+            else:
+                assert found[key].dtype == (torch.bfloat16 if dtype == "auto" else dtype), key
+        assert theirs(tokens()).logits.isfinite().all()
 
 
 def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
