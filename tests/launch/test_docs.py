@@ -78,9 +78,7 @@ def test_commands_of_a_folder_are_valid(folder: str, least: int, path: Path) -> 
 
 
 def test_a_command_that_a_page_gets_wrong_is_noticed(path: Path) -> None:
-    text = (
-        "    torchrun --nproc-per-node 8 -m rondo.pretrain tiny \\\n        --steps 3  # few\n"
-    )
+    text = "    torchrun --nproc-per-node 8 -m rondo.pretrain tiny \\\n        --steps 3  # few\n"
     (words,) = commands("torchrun", text)
     assert words[-3:] == ["tiny", "--steps", "3"]
     with pytest.raises(UserError, match=r"micro_batch_size: 4 does not divide"):
