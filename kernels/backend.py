@@ -26,6 +26,8 @@ def choose(
     implementations: Mapping[str, Callable],
     device: torch.device,
     refusal: str | None = None,
+    *,
+    reason: str = "asked for",
 ) -> Callable:
     """Returns the implementation of `operator` that `backend` names.
 
@@ -37,6 +39,7 @@ def choose(
             imports it when it is called.
         device: where the inputs live.
         refusal: why the Triton kernel cannot serve this call, or None.
+        reason: why it is this `backend`, for the log, where it is not "auto".
 
     Raises:
         ValueError: `backend` is unknown, has no implementation, or cannot serve this call.
@@ -45,7 +48,7 @@ def choose(
     if backend == "auto":
         name, reason = _best(operator, implementations, device.type, refusal)
     else:
-        name, reason = backend, "asked for"
+        name = backend
     if name not in implementations:
         raise ValueError(
             f"{operator}: backend {backend!r} is not available; "

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "evals": {"pretrain", "models", "errors"},
     "launch": {"errors"},
 }
-MAY_USE = {"kernels": {"torch", "triton", "flash_attn"}, "launch": set()}
+MAY_USE = {"kernels": {"torch", "triton", "flash_attn", "flash_attn_interface"}, "launch": set()}
 
 
 def sources(folder: str) -> list[Path]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rondo.kernels.backend import choose
 from rondo.kernels.softmax_attention.chunked import chunked_attention, chunked_attention_lse
-from rondo.kernels.softmax_attention.flash import flash_attention, flash_serves
+from rondo.kernels.softmax_attention.flash import flash_attention, flash_refusal
 from rondo.kernels.softmax_attention.prefix import attend_prefix
 from rondo.kernels.softmax_attention.reference import reference_attention, reference_attention_lse
 
@@ -63,13 +63,23 @@ def attention(
     check_inputs(q, k, v, window, segment_ids, key_segment_ids)
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids
-    if backend == "auto" and not return_lse and flash_serves(q, k, v):
-        backend = "flash"
-    run = choose("attention", backend, LSE if return_lse else IMPLEMENTATIONS, q.device)
+    reason = "asked for"
+    if backend == "auto":
+        backend, reason = _best(q, k, v, return_lse)
+    implementations = LSE if return_lse else IMPLEMENTATIONS
+    run = choose("attention", backend, implementations, q.device, reason=reason)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= k.shape[1]:
         window = None
     return run(q, k, v, window, scale, segment_ids, key_segment_ids)
+
+
+def _best(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> tuple[str, str]:
+    """What "auto" takes, and why; "auto" itself where nothing is to be said of flash."""
+    refusal = "it has no gradient of the log-sum-exp" if return_lse else flash_refusal(q, k, v)
+    if refusal is None:
+        return "flash", "first of flash, chunked, reference: the package takes these inputs"
+    return ("chunked", f"flash cannot: {refusal}") if q.device.type == "cuda" else ("auto", "")
 
 
 def check_inputs(

@@ -1,11 +1,14 @@
 """Attention by the flash-attn package (CUDA, float16 or bfloat16).
 
 Version 2 is the module `flash_attn`; version 3, for Hopper GPUs, is `flash_attn_interface`. The
-keywords used here mean the same in both.
+keywords used here mean the same in both. By default their backward pass adds up in any order; a
+run that is killed and goes on bit by bit needs `deterministic`, which takes more time and memory.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 from typing import Any
 
@@ -17,12 +20,7 @@ HALF = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
 
-def flash_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """True where the package is installed and takes inputs of this kind."""
-    return _refusal(q, k, v) is None
-
-
-def _refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def flash_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why flash-attn cannot take these inputs, or None."""
     if q.device.type != "cuda":
         return f"it needs CUDA tensors, got {q.device.type}"
@@ -33,16 +31,34 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             f"it needs equal head dims of at most {MAX_HEAD_DIM}, "
             f"got {q.shape[-1]} for q and {v.shape[-1]} for v"
         )
-    if _package(q.device) is None:
-        return "it is not installed: pip install flash-attn --no-build-isolation"
-    return None
+    return _absence(_is_hopper(q.device))
 
 
-def _package(device: torch.device) -> str | None:
-    """Name of the module to call: version 3 where it is installed and the GPU is one of its kind,
-    else version 2."""
-    names = ["flash_attn_interface", "flash_attn"] if _is_hopper(device) else ["flash_attn"]
-    return next((name for name in names if importlib.util.find_spec(name) is not None), None)
+@torch.compiler.assume_constant_result
+def _package(hopper: bool) -> str:
+    """Name of the module to call."""
+    return _find(hopper)[0]
+
+
+@torch.compiler.assume_constant_result
+def _absence(hopper: bool) -> str | None:
+    """Why that module cannot be called, or None."""
+    return _find(hopper)[1]
+
+
+@functools.cache
+def _find(hopper: bool) -> tuple[str, str | None]:
+    """Version 3 where it is installed and the GPU is one of its kind, else version 2; and what
+    is wrong with it, or None."""
+    for name in ("flash_attn_interface", "flash_attn") if hopper else ("flash_attn",):
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return name, f"{name} is installed but cannot be imported: {error}"
+        return name, None
+    return "flash_attn", "it is not installed: pip install flash-attn --no-build-isolation"
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -63,14 +79,19 @@ def flash_attention(
     Raises:
         ValueError: the inputs are none that flash-attn takes, or it is not installed.
     """
-    reason = _refusal(q, k, v)
+    reason = flash_refusal(q, k, v)
     if reason is not None:
         raise ValueError(f"attention: backend 'flash' cannot run: {reason}")
-    package: Any = importlib.import_module(str(_package(q.device)))
+    package: Any  # by statements, through which torch.compile sees
+    if _package(_is_hopper(q.device)) == "flash_attn":
+        import flash_attn as package
+    else:
+        import flash_attn_interface as package
     # flash-attn counts the keys to the left of a query, without the query itself, and aligns
     # queries with the last keys.
     left = -1 if window is None else window - 1
-    options = {"softmax_scale": scale, "causal": True, "window_size": (left, 0)}
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "window_size": (left, 0)}
+    options["deterministic"] = True
     if segment_ids is None or key_segment_ids is None:
         return package.flash_attn_func(q, k, v, **options)
     query_bounds, key_bounds = _bounds(segment_ids, key_segment_ids)

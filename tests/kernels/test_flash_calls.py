@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rondo.kernels import attention
+from rondo.kernels import attention, backend
+from rondo.kernels import softmax_attention as attention_module
 from rondo.kernels.softmax_attention import flash
 from rondo.tests.kernels import attention_checks as checks
 from rondo.tests.kernels.test_attention import documents
@@ -44,16 +48,20 @@ def one_sequence(
 def package(name: str, calls: Calls) -> ModuleType:
     """The stand-in for version 2 (`flash_attn`) or 3."""
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, window: Any) -> Tensor:
-        calls.append({"name": "dense", "window": window, "scale": scale, "causal": causal})
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, window: Any, same: bool
+    ) -> Tensor:
+        call = {"name": "dense", "window": window, "scale": scale, "causal": causal}
+        calls.append(call | {"deterministic": same})
         rows = zip(q, k, v, strict=True)
         return torch.stack([one_sequence(*row, scale, causal, window) for row in rows])
 
     def varlen(
         qkv: tuple[Tensor, Tensor, Tensor], bounds: Any, longest: Any, *options: Any
     ) -> Tensor:
-        scale, causal, window = options
-        calls.append({"name": "varlen", "bounds": bounds, "longest": longest, "window": window})
+        scale, causal, window, same = options
+        call = {"name": "varlen", "bounds": bounds, "longest": longest, "window": window}
+        calls.append(call | {"deterministic": same})
         for x, bound, most in zip(qkv, (*bounds, bounds[1]), (*longest, longest[1]), strict=True):
             assert x.ndim == 3 and x.stride(-1) == 1
             assert bound.dtype == torch.int32 and bound[0] == 0 and bound[-1] == x.shape[0]
@@ -67,18 +75,18 @@ def package(name: str, calls: Calls) -> ModuleType:
     # fmt: off
     def func2(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
               softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):
-        return dense(q, k, v, softmax_scale, causal, window_size)
+        return dense(q, k, v, softmax_scale, causal, window_size, deterministic)
 
     def varlen2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
                 softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                 alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
         return varlen((q, k, v), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k),
-                      softmax_scale, causal, window_size)
+                      softmax_scale, causal, window_size, deterministic)
 
     def func3(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
               v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1,
               pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):
-        return dense(q, k, v, softmax_scale, causal, window_size)
+        return dense(q, k, v, softmax_scale, causal, window_size, deterministic)
 
     def varlen3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
                 seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None,
@@ -86,7 +94,7 @@ def package(name: str, calls: Calls) -> ModuleType:
                 softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
                 return_attn_probs=False):
         return varlen((q, k, v), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k),
-                      softmax_scale, causal, window_size)
+                      softmax_scale, causal, window_size, deterministic)
     # fmt: on
 
     module: Any = ModuleType(name)
@@ -97,12 +105,21 @@ def package(name: str, calls: Calls) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Packages are looked for again, now and after."""
+    flash._find.cache_clear()
+    yield
+    flash._find.cache_clear()
+
+
 @pytest.fixture(params=["flash_attn", "flash_attn_interface"])
-def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Calls:
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, anew: None) -> Calls:
     """The package is there and takes CPU tensors of float64; what it is called with."""
     found: Calls = []
     monkeypatch.setitem(sys.modules, request.param, package(request.param, found))
-    monkeypatch.setattr(flash, "_refusal", lambda *qkv: None)
+    monkeypatch.setattr(flash, "flash_refusal", lambda *qkv: None)
+    monkeypatch.setattr(attention_module, "flash_refusal", lambda *qkv: None)
     monkeypatch.setattr(flash, "_is_hopper", lambda device: request.param != "flash_attn")
     return found
 
@@ -117,6 +134,7 @@ def test_outputs_and_gradients_are_the_references(
         checks.check_reference(WHERE, shape, window, packed, groups)
         (call,) = calls
         assert call["name"] == ("varlen" if packed else "dense")
+        assert call["deterministic"] is True  # its default is not, and resume is bit by bit
         # The query itself is not counted; a window over all keys is none.
         left = -1 if window is None or window >= shape[1] else window - 1
         assert call["window"] == (left, 0)
@@ -141,17 +159,47 @@ def test_scale_and_the_rest_of_attention(calls: Calls) -> None:
     checks.check_large_scores(WHERE)
 
 
-def test_auto_takes_the_package_where_it_serves(calls: Calls) -> None:
+def test_auto_takes_the_package_where_it_serves_and_says_why(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     qkv, ids = checks.inputs(9), documents(9)
     expected = attention(*qkv, segment_ids=ids, backend="flash")
-    torch.testing.assert_close(attention(*qkv, segment_ids=ids), expected)
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level(logging.INFO, backend.logger.name):
+        torch.testing.assert_close(attention(*qkv, segment_ids=ids), expected)
     assert [call["name"] for call in calls] == ["varlen", "varlen"]
+    assert "attention runs on backend flash (first of flash, chunked" in caplog.text
 
 
-def test_without_hopper_version_3_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+def test_a_package_that_cannot_be_imported_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, anew: None
+) -> None:
+    """It is tried once; "auto" then takes what it can, and says why."""
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(flash, "_is_hopper", lambda device: False)
+    q, k, v = (x.bfloat16() for x in checks.inputs(9))
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
+    reason = flash.flash_refusal(q, k, v)
+    assert reason is not None
+    assert "installed but cannot be imported: undefined symbol: _ZN3c10" in reason
+    assert attention_module._best(q, k, v, False) == ("chunked", f"flash cannot: {reason}")
+    (tmp_path / "flash_attn.py").unlink()
+    assert flash.flash_refusal(q, k, v) == reason
+
+
+def test_a_compiled_graph_is_not_broken(calls: Calls) -> None:
+    qkv = checks.inputs(9)
+    run = torch.compile(lambda *qkv: attention(*qkv), backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(*qkv), attention(*qkv, backend="reference"))
+    assert calls
+
+
+def test_without_hopper_version_3_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, anew: None
+) -> None:
     for name in ("flash_attn", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, package(name, []))
-    assert flash._package(cpu) == "flash_attn"
-    monkeypatch.setattr(flash, "_is_hopper", lambda device: True)
-    assert flash._package(cpu) == "flash_attn_interface"
+    assert flash._package(False) == "flash_attn"
+    assert flash._package(True) == "flash_attn_interface"

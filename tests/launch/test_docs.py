@@ -1,15 +1,18 @@
-"""What the README shows is true."""
+"""What the READMEs show is true."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rondo.errors import UserError
 from rondo.launch.cli import _COMMANDS
+from rondo.launch.options import parse_launch
 from rondo.pretrain import load_recipe
 
 pytestmark = pytest.mark.quick
@@ -17,10 +20,12 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def commands(start: str) -> list[list[str]]:
-    """Indented lines of the README that begin with `start`, without their comments."""
-    lines = re.findall(rf"^    ({start} .*)$", README, re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
+def commands(start: str, text: str = README) -> list[list[str]]:
+    """Indented lines that begin with `start`, joined where one goes on in the next, without their
+    comments: what follows a `#` or three spaces."""
+    lines = re.findall(rf"^    ({start} (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    joined = (re.sub(r"\\\n\s*", "", line) for line in lines)
+    return [shlex.split(re.sub(r" {3,}.*", "", line), comments=True) for line in joined]
 
 
 @pytest.fixture
@@ -51,8 +56,47 @@ def test_the_recipe_in_the_readme_runs_on_the_ranks_shown(path: Path) -> None:
     found = commands("torchrun")
     assert len(found) >= 3
     for words in found:
-        ranks, name = int(words[words.index("--nproc-per-node") + 1]), words.index("my.yaml")
-        load_recipe(path, words[name + 1 :], world_size=ranks)
+        check_torchrun(words, path)
+
+
+@pytest.mark.parametrize(("folder", "least"), [("parallel", 4), ("pretrain", 4), ("launch", 9)])
+def test_commands_of_a_folder_are_valid(folder: str, least: int, path: Path) -> None:
+    """Of `rondo` and of torchrun, with the recipe of the first page where one says my.yaml."""
+    text = (ROOT / folder / "README.md").read_text()
+    own, torchrun = commands("rondo", text), commands("torchrun", text)
+    assert len(own) + len(torchrun) >= least
+    for _, name, *words in own:
+        assert name in _COMMANDS
+        if name == "train" and "--help" not in words:
+            load_recipe(named(words[0], path), words[1:])
+        elif name == "launch":
+            options, overrides = parse_launch(words)
+            ranks = getattr(options, "nodes", 1) * (options.processes or options.gpus)
+            load_recipe(named(options.recipe, path), overrides, world_size=ranks)
+    for words in torchrun:
+        check_torchrun(words, path)
+
+
+def test_a_command_that_a_page_gets_wrong_is_noticed(path: Path) -> None:
+    text = "    torchrun --nproc-per-node 8 -m rondo.pretrain tiny \\\n        --steps 3  # few\n"
+    (words,) = commands("torchrun", text)
+    assert words[-3:] == ["tiny", "--steps", "3"]
+    with pytest.raises(UserError, match=r"micro_batch_size: 4 does not divide"):
+        check_torchrun(words, path)
+
+
+def check_torchrun(words: list[str], path: Path) -> None:
+    """The module of a torchrun command is there, and its recipe runs on the ranks shown."""
+    ranks, at = int(words[words.index("--nproc-per-node") + 1]), words.index("-m")
+    module, recipe, *overrides = words[at + 1 :]
+    assert find_spec(module) is not None
+    if module == "rondo.pretrain":
+        load_recipe(named(recipe, path), overrides, world_size=ranks)
+
+
+def named(recipe: str, path: Path) -> str | Path:
+    """A bundled recipe by its name; the README's by its file."""
+    return path if recipe == "my.yaml" else recipe
 
 
 def test_targets_in_the_readme_exist() -> None:
