@@ -37,7 +37,7 @@ def test_rows_hold_answers_beside_words() -> None:
         assert [pairs[key] for key in row[6:]] == asked[6:]
     for name, task in TASKS.items():  # every text ends with an answer, and every word is known
         size = task.sizes[0]
-        assert (rows(name, size, "test", 3, 0).answers[:, -1] >= 0).all()
+        assert (rows(task.kind or name, size, "test", 3, 0).answers[:, -1] >= 0).all()
 
 
 def test_training_is_repeatable_and_learns() -> None:
@@ -82,6 +82,19 @@ def test_cells_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         short_tasks([*words, "--steps", "3"])
     with pytest.raises(UserError, match="tasks: unknown 'party'"):
         short_tasks(["--tasks", "party"])
+
+
+def test_a_task_may_be_another_length_of_a_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rondo.evals.short_tasks.TEXTS", 50)
+    words = ["--mixers", "attention", "--seeds", "1", "--steps", "1", "--samples", "5"]
+    tasks = ["--tasks", "parity_40,cycle_navigation_100", "--output", str(tmp_path)]
+    assert short_tasks([*words, *tasks]) == 0
+    head, _, guess, _ = (tmp_path / "table.md").read_text().splitlines()
+    sizes = ("parity_40 40", "parity_40 128", "parity_40 256", "cycle_navigation_100 100")
+    assert head == f"| mixer | {' | '.join(sizes)} |"
+    assert guess == "| guess | 0.50 | 0.50 | 0.50 | 0.20 |"
 
 
 def test_the_table_shows_mean_and_spread() -> None:
