@@ -56,8 +56,8 @@ class MoEOptions:
     z_loss: float = field(default=0.0, metadata={"zero": True})
     """Coefficient of the mean squared log-sum-exp of the logits."""
     bias_rate: float = field(default=0.0, metadata={"zero": True})
-    """Balances without a loss: after a step, each expert's bias in the choice moves by so much
-    towards an even load (arXiv 2408.15664)."""
+    """Balances without a loss (set `balance_loss` to 0 then): after a step, each expert's bias in
+    the choice moves by so much towards an even load (arXiv 2408.15664)."""
     freeze_router: bool = False
     """Keep the routers as they are, what layers share of them and biases in the choice included."""
 

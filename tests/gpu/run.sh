@@ -7,7 +7,7 @@ sees_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
 for python in "$PYTHON" "$BIN/python"; do
     if "$python" -c "$sees_gpu" 2>/dev/null; then
         export PYTHONPATH=.typing
-        "$python" -m pytest tests/gpu tests/kernels/test_triton_*.py
+        "$python" -m pytest tests/gpu tests/kernels/test_triton_*.py tests/kernels/test_expert_rows.py
         tests=$?
         "$python" -m rondo.kernels.bench && "$python" -m rondo.pretrain.bench_presets && exit $tests
         exit 1
