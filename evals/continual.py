@@ -30,7 +30,6 @@ from rich.table import Table
 from rondo.errors import UserError, run_command
 from rondo.models import load
 from rondo.models.loading import find_checkpoint
-from rondo.parallel.mesh import rank_device
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.data import bits_per_byte, count_bytes, open_dataset
 from rondo.pretrain.line_chart import html_page, line_chart
@@ -127,7 +126,7 @@ def contest(config: ContinualConfig) -> dict[str, dict[str, float]]:
 def measure(run: Path, recipe: Recipe, corpus: str, batches: int) -> float:
     """Bits per byte of a run's newest checkpoint on the held-out text of a corpus."""
     checkpoint = find_checkpoint(run)
-    device = rank_device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(checkpoint, device).eval()
     data = dataclasses.replace(recipe.data, sources=[SourceConfig(corpus)])
     held_out = open_dataset(data, recipe.seed, "validation", model.config.vocab_size)

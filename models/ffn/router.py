@@ -22,8 +22,8 @@ class Router(nn.Module):
     """Base of the routers.
 
     A subclass sets `Options` (a dataclass of its hyper-parameters) and writes `forward`. Its
-    parameters and all that its forward pass computes are float32, also where `x` is not. What it hands to the router
-    of the next mixture, it names in `carried`.
+    parameters and all that its forward pass computes are float32, also where `x` is not. What it
+    hands to the router of the next mixture, it names in `carried`.
     """
 
     Options: ClassVar[type]
