@@ -123,10 +123,15 @@ def contest(config: ContinualConfig) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
+def compute_device() -> str:
+    """Where training computes."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def measure(run: Path, recipe: Recipe, corpus: str, batches: int) -> float:
     """Bits per byte of a run's newest checkpoint on the held-out text of a corpus."""
     checkpoint = find_checkpoint(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(compute_device())
     model = load(checkpoint, device).eval()
     data = dataclasses.replace(recipe.data, sources=[SourceConfig(corpus)])
     held_out = open_dataset(data, recipe.seed, "validation", model.config.vocab_size)

@@ -49,7 +49,7 @@ def test_all_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device, used = torch.device("cpu", 0), []  # any that `load` and `to` have not by themselves
-    monkeypatch.setattr(continual, "rank_device", lambda: device)
+    monkeypatch.setattr(continual, "compute_device", lambda: str(device))
     for owner, name in ((continual, "load"), (Batch, "to")):
         monkeypatch.setattr(owner, name, noting_device(getattr(owner, name), used))
     overrides = [
