@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rondo.errors import UserError, run_command
+from rondo.evals.run import pick_device
 from rondo.models import load
 from rondo.models.loading import find_checkpoint
 from rondo.pretrain import load_recipe, train
@@ -35,6 +36,7 @@ from rondo.pretrain.data import bits_per_byte, count_bytes, open_dataset
 from rondo.pretrain.line_chart import html_page, line_chart
 from rondo.pretrain.options import parse_command
 from rondo.pretrain.recipe import Recipe, SourceConfig
+from rondo.pretrain.reweight import domain_names
 
 REPLAYS = (0, 5, 25, 50)
 """Percent of the second language's samples."""
@@ -116,22 +118,18 @@ def contest(config: ContinualConfig) -> dict[str, dict[str, float]]:
             "first": measure(output / name, recipe, config.first, config.batches),
             "second": measure(output / name, recipe, config.second, config.batches),
         }
+    languages = domain_names([SourceConfig(config.first), SourceConfig(config.second)])
     (output / "continual.json").write_text(json.dumps(found, indent=1))
-    (output / "continual.html").write_text(_page(found), "utf-8")
-    Console(width=120).print(_table(found))
+    (output / "continual.html").write_text(_page(found, languages), "utf-8")
+    Console(width=120).print(_table(found, languages))
     return found
 
 
 @torch.no_grad()
-def compute_device() -> str:
-    """Where training computes."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def measure(run: Path, recipe: Recipe, corpus: str, batches: int) -> float:
     """Bits per byte of a run's newest checkpoint on the held-out text of a corpus."""
     checkpoint = find_checkpoint(run)
-    device = torch.device(compute_device())
+    device = torch.device(pick_device("auto"))
     model = load(checkpoint, device).eval()
     data = dataclasses.replace(recipe.data, sources=[SourceConfig(corpus)])
     held_out = open_dataset(data, recipe.seed, "validation", model.config.vocab_size)
@@ -156,33 +154,35 @@ def _rows(found: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     return rows
 
 
-_HEADS = ("run", "first", "second", "mean", "forgotten of the first")
+def _heads(languages: Sequence[str]) -> list[str]:
+    return ["run", *languages, "mean", f"{languages[0]} forgotten"]
 
 
-def _table(found: dict[str, dict[str, float]]) -> Table:
-    table = Table(*_HEADS, title="held-out bits per byte")
+def _table(found: dict[str, dict[str, float]], languages: Sequence[str]) -> Table:
+    table = Table(*_heads(languages), title="held-out bits per byte")
     for row in _rows(found):
         table.add_row(*row)
     return table
 
 
-def _page(found: dict[str, dict[str, float]]) -> str:
+def _page(found: dict[str, dict[str, float]], languages: Sequence[str]) -> str:
     """Both languages over the share that is replayed, and the table."""
+    keys = list(zip(("first", "second"), languages, strict=True))
     lines = {
-        f"{which} language": [(share, found[f"replay-{share}"][which]) for share in REPLAYS]
-        for which in ("first", "second")
+        language: [(share, found[f"replay-{share}"][key]) for share in REPLAYS]
+        for key, language in keys
     }
-    for which in ("first", "second"):
-        ceiling = found["union"][which]
-        lines[f"{which} language, union"] = [(REPLAYS[0], ceiling), (REPLAYS[-1], ceiling)]
+    for key, language in keys:
+        ceiling = found["union"][key]
+        lines[f"{language}, union"] = [(REPLAYS[0], ceiling), (REPLAYS[-1], ceiling)]
     low = min(value for points in lines.values() for _, value in points)
-    heads = "".join(f"<th>{escape(head)}</th>" for head in _HEADS)
+    heads = "".join(f"<th>{escape(head)}</th>" for head in _heads(languages))
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
         for row in _rows(found)
     )
     title = "Continual pretraining: bits per byte by percent replayed"
-    picture = line_chart(lines, last=REPLAYS[-1], low=low, form=".3f")
+    picture = line_chart(lines, last=REPLAYS[-1], low=low, form=".3f", ticks=REPLAYS)
     table = f"<table><tr>{heads}</tr>{rows}</table>"
     return html_page(title, [f"<h1>{title}</h1>", picture, table])
 

@@ -114,7 +114,7 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
     by_position = [name for name in names if positions.length_of(name)]
     # A wrong name shows before the work.
     tasks = {name: catalog.find(name) for name in names if name not in by_position}
-    model = load(checkpoint, _device(config.device)).eval()
+    model = load(checkpoint, pick_device(config.device)).eval()
     adapter = HarnessModel(model, tokenizer, config.batch_size)
     for name in by_position if adapter.own == 0 else ():
         yield name, _positions(name, config, checkpoint, model, tokenizer)
@@ -154,7 +154,7 @@ def _about(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         "model": "rondo",
         "model_args": str(checkpoint),
         "batch_size": config.batch_size,
-        "device": _device(config.device),
+        "device": pick_device(config.device),
         "limit": config.limit,
         "bootstrap_iters": _STDERR_DRAWS,
         "fewshot_seed": FEWSHOT_SEED,
@@ -243,7 +243,8 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> str:
+    """The device called `name`; "auto" is this rank's GPU where there are any, else the CPU."""
     if name != "auto":
         return name
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

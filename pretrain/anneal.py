@@ -66,7 +66,8 @@ class AnnealConfig:
     ] = "exponential"
     """How the learning rate falls (`schedule.decay_shape`)."""
     final_ratio: float | None = None
-    """Learning rate at the end, over optimizer.lr; None: the final_ratio of the run's schedule."""
+    """Learning rate at the end, over optimizer.lr; None: the final_ratio of the run's schedule. The
+    shapes exponential and inverse end at a thousandth of the rate at AT where this is less or 0."""
     write: str | None = None
     """File to write the branch's recipe to, for `rondo launch` or torchrun, instead of training."""
 

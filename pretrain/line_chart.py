@@ -20,6 +20,7 @@ def line_chart(
     last: int,
     low: float = 0.0,
     form: str = ".2e",
+    ticks: Sequence[int] | None = None,
 ) -> str:
     """A picture of `lines`, by name, of (step, value) from step 0 to `last`.
 
@@ -27,6 +28,7 @@ def line_chart(
         marks: steps at which something begins, and its name.
         low: the lowest value of the scale; the highest is that of the lines.
         form: how values of the scale are written.
+        ticks: steps whose numbers are written; None: five, evenly apart.
     """
     top = max(value for points in lines.values() for _, value in points)
     last, span = max(1, last), (top - low) or 1.0
@@ -38,12 +40,14 @@ def line_chart(
     for i in range(5):
         value = low + span * i / 4
         _, y = at(0, value)
-        x, _ = at(last * i // 4, low)
         shapes += [
             f'<line x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:{form}}</text>',
-            f'<text x="{x:.1f}" y="{_HEIGHT + 28}" text-anchor="middle">{last * i // 4:,}</text>',
         ]
+    for step in [last * i // 4 for i in range(5)] if ticks is None else ticks:
+        x, _ = at(step, low)
+        place = f'x="{x:.1f}" y="{_HEIGHT + 28}" text-anchor="middle"'
+        shapes.append(f"<text {place}>{step:,}</text>")
     for step, name in marks:
         x, _ = at(step, low)
         shapes += [

@@ -110,7 +110,9 @@ class ScheduleConfig:
     decay_ends: list[int | str] = field(default_factory=list)
     """Steps at which a decay of wsd_s has ended, besides the end of the run."""
     final_ratio: float = 0.1
-    """Learning rate at the end of the run, and what inv_sqrt does not go below."""
+    """Learning rate at the end of the run, and what inv_sqrt does not go below. Exponential and
+    inverse decays, and infinite schedules' anneals, end at a thousandth of what they begin with
+    where this is less or 0."""
 
 
 @dataclass
@@ -181,7 +183,7 @@ class ReweightConfig:
     another."""
     warmup_steps: int | str = 0
     """Length of the time before `temperature` holds: steps (500), tokens ("2B tokens") or a share
-    of the run ("5%")."""
+    of the run ("5%"), all stages together: it grows when a stage is added."""
     warmup: Literal["plain", "step", "linear", "cosine"] = "plain"
     """Until then, the unweighted loss (plain), start_temperature (step), or a way from
     start_temperature to temperature (linear, cosine)."""

@@ -9,6 +9,9 @@ It is a pure function of (weights, index) in exact integer arithmetic, costs the
 and keeps no state to be resumed. Errors shrink on the way down by each node's share of its parent;
 in a Huffman tree ancestors' weights grow at least like the Fibonacci numbers, so after any number
 of samples every source is within 1/2 (1 + 1 + 1/2 + 1/3 + 1/5 + ...) < 1.69 of its exact share.
+
+The order is not that of the usual greedy rule, by which the source with the largest
+`w_j max(i, 1) - count_j` gives sample i: to find that one, all samples before it are counted.
 """
 
 from __future__ import annotations

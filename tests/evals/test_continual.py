@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def test_all_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device, used = torch.device("cpu", 0), []  # any that `load` and `to` have not by themselves
-    monkeypatch.setattr(continual, "compute_device", lambda: str(device))
+    monkeypatch.setattr(continual, "pick_device", {"auto": "cpu:0"}.__getitem__)
     for owner, name in ((continual, "load"), (Batch, "to")):
         monkeypatch.setattr(owner, name, noting_device(getattr(owner, name), used))
     overrides = [
@@ -72,4 +73,12 @@ def test_all_of_it(
     last = json.loads((tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()[-1])
     assert found["base"]["first"] == pytest.approx(last["validation/bits_per_byte"], rel=0.1)
     assert len(used) == 9 * 2 * (1 + 2) and set(used) == {device}  # runs, languages, batches
-    assert "<polyline" in (tmp_path / "runs/continual.html").read_text()
+    page = (tmp_path / "runs/continual.html").read_text()
+    assert page.count("<polyline") == 4 and "<th>one.jsonl forgotten</th>" in page
+    names = [f"{name}.jsonl{which}" for name in ("one", "two") for which in ("", ", union")]
+    assert all(f">{name}</span>" in page for name in names)
+    # Percents are written below their own points.
+    points = re.findall(r'points="([\d., ]+)"', page)[0].split()
+    ticks = dict(re.findall(r'<text x="([\d.]+)" y="\d+" text-anchor="middle">(\d+)<', page))
+    assert [ticks.pop(point.split(",")[0]) for point in points] == ["0", "5", "25", "50"]
+    assert not ticks

@@ -38,6 +38,15 @@ def test_counts_stay_near_their_shares(weights):
     assert mixture.counts(3000) == counts.tolist()
 
 
+def test_first_samples():
+    """Not those of the greedy rule, which has the second of (.95, .05) at 1, 21, 41 and begins
+    (.5, .3, .2) with 0 1 2 0 1 0 2 0 1 0."""
+    first = [Mixture([0.5, 0.3, 0.2])[i][0] for i in range(20)]
+    assert first == [0, 1, 0, 2, 0, 1, 0, 2, 0, 1, 0, 1, 0, 2, 0, 1, 0, 2, 0, 1]
+    rare = Mixture([0.95, 0.05])
+    assert [i for i in range(100) if rare[i][0] == 1] == [9, 29, 49, 69, 89]
+
+
 def test_far_samples_are_as_cheap_and_exact():
     weights = [0.7, 0.2, 0.1]
     mixture = Mixture(weights)

@@ -132,6 +132,8 @@ def test_epochs_of_a_run_follow_weights_and_sizes(tmp_path) -> None:
     staged = replace(recipe, stages=[first, second])
     found = Curriculum(staged, opened).repeats(["small", "large"])
     assert [each.tokens for each in found] == [600 * 16, (1800 + 1200) * 16]
+    assert [each.share for each in found] == [600 / 3600, 3000 / 3600]  # without 400 replayed ones
+    assert "83.3% of the new tokens" in describe(found)[1]
     assert planned_repeats(staged) == found
 
 

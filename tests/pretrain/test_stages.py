@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from rondo.errors import UserError
 from rondo.models.loading import find_checkpoint, read_tensors
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.data.seen import NAME
@@ -35,6 +36,10 @@ STAGES = """[
     order: reshuffled}}, schedule: {{name: cosine, warmup_steps: 1, start_ratio: 0.1}}}},
   {{name: three, steps: 3, data: {{sources: [{{path: {0}/one.jsonl}}]}}, reset_optimizer: false,
     reset_step: false, replay: {{source: two, share: 0.5, offset: 3}}}}]"""
+BEGUN_ANEW = """[
+  {{name: one, data: {{sources: [{{path: {0}/one.jsonl}}]}}}},
+  {{name: two, data: {{sources: [{{path: {0}/two.jsonl}}]}}, init_from: BASE,
+    reset_optimizer: false, replay: {{share: 0.3, order: reshuffled}}}}]"""
 BORDERS = (0, 4, 9, 12)
 
 
@@ -93,6 +98,17 @@ def straight(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def begun_anew(
+    straight: Path, corpora: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A run whose second stage has parameters and optimizer of `straight`'s end; and its stages."""
+    end = straight / "runs/tiny/checkpoints/step-000000012"
+    folder, stages = tmp_path_factory.mktemp("begun_anew"), BEGUN_ANEW.replace("BASE", str(end))
+    run(corpora, folder, stages=stages)
+    return folder, stages
+
+
 class Killed(Exception):
     pass
 
@@ -102,6 +118,32 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(
     step: int, straight: Path, corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every stage, in its last step, and before its first."""
+    kill_and_compare(step, STAGES, straight, corpora, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 7])
+def test_killed_around_a_stage_that_begins_with_another_run(
+    step: int,
+    begun_anew: tuple[Path, str],
+    corpora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the last step before it, before its first, and in it before and after a checkpoint."""
+    folder, stages = begun_anew
+    kill_and_compare(step, stages, folder, corpora, tmp_path, monkeypatch, last=8)
+
+
+def kill_and_compare(
+    step: int,
+    stages: str,
+    straight: Path,
+    corpora: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    last: int = 12,
+) -> None:
+    """A run in `folder` that is killed before a step and started again ends as `straight` did."""
     whole = Trainer.step
 
     def killed(self: Trainer, number: int, batches: list) -> tuple:
@@ -112,11 +154,11 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", killed)
         with pytest.raises(Killed):
-            run(corpora, tmp_path)
-    assert run(corpora, tmp_path) == rows(straight / "runs/tiny")
-    assert equal(final(tmp_path), final(straight))
-    last = "runs/tiny/checkpoints/step-000000012"
-    assert (tmp_path / last / NAME).read_text() == (straight / last / NAME).read_text()
+            run(corpora, folder, stages=stages)
+    assert run(corpora, folder, stages=stages) == rows(straight / "runs/tiny")
+    assert equal(final(folder, last), final(straight, last))
+    record = f"runs/tiny/checkpoints/step-{last:09d}/{NAME}"
+    assert (folder / record).read_text() == (straight / record).read_text()
 
 
 def train_and_die(words: list[str], step: int) -> None:
@@ -267,6 +309,24 @@ def test_a_stage_can_be_added_to_a_run_that_has_ended(
         and found[4]["loss"] == wanted[4]["loss"]
     )
     assert equal(final(tmp_path), final(straight))
+
+
+def test_a_run_goes_on_with_another_at_its_step(
+    straight: Path, corpora: Path, tmp_path: Path
+) -> None:
+    """In a folder of its own, with the other's stages first and its last checkpoint to resume."""
+    end = straight / "runs/tiny/checkpoints/step-000000004"
+    found = run(corpora, tmp_path, f"--checkpoint.resume={end}")
+    wanted = rows(straight / "runs/tiny")[4:]
+    assert [(row["step"], row["loss"]) for row in found] == [
+        (row["step"], row["loss"]) for row in wanted
+    ]
+    assert equal(final(tmp_path), final(straight))
+    record = f"runs/tiny/checkpoints/step-000000012/{NAME}"
+    assert (tmp_path / record).read_text() == (straight / record).read_text()
+    other = STAGES.replace("one.jsonl", "two.jsonl", 1)
+    with pytest.raises(UserError, match="was trained on other data"):
+        run(corpora, tmp_path, f"--checkpoint.resume={end}", "--name=changed", stages=other)
 
 
 def test_another_run_is_replayed_and_its_language_followed(
