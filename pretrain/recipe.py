@@ -102,7 +102,7 @@ class ScheduleConfig:
     """How early infinite_inv_sqrt cools down; near 0 it does so linearly."""
     decay_steps: int | str = 0
     """Length of the decay at the end of the run (wsd_s: before each end). 0 means a fifth of the
-    run with wsd and wsd_s, and no anneal with the infinite schedules."""
+    run with wsd and wsd_s, or what the warm-up leaves, and no anneal with the infinite ones."""
     decay_shape: Literal[
         "linear", "cosine", "1-sqrt", "exponential", "megatron-exponential", "inverse"
     ] = "1-sqrt"

@@ -33,13 +33,14 @@ def phases(config: ScheduleConfig, steps: int, step_tokens: int | None = None) -
     """The phases of a run of `steps`, each of `step_tokens` tokens (which only lengths in tokens
     need). A warm-up is rounded up and the others down, so that shares that make 100% always fit.
     Raises ValueError for lengths that are none."""
+    warmup = in_steps(config.warmup_steps, steps, step_tokens, up=True)
     decay = in_steps(config.decay_steps, steps, step_tokens)
-    if config.name in DECAYING:
-        decay = decay or max(1, steps // 5)
+    if config.name in DECAYING and not decay:
+        decay = min(max(1, steps // 5), max(0, steps - warmup))
     ends = {in_steps(end, steps, step_tokens) for end in config.decay_ends}
     inner = sorted(end for end in ends if end < steps) if config.name == "wsd_s" else []
     return Phases(
-        in_steps(config.warmup_steps, steps, step_tokens, up=True),
+        warmup,
         in_steps(config.cooldown_steps, steps, step_tokens),
         decay,
         (*inner, steps),

@@ -91,11 +91,7 @@ def _fit(recipe: Recipe, step_tokens: int) -> Iterator[str]:
     if sum(parts.values()) > steps:
         words = " and ".join(f"{length} of {name}" for name, length in parts.items())
         words = words.replace(" of", " steps of", 1)
-        default = schedule.name in DECAYING and not schedule.decay_steps
-        yield (
-            f"schedule.warmup_steps: {words} do not fit into a run of {steps} steps"
-            f"{' (schedule.decay_steps 0 stands for a fifth of them)' if default else ''}"
-        )
+        yield f"schedule.warmup_steps: {words} do not fit into a run of {steps} steps"
     if schedule.name in INFINITE and lengths.cooldown == 0:
         yield f"schedule.cooldown_steps: {schedule.name} needs at least 1 step to cool down, got 0"
     for before, end in itertools.pairwise((lengths.warmup, *lengths.ends)):

@@ -89,10 +89,10 @@ MISTAKES = [
         "9 steps",
     ),
     (
-        "steps: 100\nschedule: {name: wsd, warmup_steps: 90}",
+        "steps: 100\nschedule: {name: wsd, warmup_steps: 101}",
         "schedule.warmup_steps",
-        "90 steps of warm-up and 20 of decay do not fit into a run of 100 steps",
-        "decay_steps 0 stands for a fifth",
+        "101 steps of warm-up",
+        "do not fit into a run of 100 steps",
     ),
     ("schedule: {name: wsds}", "schedule.name", "infinite_cosine", "did you mean wsd"),
     ("schedule: {warmup_steps: -1}", "schedule.warmup_steps", "at least 0", "got -1"),

@@ -77,6 +77,9 @@ def test_an_exponential_decay_has_a_half_life() -> None:
 def test_wsd_decays_over_a_fifth_by_default() -> None:
     got = values(100, name="wsd")
     assert got[80] == 1.0 and got[81] < 1.0
+    late = values(100, name="wsd", warmup_steps=90)  # leaves ten steps
+    assert late[89] < late[90] == 1.0 and late[91] < 1.0
+    assert values(100, name="wsd", warmup_steps=100)[99] == pytest.approx(100 / 101)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
