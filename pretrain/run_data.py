@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rondo.errors import UserError
 from rondo.pretrain.data import Curriculum, TokenDataset, prepare_sources, read_seen
@@ -17,9 +19,12 @@ _SHOWN = 3
 """Differences that a message names."""
 
 
-def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, TokenDataset]]:
+def open_data(
+    recipe: Recipe, folder: Path, saved: Mapping[int, list[Any]] | None = None
+) -> tuple[Curriculum, dict[str, TokenDataset]]:
     """What `recipe` trains on, and held-out text by domain (none without `evals.batches`). `folder`
-    is the run's, which keeps what other runs had seen when it began to replay them."""
+    is the run's, which keeps what other runs had seen when it began to replay them; `saved` is what
+    it streamed so far (`start.saved_streams`)."""
     stages = stages_of(recipe)
     by_name = {stage.name: stage for stage in stages}
     seen = {
@@ -27,7 +32,7 @@ def open_data(recipe: Recipe, folder: Path) -> tuple[Curriculum, dict[str, Token
         for name, source in replayed_runs(stages)
     }
     data = dataclasses.replace(recipe.data, sources=all_sources(recipe))
-    sources = prepare_sources(data, recipe.seed)
+    sources = prepare_sources(data, recipe.seed, saved)
     training = Curriculum(recipe, sources, recipe.model.vocab_size, seen)
     held_out = open_held_out(recipe, sources, training) if recipe.evals.batches else {}
     return training, held_out

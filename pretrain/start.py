@@ -15,7 +15,7 @@ from rondo.errors import UserError
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import make_options
 from rondo.models.loading import find_checkpoint
-from rondo.parallel.checkpoint import Changes, Checkpointer
+from rondo.parallel.checkpoint import STATE, Changes, Checkpointer
 from rondo.parallel.engines import NativeEngine
 from rondo.pretrain.data import Tokenizer, load_tokenizer
 from rondo.pretrain.recipe import Recipe
@@ -46,6 +46,22 @@ def find_origin(recipe: Recipe) -> Origin | None:
     if first.init_from is not None:
         return Origin(find_checkpoint(Path(first.init_from)), False, not first.reset_optimizer)
     return None
+
+
+def saved_streams(folder: Path, origin: Origin | None) -> dict[int, list[Any]]:
+    """What was read of each streamed source, by number, in the run of `folder`, else in the one
+    that it goes on with: what `open_rows` is to open again."""
+    checkpoints = sorted((folder / "checkpoints").glob("step-*/manifest.json"), reverse=True)
+    paths = [manifest.parent for manifest in checkpoints]
+    if not paths and origin is not None and origin.whole:
+        paths = [origin.path]
+    for path in paths:
+        try:
+            streams = json.loads((path / STATE).read_text()).get("streams", {})
+            return {int(n): state["source"] for n, state in streams.items() if "source" in state}
+        except (OSError, ValueError):  # damaged: `Checkpointer` will say so and take the next
+            continue
+    return {}
 
 
 def begin(

@@ -41,7 +41,7 @@ from rondo.pretrain.reweight import Reweighting, SampleWeights
 from rondo.pretrain.run_data import describe_run, open_data
 from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.stages import Stage, rate, stage_at, stages_of
-from rondo.pretrain.start import Origin, begin, enter, find_origin
+from rondo.pretrain.start import Origin, begin, enter, find_origin, saved_streams
 from rondo.pretrain.validate import validate
 from rondo.pretrain.words import farewell, greeting, model_cost, scores
 
@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> int:
     if recipe.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*")):
         raise UserError(f"checkpoint.resume: 'never', but {folder} has checkpoints of a run")
     origin = find_origin(recipe)
-    training, held_out = open_data(recipe, folder)
+    training, held_out = open_data(recipe, folder, saved_streams(folder, origin))
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
         trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
         try:

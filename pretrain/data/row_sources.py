@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,34 @@ class RowSource:
 
     name: str
     identity: list[Any]
-    """What its rows depend on (JSON)."""
+    """What its rows depend on (JSON): `[path, commit]` of a dataset on the hub, else
+    `[file, bytes, time of change]` of each file."""
     open: Callable[[], Any]
     """A `datasets.IterableDataset` at its first row."""
 
 
-def open_rows(path: str) -> RowSource:
-    """The dataset at `path`. Raises DataError where there is none, or none that can be streamed."""
+def open_rows(path: str, saved: list[Any] | None = None) -> RowSource:
+    """The dataset at `path`.
+
+    Args:
+        path: a file or folder, else a name on the hub.
+        saved: the `identity` that a run goes on with. Of the hub, that commit is opened, whatever
+            came after it; local files have to be those.
+
+    Raises:
+        DataError: there is no such dataset, it cannot be streamed, or files have changed.
+    """
     where = Path(path).expanduser()
     if path and where.exists():
-        return _local(path, where)
+        return _local(path, where, saved)
     name, configuration = hub_name(path)
+    if os.environ.get("HF_HUB_OFFLINE"):
+        raise DataError(
+            f"{path!r}: is streamed from the Hugging Face hub, which HF_HUB_OFFLINE rules out; "
+            "without streaming, what was downloaded before is prepared"
+        )
     require_hub(path)
-    revision = _revision(path, name)
+    revision = saved[1] if saved and saved[0] == path else _revision(path, name)
 
     def load() -> Any:
         return _load(name, configuration, revision=revision)
@@ -52,7 +68,7 @@ def row_text(rows: RowSource, row: dict[str, Any]) -> str:
     return field_text(row, TEXT_FIELD, rows.name)
 
 
-def _local(path: str, where: Path) -> RowSource:
+def _local(path: str, where: Path, saved: list[Any] | None) -> RowSource:
     files = files_of(where)
     builders = {"parquet" if file_kind(file) in PARQUET else "json" for file in files}
     others = [file for file in files if file_kind(file) not in (*PARQUET, *JSON_LINES)]
@@ -63,6 +79,7 @@ def _local(path: str, where: Path) -> RowSource:
         )
     stats = [(file, file.stat()) for file in files]
     identity = [[str(f.resolve()), stat.st_size, stat.st_mtime_ns] for f, stat in stats]
+    _require_unchanged(path, where, saved, identity)
     names = [str(file.resolve()) for file in files]
 
     def load() -> Any:
@@ -71,17 +88,45 @@ def _local(path: str, where: Path) -> RowSource:
     return RowSource(path, identity, load)
 
 
+def _require_unchanged(
+    path: str, where: Path, saved: list[Any] | None, found: list[list[Any]]
+) -> None:
+    """Raises DataError that names a file which is not as it was. What the recipe names elsewhere
+    now is another source, which the run's fingerprint tells."""
+    if not saved:
+        return
+    if saved[0] == path:
+        raise DataError(
+            f"{path}: was streamed from the hub at commit {saved[1]}, and is a local path now; "
+            "the run's place in it is lost"
+        )
+    before = {file: facts for file, *facts in saved}
+    now = {file: facts for file, *facts in found}
+    if not any(Path(file).is_relative_to(where.resolve()) for file in before):
+        return
+    for file in sorted(before.keys() | now):
+        if before.get(file) != now.get(file):
+            what = "is new" if file not in before else "is gone" if file not in now else "changed"
+            raise DataError(
+                f"{path}: {file} {what} since the checkpoint, so the run's place in what it "
+                "streams is lost; checkpoint.init_from takes its parameters alone"
+            )
+
+
 def _load(name: str, configuration: str | None, **options: Any) -> Any:
     import datasets
 
     try:
         return datasets.load_dataset(name, configuration, split="train", streaming=True, **options)
     except Exception as error:
-        raise DataError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
+        commit = f" at commit {options['revision']}" if "revision" in options else ""
+        raise DataError(
+            f"{name}{commit}: cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _revision(path: str, name: str) -> str:
-    """The commit that the hub has now: a run goes on with no other."""
+    """The commit that the hub has now, with which a run begins."""
     from huggingface_hub import HfApi
 
     try:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rondo.pretrain.data.corpora import open_corpus
 from rondo.pretrain.data.dataset import Sources, Split, TokenDataset
@@ -35,9 +36,12 @@ def open_dataset(
     return TokenDataset(sources, config.sequence_length, seed, split, vocab_size)
 
 
-def prepare_sources(config: DataConfig, seed: int = 0) -> Sources:
+def prepare_sources(
+    config: DataConfig, seed: int = 0, saved: Mapping[int, list[Any]] | None = None
+) -> Sources:
     """Folders of token files for every source, and their tokenizer; of a source that is streamed,
-    in the order of the run's `seed`, the folder has the held-out text alone.
+    in the order of the run's `seed`, the folder has the held-out text alone. `saved`, by number:
+    what `open_rows` is to open again, where a run goes on.
 
     A source that is not a prepared folder is prepared into `<folder>/<name>-<hash>`, where the
     hash covers the source, the tokenizer and the options; when that folder is there, nothing is
@@ -51,7 +55,7 @@ def prepare_sources(config: DataConfig, seed: int = 0) -> Sources:
     folders, streamed = [], {}
     for number, (source, folder) in enumerate(zip(config.sources, prepared, strict=True)):
         if source.streaming:
-            rows = open_rows(source.path)
+            rows = open_rows(source.path, (saved or {}).get(number))
             folder = held_out_folder(
                 rows, tokenizer, config.validation_fraction, Path(config.folder)
             )

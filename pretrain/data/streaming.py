@@ -112,12 +112,13 @@ class StreamedSource:
             )
 
     def state(self, start: int) -> dict[str, Any]:
-        """Where to go on from for windows at `start` and later, as JSON."""
-        return asdict(self._place_of(start))
+        """Where to go on from for windows at `start` and later, and in what (`source`, which
+        `open_rows` takes), as JSON."""
+        return {"source": self.rows.identity, **asdict(self._place_of(start))}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from `state`."""
-        place = Place(**state)
+        place = Place(**{key: value for key, value in state.items() if key != "source"})
         self._places = [START] if place == START else [START, place]
         self._go_to(place)
 

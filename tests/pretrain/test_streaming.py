@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from rondo.errors import UserError
 from rondo.models.loading import find_checkpoint, read_tensors
 from rondo.pretrain import load_recipe, train
-from rondo.pretrain.data import DataError, Seen, load_tokenizer
+from rondo.pretrain.data import DataError, Seen, load_tokenizer, row_sources
 from rondo.pretrain.data.row_sources import open_rows
 from rondo.pretrain.data.shards import held_out
 from rondo.pretrain.data.streaming import StreamedSource
@@ -151,6 +152,72 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
             assert all(torch.equal(mine[name], expected[name]) for name in expected)
     last = json.loads((whole.parents[1] / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["validation/a/loss"] > 0
+
+
+def test_a_run_stays_with_the_commit_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the hub has by then, to the last bit; a new run takes the newest."""
+    commits, read, real = ["first"], [], row_sources._load
+    write(tmp_path / "first", "jsonl", documents(40))
+    write(tmp_path / "second", "jsonl", documents(50)[::-1])
+
+    def load(name: str, configuration: str | None, revision: str) -> Any:
+        read.append((name, configuration, revision))
+        files = sorted(str(file) for file in (tmp_path / revision).iterdir())
+        return real("json", None, data_files=files)
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(row_sources, "require_hub", lambda path: None)
+    monkeypatch.setattr(row_sources, "_revision", lambda path, name: commits[-1])
+    monkeypatch.setattr(row_sources, "_load", load)
+    source = "--data.sources=[{path: 'owner/name:en', streaming: true, shuffle_buffer: 8}]"
+
+    def run(name: str, steps: int = 8, *more: str) -> Path:
+        given = [f"--name={name}", f"--steps={steps}", "--checkpoint.every=4", source, *more]
+        assert train(load_recipe("tiny", words(tmp_path, *given, "--checkpoint.keep=0"))) == 0
+        return find_checkpoint(tmp_path / "runs" / name)
+
+    whole = run("whole")
+    half = whole.parent / "step-000000004"
+    cut = tmp_path / "runs" / "cut" / "checkpoints"
+    shutil.copytree(half, cut / half.name)
+    commits.append("second")
+    for again in (run("cut"), run("other", 8, f"--checkpoint.resume={half}")):
+        mine, expected = read_tensors(again / "model"), read_tensors(whole / "model")
+        assert all(torch.equal(mine[name], expected[name]) for name in expected)
+    assert {*read} == {("owner/name", "en", "first")}
+    assert open_rows("owner/name:en").identity == ["owner/name:en", "second"]
+    fresh = json.loads((run("fresh", 4) / "state.json").read_text())["streams"]["0"]
+    assert fresh["source"] == ["owner/name:en", "second"]
+    monkeypatch.setattr(row_sources, "_load", real)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(DataError, match="owner/name at commit first: cannot be read"):
+        run("cut", 9)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="which HF_HUB_OFFLINE rules out; without streaming"):
+        open_rows("owner/name:en")
+
+
+def test_a_local_file_that_changed_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", "jsonl", documents(40))
+    source = f"--data.sources=[{{path: {folder}, streaming: true, shuffle_buffer: 8}}]"
+    recipe = load_recipe("tiny", words(tmp_path, "--name=run", "--steps=2", source))
+    assert train(recipe) == 0
+    saved = json.loads((find_checkpoint(tmp_path / "runs" / "run") / "state.json").read_text())
+    before = saved["streams"]["0"]["source"]
+    assert open_rows(str(folder), before).identity == before
+    other = write(tmp_path / "other", "jsonl", documents(9))
+    assert open_rows(str(other), before).identity != before  # the run's fingerprint tells
+    changed, gone = folder / "part-1.jsonl", folder / "part-2.jsonl"
+    with changed.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(DataError, match=r"part-1\.jsonl changed since the checkpoint"):
+        train(recipe)
+    gone.unlink()
+    (folder / "part-0.jsonl").rename(folder / "part-00.jsonl")
+    with pytest.raises(DataError, match=r"part-0\.jsonl is gone since the checkpoint"):
+        open_rows(str(folder), before)
 
 
 def test_samples_do_not_depend_on_who_reads_them(tmp_path: Path) -> None:
