@@ -43,6 +43,7 @@ from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.stages import Stage, rate, stage_at, stages_of
 from rondo.pretrain.start import Origin, begin, enter, find_origin, saved_streams
 from rondo.pretrain.validate import validate
+from rondo.pretrain.validate_engine import check_vocabulary
 from rondo.pretrain.words import farewell, greeting, model_cost, scores
 
 DONE, STOPPED = 0, 75
@@ -68,6 +69,7 @@ def train(recipe: Recipe) -> int:
         raise UserError(f"checkpoint.resume: 'never', but {folder} has checkpoints of a run")
     origin = find_origin(recipe)
     training, held_out = open_data(recipe, folder, saved_streams(folder, origin))
+    check_vocabulary(recipe, training.vocab_size)
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
         trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
         try:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rondo.errors import UserError
 from rondo.models.config import problems as model_problems
 from rondo.models.registry import FFNS
 from rondo.parallel.config import DeepSpeedOptions, MegatronOptions
 from rondo.parallel.engines.deepspeed_config import config_problems
+from rondo.parallel.engines.megatron_problems import model_problems as layer_problems
+from rondo.parallel.engines.megatron_problems import vocabulary_problems
+from rondo.pretrain.data.tokenizer import ByteTokenizer
 from rondo.pretrain.recipe import Recipe
 
 _NOT_WITH_DEEPSPEED = {
@@ -54,6 +58,24 @@ def _megatron(recipe: Recipe) -> Iterator[str]:
                 f"model.pattern: {name} hands something on from layer to layer, which Megatron's "
                 "layers do not know; use parallel.engine native"
             )
+            return
+    yield from _megatron_layers(recipe)
+
+
+def check_vocabulary(recipe: Recipe, size: int) -> None:
+    """Raises UserError where `size` token ids, known once the data is open, cannot be divided."""
+    if recipe.parallel.engine == "megatron":
+        for problem in vocabulary_problems(size, recipe.parallel.tp):
+            raise UserError(problem)
+
+
+def _megatron_layers(recipe: Recipe) -> Iterator[str]:
+    """What its layers cannot divide over the ranks of tp."""
+    if (ranks := recipe.parallel.tp) < 2:
+        return
+    known = {"bytes": ByteTokenizer.vocab_size}.get(recipe.data.tokenizer, 0)
+    yield from vocabulary_problems(recipe.model.vocab_size or known, ranks)
+    yield from layer_problems(recipe.model)
 
 
 def _megatron_optimizer(recipe: Recipe, world_size: int | None) -> Iterator[str]:
@@ -97,6 +119,11 @@ def _deepspeed(recipe: Recipe, world_size: int | None) -> Iterator[str]:
             "hold pieces; use adamw, or parallel.engine native"
         )
     stage = config.deepspeed.zero_stage
+    if stage == 3 and recipe.model.lora_rank:
+        yield (
+            f"model.lora_rank: {recipe.model.lora_rank}, but the backward pass of ZeRO 3 fails on "
+            "adapters; use zero_stage 1 or 2, or parallel.engine native"
+        )
     if stage == 3 and recipe.compile:
         yield "compile: torch.compile does not see through the parameters that ZeRO 3 divides"
     if stage == 3 and config.activation_checkpointing != "none":

@@ -23,6 +23,7 @@ from rondo.errors import UserError
 from rondo.models import Decoder
 from rondo.models.layers import Linear
 from rondo.models.mixer import ChannelMixer, Mixer
+from rondo.parallel.engines.megatron_problems import model_problems, vocabulary_problems
 from rondo.parallel.tensor import (
     compute_locally,
     distribute,
@@ -54,6 +55,9 @@ class WholeVocabulary(Vocabulary):
 def shard_with_megatron(model: Decoder, mesh: DeviceMesh) -> None:
     """Divides `model` (on the meta device) over the one-dimensional `mesh`, in place. Raises
     UserError for a module that Megatron's layers cannot divide."""
+    wrong = [*vocabulary_problems(model.config.vocab_size, mesh.size())]
+    if wrong := [*wrong, *model_problems(model.config)]:
+        raise UserError("\n".join(wrong))
     group = mesh.get_group()
     config = ModelParallelConfig(
         tensor_model_parallel_size=mesh.size(),
@@ -83,11 +87,6 @@ def shard_with_megatron(model: Decoder, mesh: DeviceMesh) -> None:
 
 def _share_vocabulary(model: Decoder, mesh: DeviceMesh, config: ModelParallelConfig) -> None:
     size, dim = model.config.vocab_size, model.config.dim
-    if size % mesh.size():
-        raise UserError(
-            f"parallel.tp: {mesh.size()} ranks do not divide the {size} token ids, as Megatron's "
-            "embedding needs; use another tokenizer, or parallel.engine native"
-        )
     model.cross_entropy = WholeVocabulary(size, mesh.get_group()).cross_entropy
     if model.embedding is not None:
         layer = VocabParallelEmbedding(
@@ -116,13 +115,6 @@ def _use_megatron(module: Mixer | ChannelMixer, options: dict[str, Any]) -> None
         else:
             continue
         child.__dict__["forward"] = functools.partial(_linear, child, _with_weight(layer))
-    for name, param in module.named_parameters():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        if sharding_word(module, name) == "row" and not isinstance(owner, Linear):
-            raise UserError(
-                f"parallel.engine: megatron has no layer for {type(module).__name__}.{name} "
-                f"{tuple(param.shape)}, which is divided by input; use native"
-            )
 
 
 def _with_weight(layer: nn.Module) -> Callable[[Tensor, Tensor], Any]:

@@ -146,7 +146,8 @@ def scenarios(folder: str) -> dict[str, Rows]:
     for stage in (1, 2, 3):
         words = (f"zero{stage}-bf16", half, *zero(stage), own_keys_file(folder))
         found[f"zero {stage} bf16"] = run(folder, *words, kind=ShortTrainer)
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         found[f"{stage} to native"] = run(folder, f"native{stage}", after_10(f"zero{stage}"))
-    found["native to 3"] = run(folder, "from-native", *zero(3), after_10("native"))
+        words = (f"from-native{stage}", *zero(stage), after_10("native"))
+        found[f"native to {stage}"] = run(folder, *words)
     return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rondo.errors import UserError
-from rondo.models import ModelConfig
+from rondo.models import MIXERS, ModelConfig
 from rondo.parallel.config import MegatronOptions, ParallelConfig
 from rondo.parallel.engines import Updates, make_engine
 from rondo.parallel.mesh import Layout, Ranks
@@ -20,7 +20,9 @@ from rondo.tests.distributed.parity_cases import VOCAB, Run, train_all
 from rondo.tests.distributed.spawn import run_ranks
 from rondo.tests.distributed.test_parity import OPTIONS
 
-PATTERNS = (["attention", "grouped", "mamba2", "gated_deltanet"], ["gla", "hgrn2", "retnet"])
+MIXED = [*MIXERS, "grouped", "groups"]
+PATTERNS = (MIXED[::2], MIXED[1::2])
+"""Every registered mixer once; what adds up without a matrix (`bare`) is refused."""
 
 
 def test_two_tensor_parallel_ranks_train_as_one_process() -> None:

@@ -13,6 +13,7 @@ from rondo.parallel.engines.deepspeed_config import deepspeed_config
 from rondo.pretrain import load_recipe
 from rondo.pretrain.plan import make_job
 from rondo.pretrain.typed import RecipeError
+from rondo.pretrain.validate_engine import check_vocabulary
 
 pytestmark = pytest.mark.quick
 ZERO = "--parallel.engine=deepspeed"
@@ -38,6 +39,10 @@ def own(**keys: object) -> str:
         (["--parallel.dp_replicate=2"], ["parallel.dp_replicate", "all ranks"]),
         (["--optimizer.name=muon"], ["optimizer.name", "muon", "adamw"]),
         (["--parallel.deepspeed.zero_stage=3", "--compile=true"], ["compile", "ZeRO 3"]),
+        (
+            ["--parallel.deepspeed.zero_stage=3", "--model.lora_rank=2"],
+            ["model.lora_rank", "2", "ZeRO 3", "zero_stage 1 or 2"],
+        ),
         (["--parallel.deepspeed.zero_stage=4"], ["zero_stage", "4"]),
         (["--parallel.deepspeed.offload_optimizer=nvme"], ["offload_optimizer", "zero_stage 3"]),
         (["--parallel.deepspeed.offload_parameters=cpu"], ["offload_parameters", "zero_stage 3"]),
@@ -69,6 +74,36 @@ def test_megatron_divides_over_tp_and_data_alone(key: str) -> None:
 def test_megatron_knows_no_routers() -> None:
     found = problems(2, "--parallel.engine=megatron", "--model.pattern=[attention+moe]")
     assert "model.pattern: moe" in found
+
+
+def test_megatron_needs_a_vocabulary_that_its_ranks_divide() -> None:
+    """Of bytes, of the recipe, or what the tokenizer turns out to have."""
+    over_two = (
+        "--parallel.engine=megatron",
+        "--parallel.tp=2",
+        "--model.pattern=[gated_deltanet]",
+        "--model.mixers={gated_deltanet: {num_heads: 2}}",
+    )
+    assert "parallel.tp: 2 ranks do not divide the 257 token ids" in problems(2, *over_two)
+    own = problems(2, *over_two, "--model.vocab_size=263")
+    assert "parallel.tp: 2 ranks do not divide the 263 token ids" in own
+    recipe = load_recipe("tiny", [*over_two, "--data.tokenizer=sentencepiece:300"], world_size=2)
+    check_vocabulary(recipe, 300)
+    with pytest.raises(UserError, match=r"parallel.tp: 2 ranks do not divide the 301 token ids"):
+        check_vocabulary(recipe, 301)
+
+
+def test_megatron_has_no_layer_for_sums_without_a_matrix() -> None:
+    found = problems(
+        2,
+        "--parallel.engine=megatron",
+        "--parallel.tp=2",
+        "--model.vocab_size=258",
+        "--model.pattern=[retnet, bare]",
+        "--model.mixers={bare: {kind: lstm, output_projection: false}, retnet: {num_heads: 2}}",
+    )
+    assert "model.mixers.bare: LSTM.output adds up over the ranks of parallel.tp" in found
+    assert "retnet" not in found
 
 
 MEGATRON = ("--parallel.engine=megatron", "--parallel.megatron.distributed_optimizer=true")

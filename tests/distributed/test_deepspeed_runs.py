@@ -1,0 +1,60 @@
+"""DeepSpeed under the command as it is typed, on one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip(
+    "deepspeed", reason="DeepSpeed is not installed: pip install 'rondo[deepspeed]'"
+)
+
+ROOT = Path(__file__).parents[2]
+ZERO = ["--parallel.engine", "deepspeed", "--parallel.deepspeed.zero_stage", "3"]
+SMALL = [
+    "--model.dim=16",
+    "--model.num_layers=2",
+    "--model.pattern=[gated_deltanet, attention]",
+    "--data.sequence_length=16",
+    "--data.micro_batch_size=2",
+    "--evals.batches=0",
+    "--logging.tensorboard=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rank of no launcher, in a folder with a text."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / ".typing"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    text = "".join(f"the number {i} has square {i * i} and cube {i**3}\n\n" for i in range(2000))
+    (tmp_path / "text.txt").write_text(text)
+
+
+def rondo(folder: Path, *words: str) -> subprocess.Popen:
+    data = ["--data.folder=data", "--data.sources.0.path=text.txt"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "rondo.launch.cli", *words, *SMALL, *data], cwd=folder
+    )
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    path = folder / "runs" / name / "metrics.jsonl"
+    return [json.loads(line)["loss"] for line in path.open()] if path.exists() else []
+
+
+def test_one_process_trains_as_without_deepspeed(tmp_path: Path) -> None:
+    runs = {"native": [], "zero": ZERO}
+    for name, engine in runs.items():
+        started = rondo(tmp_path, "train", "tiny", f"--name={name}", "--steps=6", *engine)
+        assert started.wait(120) == 0
+    found, expected = losses(tmp_path, "zero"), losses(tmp_path, "native")
+    assert len(found) == 6
+    assert found == pytest.approx(expected, abs=1e-5)
