@@ -34,7 +34,7 @@ class Policy(NamedTuple):
     most: int
     """Iterations after which the rows are done one position at a time."""
     tolerance: float
-    """Largest residual of a solution, relative to the largest state (at least 1)."""
+    """Largest residual of a solution, each relative to its own state (at least 1)."""
 
 
 class Health(NamedTuple):
@@ -43,7 +43,7 @@ class Health(NamedTuple):
     residual: Tensor
     """Largest difference between a state and the step from the state before it."""
     relative: Tensor
-    """The same, divided by the largest state or by 1."""
+    """The largest of these differences when each is divided by its own state or by 1."""
     product: Tensor
     """Largest entry of a chunk's product of Jacobians: how much of what a chunk begins with reaches
     the next one. Above 1 errors grow on their way. 0 for rows of one chunk."""
@@ -78,22 +78,21 @@ def solve(rows: Rows, first: Tensor, policy: Policy, neighbours: Neighbours | No
         if neighbours is not None:
             figures = neighbours.agree(figures)
         if has_numbers():
-            residual, scale, carried, product = figures.tolist()
+            residual, relative, carried, product, state = figures.tolist()
         else:  # the iterations that are expected
-            residual = carried = float(iterations < policy.expected)
-            scale = product = 1.0
-        scale = max(1.0, scale)
+            residual = relative = carried = float(iterations < policy.expected)
+            product = state = 1.0
         largest = product if with_products else largest
-        # What has overflown is within any share of what has overflown too.
-        solved = math.isfinite(scale) and residual <= policy.tolerance * scale
+        # The last end has no gap after it.
+        solved = math.isfinite(state) and relative <= policy.tolerance
         if solved or iterations == policy.most:
             break
         iterations += 1
         # Where chunks have forgotten what they began with, the next sweep only confirms it.
-        with_products = not with_products or not carried <= policy.tolerance * scale
+        with_products = not with_products or not carried <= policy.tolerance
         borders = following
     counts = (iterations, max(0, iterations - policy.expected), int(not solved))
-    health = _health((residual, residual / scale, largest), counts, first)
+    health = _health((residual, relative, largest), counts, first)
     if solved:
         return Found(sweep.states, borders[:, :, :1], health)
     return Found(*sequential(rows, first, neighbours), health)
@@ -130,9 +129,11 @@ def guess(rows: Rows, first: Tensor, neighbours: Neighbours | None) -> Tensor:
 def advance(
     sweep: Sweep, borders: Tensor, first: Tensor, neighbours: Neighbours | None
 ) -> tuple[Tensor, Tensor]:
-    """The next borders after a sweep from `borders`, and what to judge by: the residual, the
-    largest state, the largest correction that a chunk passed on, and the largest entry of a
-    chunk's product. Without products, a border becomes the end of the chunk before it."""
+    """The next borders after a sweep from `borders`, and what to judge by: the residual, absolute
+    and relative, the largest correction that a chunk passed on, relative, the largest entry of a
+    chunk's product, and the largest state. Relative is to the number itself: a large one must not
+    hide what is wrong with others. Without products, a border becomes the end of the chunk before
+    it."""
     ends, old, products = sweep.ends, borders[:, :, :1], sweep.products
     if products is None:
         products = torch.zeros_like(ends).expand(len(ends), *ends.shape)
@@ -149,7 +150,13 @@ def advance(
     if neighbours is None:  # nothing follows the last chunk
         carried, products = carried[:, :, :-1], products[:, :, :, :-1]
     wrong = torch.cat((change, gaps), 2)
-    return following, torch.stack([x.abs().amax() for x in (wrong, ends, carried, products)])
+    sizes = _size(torch.cat((old + change, ends), 2))  # of the borders, and of the last end
+    shares = wrong / sizes[:, :, :-1], carried / sizes[:, :, 1 : carried.shape[2] + 1]
+    return following, torch.stack([x.abs().amax() for x in (wrong, *shares, products, ends)])
+
+
+def _size(x: Tensor) -> Tensor:
+    return x.abs().clamp(min=1.0)
 
 
 def _carried(products: Tensor, gaps: Tensor, change: Tensor) -> Tensor:
