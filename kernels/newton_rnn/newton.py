@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.newton_rnn import blocks
-from rondo.kernels.newton_rnn.neighbours import Neighbours, state_of, summary, vector
+from rondo.kernels.newton_rnn.neighbours import Neighbours, Summary, state_of, summary, vector
 from rondo.kernels.newton_rnn.sweeps import Rows, Sweep, forward
 from rondo.kernels.tiles import has_numbers
 
@@ -139,24 +139,32 @@ def advance(
         products = torch.zeros_like(ends).expand(len(ends), *ends.shape)
     products = _finite(products)  # one that has overflown says nothing
     gaps = ends[:, :, :-1] - borders[:, :, 1:]
-    change = torch.zeros_like(old)
+    arrived, change = old, torch.zeros_like(old)
     if neighbours is not None:
-        end = (ends + _carried(products, gaps, change))[:, :, -1:]
-        through = blocks.across(products)
-        here = summary(through, end - blocks.apply(through, old))
-        change = state_of(neighbours.before(here, vector(first))) - old
-    carried = _carried(products, gaps, change)
-    following = torch.cat((old + change, (ends + carried)[:, :, :-1]), 2)
+        here = _stretch(products, ends + _carried(products, gaps, change), old)
+        arrived = state_of(neighbours.before(here, vector(first)))
+        change = arrived - old
+    carried = _carried(products, gaps, _finite(change))
+    following = torch.cat((_finite(arrived), (ends + carried)[:, :, :-1]), 2)
     if neighbours is None:  # nothing follows the last chunk
         carried, products = carried[:, :, :-1], products[:, :, :, :-1]
     wrong = torch.cat((change, gaps), 2)
-    sizes = _size(torch.cat((old + change, ends), 2))  # of the borders, and of the last end
+    sizes = _size(torch.cat((arrived, ends), 2))  # of the borders, and of the last end
     shares = wrong / sizes[:, :, :-1], carried / sizes[:, :, 1 : carried.shape[2] + 1]
     return following, torch.stack([x.abs().amax() for x in (wrong, *shares, products, ends)])
 
 
 def _size(x: Tensor) -> Tensor:
     return x.abs().clamp(min=1.0)
+
+
+def _stretch(products: Tensor, ends: Tensor, old: Tensor) -> Summary:
+    """The map from the state before a stretch, now `old`, to the one after it. Where it overflows
+    it is the end that was found, whatever comes: that is right once `old` is."""
+    through, end = _finite(blocks.across(products)), _finite(ends[:, :, -1:])
+    rest = end - blocks.apply(through, old)
+    known = rest.isfinite().all(0)
+    return summary(torch.where(known, through, 0.0), torch.where(known, rest, end))
 
 
 def _carried(products: Tensor, gaps: Tensor, change: Tensor) -> Tensor:

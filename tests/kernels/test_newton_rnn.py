@@ -562,6 +562,29 @@ def test_a_large_channel_does_not_hide_the_others(count: int, chunks: int) -> No
     assert results[0].health.relative <= 1e-6
 
 
+@pytest.mark.parametrize("variables", (1, 2))
+def test_an_overflow_passes_over_stretches(variables: int, chunks: int) -> None:
+    """Derivatives of 1e60 a position, whose products overflow in a stretch: all is exact in as many
+    iterations as there are positions, and one for each border."""
+    gates, weights, _, _ = operands("para_gru", 27)
+
+    def steep(state: Any, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+        first = state if variables == 1 else state[0]
+        following = 0.4 * torch.sin(gates[0] + 1e60 * first)
+        return following if variables == 1 else (following, following + 0.5 * state[1])
+
+    cell = OneAtATime(steep, variables)
+    expected = newton_rnn(cell, gates, weights, backend="reference").h
+
+    def work(rank: int, neighbours: Stretch) -> Any:
+        part = gates.tensor_split(3, 1)[rank]
+        return newton_rnn(cell, part, weights, max_iterations=40, neighbours=neighbours)
+
+    results = over_threads(3, torch.zeros(BATCH, 27, dtype=torch.long), work)
+    assert all(found.health.sequential == 0 for found in results)
+    close(torch.cat([found.h for found in results], 1), expected, 1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_summaries_compose(name: str) -> None:
     """The last ones of two stretches, together, take the first state to the last one."""
