@@ -78,7 +78,7 @@ def newton_rnn(
         bias: `(G, ...)`, added to the gates.
         iterations: Newton iterations that are expected; those beyond are counted.
         max_iterations: those after which the method has failed.
-        tolerance: largest residual of a solution, relative to the largest state (at least 1).
+        tolerance: largest residual of a solution, each relative to its own state (at least 1).
             None: 1e-6, for float64 gates 1e-12.
         initial_state: `(B, ...)` (`(B, N, ...)`) before position 0, of its document.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.

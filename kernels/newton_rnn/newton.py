@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.newton_rnn import blocks
-from rondo.kernels.newton_rnn.neighbours import Neighbours, state_of, summary, vector
+from rondo.kernels.newton_rnn.neighbours import Neighbours, Summary, state_of, summary, vector
 from rondo.kernels.newton_rnn.sweeps import Rows, Sweep, forward
 from rondo.kernels.tiles import has_numbers
 
@@ -34,7 +34,7 @@ class Policy(NamedTuple):
     most: int
     """Iterations after which the rows are done one position at a time."""
     tolerance: float
-    """Largest residual of a solution, relative to the largest state (at least 1)."""
+    """Largest residual of a solution, each relative to its own state (at least 1)."""
 
 
 class Health(NamedTuple):
@@ -43,7 +43,7 @@ class Health(NamedTuple):
     residual: Tensor
     """Largest difference between a state and the step from the state before it."""
     relative: Tensor
-    """The same, divided by the largest state or by 1."""
+    """The largest of these differences when each is divided by its own state or by 1."""
     product: Tensor
     """Largest entry of a chunk's product of Jacobians: how much of what a chunk begins with reaches
     the next one. Above 1 errors grow on their way. 0 for rows of one chunk."""
@@ -78,22 +78,21 @@ def solve(rows: Rows, first: Tensor, policy: Policy, neighbours: Neighbours | No
         if neighbours is not None:
             figures = neighbours.agree(figures)
         if has_numbers():
-            residual, scale, carried, product = figures.tolist()
+            residual, relative, carried, product, state = figures.tolist()
         else:  # the iterations that are expected
-            residual = carried = float(iterations < policy.expected)
-            scale = product = 1.0
-        scale = max(1.0, scale)
+            residual = relative = carried = float(iterations < policy.expected)
+            product = state = 1.0
         largest = product if with_products else largest
-        # What has overflown is within any share of what has overflown too.
-        solved = math.isfinite(scale) and residual <= policy.tolerance * scale
+        # The last end has no gap after it.
+        solved = math.isfinite(state) and relative <= policy.tolerance
         if solved or iterations == policy.most:
             break
         iterations += 1
         # Where chunks have forgotten what they began with, the next sweep only confirms it.
-        with_products = not with_products or not carried <= policy.tolerance * scale
+        with_products = not with_products or not carried <= policy.tolerance
         borders = following
     counts = (iterations, max(0, iterations - policy.expected), int(not solved))
-    health = _health((residual, residual / scale, largest), counts, first)
+    health = _health((residual, relative, largest), counts, first)
     if solved:
         return Found(sweep.states, borders[:, :, :1], health)
     return Found(*sequential(rows, first, neighbours), health)
@@ -130,26 +129,42 @@ def guess(rows: Rows, first: Tensor, neighbours: Neighbours | None) -> Tensor:
 def advance(
     sweep: Sweep, borders: Tensor, first: Tensor, neighbours: Neighbours | None
 ) -> tuple[Tensor, Tensor]:
-    """The next borders after a sweep from `borders`, and what to judge by: the residual, the
-    largest state, the largest correction that a chunk passed on, and the largest entry of a
-    chunk's product. Without products, a border becomes the end of the chunk before it."""
+    """The next borders after a sweep from `borders`, and what to judge by: the residual, absolute
+    and relative, the largest correction that a chunk passed on, relative, the largest entry of a
+    chunk's product, and the largest state. Relative is to the number itself: a large one must not
+    hide what is wrong with others. Without products, a border becomes the end of the chunk before
+    it."""
     ends, old, products = sweep.ends, borders[:, :, :1], sweep.products
     if products is None:
         products = torch.zeros_like(ends).expand(len(ends), *ends.shape)
     products = _finite(products)  # one that has overflown says nothing
     gaps = ends[:, :, :-1] - borders[:, :, 1:]
-    change = torch.zeros_like(old)
+    arrived, change = old, torch.zeros_like(old)
     if neighbours is not None:
-        end = (ends + _carried(products, gaps, change))[:, :, -1:]
-        through = blocks.across(products)
-        here = summary(through, end - blocks.apply(through, old))
-        change = state_of(neighbours.before(here, vector(first))) - old
-    carried = _carried(products, gaps, change)
-    following = torch.cat((old + change, (ends + carried)[:, :, :-1]), 2)
+        here = _stretch(products, ends + _carried(products, gaps, change), old)
+        arrived = state_of(neighbours.before(here, vector(first)))
+        change = arrived - old
+    carried = _carried(products, gaps, _finite(change))
+    following = torch.cat((_finite(arrived), (ends + carried)[:, :, :-1]), 2)
     if neighbours is None:  # nothing follows the last chunk
         carried, products = carried[:, :, :-1], products[:, :, :, :-1]
     wrong = torch.cat((change, gaps), 2)
-    return following, torch.stack([x.abs().amax() for x in (wrong, ends, carried, products)])
+    sizes = _size(torch.cat((arrived, ends), 2))  # of the borders, and of the last end
+    shares = wrong / sizes[:, :, :-1], carried / sizes[:, :, 1 : carried.shape[2] + 1]
+    return following, torch.stack([x.abs().amax() for x in (wrong, *shares, products, ends)])
+
+
+def _size(x: Tensor) -> Tensor:
+    return x.abs().clamp(min=1.0)
+
+
+def _stretch(products: Tensor, ends: Tensor, old: Tensor) -> Summary:
+    """The map from the state before a stretch, now `old`, to the one after it. Where it overflows
+    it is the end that was found, whatever comes: that is right once `old` is."""
+    through, end = _finite(blocks.across(products)), _finite(ends[:, :, -1:])
+    rest = end - blocks.apply(through, old)
+    known = rest.isfinite().all(0)
+    return summary(torch.where(known, through, 0.0), torch.where(known, rest, end))
 
 
 def _carried(products: Tensor, gaps: Tensor, change: Tensor) -> Tensor:

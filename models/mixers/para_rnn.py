@@ -41,7 +41,7 @@ class ParaRNNOptions:
     max_iterations: int = 10
     """Iterations after which a layer's rows are done one position at a time."""
     tolerance: float | None = None
-    """Largest residual of a solution, relative to the largest state (at least 1); None: 1e-6."""
+    """Largest residual of a solution, each relative to its own state (at least 1); None: 1e-6."""
 
 
 class ParaRNN(Mixer):

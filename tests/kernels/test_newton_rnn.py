@@ -523,6 +523,68 @@ def test_stretches_equal_whole_rows(name: str, count: int, fails: bool, chunks: 
         assert health[0].sequential == 1
 
 
+def growing_or_steep(h: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """A channel without bound, or one that takes a few iterations."""
+    (new, scale), (a, grows) = gates, weights
+    return torch.where(grows > 0, h + scale, torch.sin(new + a * h))
+
+
+class OneAtATime(FunctionCell):
+    """Forward mode has one level for all threads."""
+
+    lock = threading.Lock()
+
+    def linearize(self, *arguments: Any) -> Any:
+        with self.lock:
+            return super().linearize(*arguments)
+
+
+@pytest.mark.parametrize("count", (1, 2))
+def test_a_large_channel_does_not_hide_the_others(count: int, chunks: int) -> None:
+    """A channel that reaches 1e7 beside some within 1, by themselves and over stretches."""
+    gates, weights, _, _ = operands("para_gru", 20, scale=1.0)
+    gates = torch.stack((gates[:, :, 0], 5e5 * torch.ones_like(gates[:, :, 0])), 2)
+    weights = torch.stack((weights[0], torch.tensor([0.0, 1.0, 0.0], dtype=gates.dtype)))
+    expected = newton_rnn(growing_or_steep, gates, weights, backend="reference").h
+    options: dict[str, Any] = {"tolerance": 1e-6, "max_iterations": 30}
+    cell = OneAtATime(growing_or_steep)
+
+    def work(rank: int, neighbours: Stretch) -> Any:
+        part, given = gates.tensor_split(count, 1)[rank], neighbours if count > 1 else None
+        return newton_rnn(cell, part, weights, neighbours=given, **options)
+
+    results = over_threads(count, torch.zeros(BATCH, 20, dtype=torch.long), work)
+    h = torch.cat([found.h for found in results], 1)
+    assert expected[..., 1].max() == 1e7
+    close(h[..., ::2], expected[..., ::2], 1e-5)
+    close(h[..., 1] / 1e7, expected[..., 1] / 1e7, 1e-6)
+    assert all(found.health.sequential == 0 for found in results)
+    assert results[0].health.relative <= 1e-6
+
+
+@pytest.mark.parametrize("variables", (1, 2))
+def test_an_overflow_passes_over_stretches(variables: int, chunks: int) -> None:
+    """Derivatives of 1e60 a position, whose products overflow in a stretch: all is exact in as many
+    iterations as there are positions, and one for each border."""
+    gates, weights, _, _ = operands("para_gru", 27)
+
+    def steep(state: Any, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+        first = state if variables == 1 else state[0]
+        following = 0.4 * torch.sin(gates[0] + 1e60 * first)
+        return following if variables == 1 else (following, following + 0.5 * state[1])
+
+    cell = OneAtATime(steep, variables)
+    expected = newton_rnn(cell, gates, weights, backend="reference").h
+
+    def work(rank: int, neighbours: Stretch) -> Any:
+        part = gates.tensor_split(3, 1)[rank]
+        return newton_rnn(cell, part, weights, max_iterations=40, neighbours=neighbours)
+
+    results = over_threads(3, torch.zeros(BATCH, 27, dtype=torch.long), work)
+    assert all(found.health.sequential == 0 for found in results)
+    close(torch.cat([found.h for found in results], 1), expected, 1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_summaries_compose(name: str) -> None:
     """The last ones of two stretches, together, take the first state to the last one."""
