@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from rondo.models import ModelConfig
 from rondo.models.config import make_options
 from rondo.models.layers import Linear
+from rondo.models.mixer import ChannelMixer, Mixer
 from rondo.models.registry import FFNS, MIXERS
 
 
@@ -35,7 +35,7 @@ def model_problems(config: ModelConfig) -> Iterator[str]:
             yield from _rows(f"ffns.{name}", FFNS[name](config))
 
 
-def _rows(key: str, module: nn.Module) -> Iterator[str]:
+def _rows(key: str, module: Mixer | ChannelMixer) -> Iterator[str]:
     """RowParallelLinear sums over ranks; what else adds up over them, nothing would sum."""
     matrices = {name for name, child in module.named_modules() if isinstance(child, Linear)}
     for name, word in module.sharding.items():
