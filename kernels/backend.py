@@ -56,7 +56,7 @@ def choose(
         )
     if backend == "triton":
         _require_triton(operator, device.type, refusal)
-    _log_once(operator, name, device.type, reason)
+    log_once(operator, name, device.type, reason)
     return implementations[name]
 
 
@@ -129,7 +129,8 @@ def show_choices(say: Callable[[str], None]) -> None:
 
 
 @torch.compiler.assume_constant_result  # so that it does not break a compiled graph
-def _log_once(operator: str, name: str, device: str, reason: str) -> None:
+def log_once(operator: str, name: str, device: str, reason: str) -> None:
+    """Says what an operator runs on, unless it was said before."""
     if (operator, name, device) not in _logged:
         _logged.add((operator, name, device))
         logger.info("%s runs on backend %s (%s)", operator, name, reason)

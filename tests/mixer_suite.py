@@ -271,7 +271,7 @@ def _untouched(mixer: Mixer, actual: Tensor, expected: Tensor) -> bool:
     """To the last bit, or of a solver within ten times the tolerance that it stops at."""
     if mixer.exact or not len(actual[0]):
         return torch.equal(actual, expected)
-    limit = {torch.float32: 1e-4, torch.float64: 1e-11}[actual.dtype]
+    limit = {torch.float32: 1e-5, torch.float64: 1e-11}[actual.dtype]
     error, size = (x.detach().abs().max() for x in (actual - expected, expected))
     return float(error) <= limit * float(size)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rondo.kernels.backend import log_once
 from rondo.kernels.newton_rnn.cells import Cell
 from rondo.kernels.newton_rnn.gradients import Solution, gradients
 from rondo.kernels.newton_rnn.neighbours import Neighbours
@@ -54,6 +55,9 @@ def newton_rnn(
     batch, time, _, width = gates.shape
     starts = None if segment_ids is None else document_starts(segment_ids).unsqueeze(-1)
     size = chunk_size(batch, time, width, gates.device)
+    if size == time > LEAST and neighbours is None:
+        reason = f"{batch * width} channels in all rows are enough work for a step; health is 0"
+        log_once("newton_rnn", "chunked as a plain loop over time", gates.device.type, reason)
     h, last, *health = _Newton.apply(
         cell, size, policy, neighbours, gates, weights, bias, starts, first
     )

@@ -26,7 +26,7 @@ WIDEST, WIDEST_FLOAT32 = 128, 64
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     from rondo.kernels.nonlinear_rnn import triton
 
-    return triton.nonlinear_rnn(*arguments)
+    return triton.nonlinear_rnn(*arguments[:-1])  # with a cut it is refused
 
 
 _IMPLEMENTATIONS = {
@@ -44,6 +44,7 @@ def nonlinear_rnn(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    gradient_recurrent_cut: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Runs a cell over every row; the state restarts from zero at each new document.
@@ -72,9 +73,11 @@ def nonlinear_rnn(
         bias: `(G, H, D)`, of a GRU `(4, H, D)`.
         initial_state: `(B, S, H, D)` before position 0, of its document.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
+        gradient_recurrent_cut: take h for a constant in `R h`: gradients reach earlier positions
+            through the other states alone (and a GRU's `σ(z~) h`), and R as ever.
         backend: "auto", "reference" (autograd through the cells as above), "chunked" (a loop
             with a backward pass written by hand) or "triton" (the loop in one kernel, heads of up
-            to 128 channels with recurrent weights of bfloat16, else of 64).
+            to 128 channels with recurrent weights of bfloat16, else of 64; no cut).
 
     Returns:
         h `(B, T, H, D)` in the dtype of gates, and the state `(B, S, H, D)` after the last
@@ -90,7 +93,7 @@ def nonlinear_rnn(
         raise ValueError(f"cell is {cell!r}, expected one of {', '.join(CELLS)}{hint}")
     known = CELLS[cell]
     _check(known, gates, recurrent, bias, initial_state, segment_ids)
-    refusal = _refusal(gates, recurrent, bias, initial_state)
+    refusal = _refusal(gradient_recurrent_cut, gates, recurrent, bias, initial_state)
     run = choose("nonlinear_rnn", backend, _IMPLEMENTATIONS, gates.device, refusal)
     kind = torch.promote_types(gates.dtype, torch.float32)
     batch, time, _, heads, dim = gates.shape
@@ -104,12 +107,14 @@ def nonlinear_rnn(
         bias = None if bias is None else bias.to(kind)
         if run is not _triton:  # its products take bfloat16 as it is
             recurrent = recurrent.to(kind)
-        h, state = run(known, gates, recurrent, bias, first, segment_ids)
+        h, state = run(known, gates, recurrent, bias, first, segment_ids, gradient_recurrent_cut)
     return h.view(batch, time, heads, dim), state[-batch:]
 
 
-def _refusal(gates: Tensor, recurrent: Tensor, *others: Tensor | None) -> str | None:
+def _refusal(cut: bool, gates: Tensor, recurrent: Tensor, *others: Tensor | None) -> str | None:
     """Why the Triton kernels cannot serve a call, or None."""
+    if cut:
+        return "it has no gradient_recurrent_cut"
     widest = WIDEST if recurrent.dtype == torch.bfloat16 else WIDEST_FLOAT32
     if gates.shape[-1] > widest:
         kind = str(recurrent.dtype).removeprefix("torch.")

@@ -29,6 +29,7 @@ def nonlinear_rnn(
     bias: Tensor | None,
     first: Tensor,
     segment_ids: Tensor | None,
+    cut: bool,
 ) -> tuple[Tensor, Tensor]:
     """Runs a cell over every row.
 
@@ -39,18 +40,19 @@ def nonlinear_rnn(
         bias: `(.., H, D)` or None.
         first: `(B, S, H, D)`, the state before position 0.
         segment_ids: `(B, T)` or None.
+        cut: h is a constant where it is multiplied by `recurrent`.
 
     Returns:
         h `(B, T, H, D)` in the dtype of gates and the state `(B, S, H, D)` after the last position.
     """
-    return _Loop.apply(cell, gates, recurrent, bias, first, segment_ids)
+    return _Loop.apply(cell, cut, gates, recurrent, bias, first, segment_ids)
 
 
 class _Loop(torch.autograd.Function):
     """`nonlinear_rnn`. Keeps the parts and the states of all positions."""
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, cell: Cell, cut: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
         gates, recurrent, bias, first, segment_ids = arguments
         parts = _parts(cell, gates, bias, recurrent.dtype)
         time, heads, batch, _, dim = parts.shape
@@ -60,7 +62,7 @@ class _Loop(torch.autograd.Function):
         weights = _weights(cell, recurrent)
         starts = None if segment_ids is None else document_starts(segment_ids)
         _run(cell, parts, path, weights, _cuts(starts))
-        ctx.cell, ctx.dtype, ctx.has_bias = cell, gates.dtype, bias is not None
+        ctx.cell, ctx.cut, ctx.dtype, ctx.has_bias = cell, cut, gates.dtype, bias is not None
         ctx.save_for_backward(parts, path, weights, starts)
         h = path[0, 1:].permute(2, 0, 1, 3).to(gates.dtype, memory_format=torch.contiguous_format)
         return h, path[:, -1].permute(2, 0, 1, 3).contiguous()
@@ -76,11 +78,14 @@ class _Loop(torch.autograd.Function):
         douts = dh.to(path.dtype).permute(1, 2, 0, 3).contiguous()
         dparts = torch.empty_like(parts)
         carry = dlast.permute(1, 2, 0, 3).contiguous()
-        _run_back(cell, (parts, before, path[:, 1:]), weights, _cuts(starts), douts, carry, dparts)
+        # Faster in products of few rows than the view.
+        back = None if ctx.cut else weights.mT.contiguous()
+        _run_back(cell, (parts, before, path[:, 1:]), back, _cuts(starts), douts, carry, dparts)
         dbias = None
         if ctx.has_bias:
             dbias = placed(dparts.sum(0).sum(1).transpose(0, 1), cell.offsets)
         return (
+            None,
             None,
             gate_gradients(cell, dparts, ctx.dtype),
             weight_gradients(cell, dparts, before[0]),
@@ -136,17 +141,18 @@ def _run(cell: Cell, parts: Tensor, path: Tensor, weights: Tensor, cuts: dict[in
 def _run_back(
     cell: Cell,
     kept: tuple[Tensor, Tensor, Tensor],
-    weights: Tensor,
+    back: Tensor | None,
     cuts: dict[int, Tensor],
     douts: Tensor,
     carry: Tensor,
     dparts: Tensor,
 ) -> None:
     """Fills `dparts` and turns `carry`, the gradient of the last states, into that of the first.
-    `kept`: parts, and states before and after each position."""
+    `kept`: parts, and states before and after each position; `back` `(H, parts·D out, D in)` takes
+    gradients of the products to h, None: nowhere."""
     parts, before, after = kept
-    back = weights.mT.contiguous()  # faster in products of few rows
-    products = dparts.flatten(3)[..., : weights.shape[2]].unbind(0)
+    width = 0 if back is None else back.shape[1]
+    products = dparts.flatten(3)[..., :width].unbind(0)
     outs, grads, states = cell.outs(dparts), douts.unbind(0), carry.unsqueeze(3).unbind(0)
     to_h = carry[0].clone()
     carry[[0, *cell.constants]] = 0.0
@@ -156,14 +162,24 @@ def _run_back(
         for t in reversed(range(block.start, block.stop)):
             if t == len(parts) - 1:
                 dh = to_h.add_(grads[t])
-            elif t + 1 in cuts:
-                keep = ~cuts[t + 1]
-                carry *= keep
-                dh = torch.bmm(products[t + 1], back).mul_(keep).add_(grads[t])
             else:
-                dh = torch.baddbmm(grads[t], products[t + 1], back)
+                keep = ~cuts[t + 1] if t + 1 in cuts else None
+                if keep is not None:
+                    carry *= keep
+                dh = _before(grads[t], products[t + 1], back, keep)
             cell.pull(dh.unsqueeze(2), states, slopes[t - start], outs[t])
-    carry[0] += torch.bmm(products[0], back)
+    if back is not None:
+        carry[0] += torch.bmm(products[0], back)
+
+
+def _before(grad: Tensor, product: Tensor, back: Tensor | None, keep: Tensor | None) -> Tensor:
+    """The gradient `(H, B, D)` of an h: of the output, and of the product after it in the rows that
+    `keep` names."""
+    if back is None:
+        return grad.clone()
+    if keep is None:
+        return torch.baddbmm(grad, product, back)
+    return torch.bmm(product, back).mul_(keep).add_(grad)
 
 
 def placed(x: Tensor, places: tuple[int, ...]) -> Tensor:

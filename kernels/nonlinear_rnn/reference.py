@@ -61,6 +61,7 @@ def nonlinear_rnn(
     bias: Tensor | None,
     first: Tensor,
     segment_ids: Tensor | None,
+    cut: bool,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as for `chunked.nonlinear_rnn`."""
     step, dtype = _STEPS[cell.name], gates.dtype
@@ -71,7 +72,8 @@ def nonlinear_rnn(
     for t, x in enumerate(gates.to(recurrent.dtype).unbind(1)):
         if starts is not None:
             state = torch.where(starts[:, t, None, None, None], 0.0, state)
-        r = torch.einsum("ghoi,bhi->gbho", recurrent, state[:, 0])
+        h = state[:, 0].detach() if cut else state[:, 0]
+        r = torch.einsum("ghoi,bhi->gbho", recurrent, h)
         state = torch.stack(step(state.unbind(1), x.unbind(1), r, bias), 1)
         outputs.append(state[:, 0])
     return torch.stack(outputs, 1).to(dtype), state

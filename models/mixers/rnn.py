@@ -28,6 +28,9 @@ class RNNOptions:
     """Taps of the short convolution in front of the gates that decide what is kept."""
     output_projection: bool = True
     """Mix the heads' outputs; the blocks of xLSTM leave that to the channel mixer."""
+    gradient_recurrent_cut: bool = False
+    """Take h for a constant where it is multiplied by R: gradients go back in time through the
+    cell's other states alone."""
 
 
 class HeadwiseRNN(Mixer):
@@ -110,6 +113,7 @@ class HeadwiseRNN(Mixer):
             bias=self.bias.transpose(0, 1),
             initial_state=get(state, "recurrent"),
             segment_ids=ctx.segment_ids,
+            gradient_recurrent_cut=self.options.gradient_recurrent_cut,
         )
         y = rms_norm(h, eps=self.config.norm_eps) * self.norm.to(h.dtype)
         if self.o_proj is not None:

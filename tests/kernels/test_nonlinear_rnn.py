@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rondo.kernels import linear_scan, nonlinear_rnn
-from rondo.kernels.nonlinear_rnn import CELLS, chunked
+from rondo.kernels.nonlinear_rnn import CELLS, chunked, reference
 from rondo.kernels.tiles import whole_tensors
 from rondo.tests.numerics import assert_ratio, gradients
 
@@ -94,6 +94,36 @@ def test_gradients_are_those_of_differences(name: str) -> None:
     if name == "slstm":  # differences would move m, and leave rows that are fresh
         inputs[3] = inputs[3].detach()
     assert torch.autograd.gradcheck(outputs, inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cut_gradient_is_that_of_a_constant_h(name: str) -> None:
+    """In products with R, held at what it was without a gradient; also where documents begin."""
+    inputs, ids = operands(name, 9), documents(9)
+    h, _ = run(name, segment_ids=ids)(*inputs)
+    held = torch.cat((inputs[3][:, :1], h[:, :-1]), 1)
+    starts = torch.diff(ids, dim=1, prepend=ids[:, :1]).bool()
+
+    def constant(gates: Tensor, recurrent: Tensor, bias: Tensor, state: Tensor) -> list[Tensor]:
+        outputs = []
+        for t, x in enumerate(gates.unbind(1)):
+            fresh = starts[:, t, None, None, None]
+            state = state.masked_fill(fresh, 0.0)
+            before = held[:, t].masked_fill(fresh[..., 0], 0.0)
+            r = torch.einsum("ghoi,bhi->gbho", recurrent, before)
+            step = getattr(reference, name)
+            state = torch.stack(step(state.unbind(1), x.unbind(1), r, bias), 1)
+            outputs.append(state[:, 0])
+        return [torch.stack(outputs, 1), state]
+
+    expected = gradients(constant, inputs)
+    for backend in ("chunked", "reference"):
+        cut = {"backend": backend, "gradient_recurrent_cut": True}
+        compare(gradients(run(name, segment_ids=ids, **cut), inputs), expected, 1e-12)
+    plain = gradients(run(name, segment_ids=ids), inputs)
+    assert (plain[1][0] - expected[1][0]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="no gradient_recurrent_cut"):
+        run(name, backend="triton", gradient_recurrent_cut=True)(*inputs)
 
 
 @pytest.mark.parametrize("name", NAMES)
