@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rondo.evals.tasks import labelled
 from rondo.models import Decoder, ModelConfig
+from rondo.pretrain import keep_bounds
 
 NO_ANSWER = -100
 
@@ -88,7 +89,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * _share(step, plan.steps)
         optimizer.step()
-        keep_bounds(model)
+        keep_bounds([model])
         say(step, loss.item())
     return model
 
@@ -105,14 +106,6 @@ def _length(plan: Fit, step: int, full: int) -> int:
         return full
     grown = plan.first + (full - plan.first) * 2 * step / plan.steps
     return min(full, round(grown))
-
-
-@torch.no_grad()
-def keep_bounds(model: Decoder) -> None:
-    """Puts parameters back within the bounds of their mixers."""
-    for block in model.blocks.values():
-        for name, bound in block.mixer.bounds().items():  # type: ignore[union-attr]
-            block.mixer.get_parameter(name).clamp_(-bound, bound)  # type: ignore[union-attr]
 
 
 class Score(NamedTuple):
