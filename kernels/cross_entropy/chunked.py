@@ -23,6 +23,8 @@ from rondo.kernels.tiles import stays_in_cache
 
 BUFFER_BYTES = 16 * 2**20
 """Size of the logits buffer: smaller ones accumulate the weight gradient more often."""
+KEPT_BYTES = 128 * 2**20
+"""Logits that a loss of each token keeps for the backward pass at most; more are made again."""
 MIN_CHUNK = 512
 """Tokens in a chunk at least: below, accumulating the weight gradient outweighs the products."""
 SCRATCH_BYTES = 4 * 2**20
@@ -78,14 +80,17 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        ctx.kept = _fits_one_buffer(hidden, weight) and any(ctx.needs_input_grad)
-        if ctx.kept:
-            losses, _, _ = _results(hidden, weight, None)
-            logits = hidden.new_empty(weight.shape[0], hidden.shape[0])
-            sums = _losses_into(losses, logits, hidden, weight.to(hidden.dtype), targets)
-            ctx.save_for_backward(hidden, weight, valid, logits, sums)
+        ctx.keeps = _can_be_kept(hidden, weight) and any(ctx.needs_input_grad)
+        if ctx.keeps:
+            losses, *_ = _results(hidden, weight, None)
+            head, kept = weight.to(hidden.dtype), []
+            for part in _parts(hidden, weight):
+                logits = hidden.new_empty(weight.shape[0], part.stop - part.start)
+                sums = _losses_into(losses[part], logits, hidden[part], head, targets[part])
+                kept += [logits, sums]
+            ctx.save_for_backward(hidden, weight, valid, *kept)
         else:
-            losses, _, _ = _losses(hidden, weight, targets, None)
+            losses, *_ = _losses(hidden, weight, targets, None)
             ctx.save_for_backward(hidden, weight, valid, targets)
         return losses * valid
 
@@ -94,21 +99,51 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, valid, *more = ctx.saved_tensors
         upstream = grad * valid
-        if ctx.kept:
-            logits, sums = more
-            row = (upstream / sums)[:, None]
-            turned = weight.to(hidden.dtype).T.contiguous()
-            grad_hidden = (turned @ logits).T * row
-            update = logits @ (hidden * row).to(hidden.dtype)
-            return grad_hidden.to(hidden.dtype), update.to(weight.dtype), None, None
+        if ctx.keeps:
+            gradients = _Gradients(hidden, weight, upstream)
+            parts = _parts(hidden, weight)
+            for part, logits, sums in zip(parts, more[::2], more[1::2], strict=True):
+                gradients.add(part, logits, sums)
+            return *gradients.sums(), None, None
         _, grad_hidden, grad_weight = _losses(hidden, weight, more[0], upstream)
         return grad_hidden, grad_weight, None, None
 
 
-def _fits_one_buffer(hidden: Tensor, weight: Tensor) -> bool:
+def _can_be_kept(hidden: Tensor, weight: Tensor) -> bool:
     """Whether logits can be kept: there are few enough, and the call is not being compiled."""
     size = hidden.shape[0] * weight.shape[0] * hidden.element_size()
-    return 0 < size <= BUFFER_BYTES and not torch.compiler.is_compiling()
+    return 0 < size <= KEPT_BYTES and not torch.compiler.is_compiling()
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Stretches of tokens whose logits are treated at a time."""
+    chunk = max(MIN_CHUNK, BUFFER_BYTES // (weight.shape[0] * hidden.element_size()))
+    tokens = hidden.shape[0]
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+
+
+class _Gradients:
+    """Gradients of hidden and weight, from one stretch of tokens after another."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, upstream: Tensor) -> None:
+        losses, self.grad_hidden, self.grad_weight = _results(hidden, weight, upstream)
+        self.hidden, self.upstream, self.wide = hidden, upstream, losses.dtype
+        self.turned = weight.to(hidden.dtype).T.contiguous()
+        self.total: Tensor | None = None
+
+    def add(self, part: slice, logits: Tensor, sums: Tensor) -> None:
+        """Takes what `_losses_into` returned for `part` of the tokens."""
+        # The sums divide the narrower sides of the products.
+        row = (self.upstream[part] / sums)[:, None]
+        self.grad_hidden[part] = (self.turned @ logits).T * row
+        update = logits @ (self.hidden[part] * row).to(self.hidden.dtype)
+        self.total = update.to(self.wide) if self.total is None else self.total.add_(update)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The gradients of hidden and weight."""
+        if self.total is None:
+            return self.grad_hidden, self.grad_weight.zero_()
+        return self.grad_hidden, self.total.to(self.grad_weight.dtype)
 
 
 def _can_look_at(x: Tensor) -> bool:
@@ -130,25 +165,18 @@ def _walk(
     hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `_losses`."""
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    losses, grad_hidden, grad_weight = _results(hidden, weight, upstream)
-    wide_grad = grad_weight if tokens else grad_weight.zero_()
-    head = weight.to(hidden.dtype)
-    turned = head.T if upstream is None else head.T.contiguous()
-    chunk = max(MIN_CHUNK, BUFFER_BYTES // (vocabulary * hidden.element_size()))
-    buffer = hidden.new_empty(vocabulary * min(chunk, tokens))
-    for start in range(0, tokens, chunk):
-        part = slice(start, min(start + chunk, tokens))
+    losses, *none = _results(hidden, weight, None)
+    gradients = None if upstream is None else _Gradients(hidden, weight, upstream)
+    head, parts = weight.to(hidden.dtype), _parts(hidden, weight)
+    buffer = hidden.new_empty(len(head) * (parts[0].stop if parts else 0))
+    for part in parts:
         count = part.stop - part.start
-        logits = buffer[: vocabulary * count].view(vocabulary, count)
+        logits = buffer[: len(head) * count].view(len(head), count)
         sums = _losses_into(losses[part], logits, hidden[part], head, targets[part])
-        if upstream is not None:
-            # The sums divide the narrower sides of the products.
-            row = (upstream[part] / sums)[:, None]
-            grad_hidden[part] = (turned @ logits).T * row
-            update = logits @ (hidden[part] * row).to(hidden.dtype)
-            wide_grad = update.to(losses.dtype) if start == 0 else wide_grad.add_(update)
-    return losses, grad_hidden, wide_grad.to(weight.dtype)
+        if gradients is not None:
+            gradients.add(part, logits, sums)
+    grad_hidden, grad_weight = none if gradients is None else gradients.sums()
+    return losses, grad_hidden, grad_weight
 
 
 def _results(

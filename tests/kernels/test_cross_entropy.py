@@ -17,13 +17,15 @@ from rondo.tests.numerics import assert_ratio, gradients
 REDUCTIONS = ("none", "sum", "mean")
 
 
-@pytest.fixture(params=["usual", "small"])
+@pytest.fixture(params=["usual", "small", "small and not kept"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The usual chunks, and chunks of 5 tokens with the exponentials of 2 at a time."""
-    if request.param == "small":
+    if request.param != "usual":
         monkeypatch.setattr(chunked, "MIN_CHUNK", 5)
         monkeypatch.setattr(chunked, "BUFFER_BYTES", 1)
         monkeypatch.setattr(chunked, "SCRATCH_BYTES", 2 * 17 * 8)
+    if request.param == "small and not kept":
+        monkeypatch.setattr(chunked, "KEPT_BYTES", 1)
 
 
 def make(*shape: int, dim: int = 6, vocabulary: int = 17, seed: int = 1) -> list[Tensor]:
