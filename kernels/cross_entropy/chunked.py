@@ -100,7 +100,7 @@ class _TokenLosses(torch.autograd.Function):
         hidden, weight, valid, *more = ctx.saved_tensors
         upstream = grad * valid
         if ctx.keeps:
-            gradients = _Gradients(hidden, weight, upstream)
+            gradients = _Gradients(hidden, weight, weight.to(hidden.dtype), upstream)
             parts = _parts(hidden, weight)
             for part, logits, sums in zip(parts, more[::2], more[1::2], strict=True):
                 gradients.add(part, logits, sums)
@@ -123,12 +123,13 @@ def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 class _Gradients:
-    """Gradients of hidden and weight, from one stretch of tokens after another."""
+    """Gradients of hidden and weight, from one stretch of tokens after another; `head` is the
+    weight in the dtype of hidden."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, upstream: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, head: Tensor, upstream: Tensor) -> None:
         losses, self.grad_hidden, self.grad_weight = _results(hidden, weight, upstream)
         self.hidden, self.upstream, self.wide = hidden, upstream, losses.dtype
-        self.turned = weight.to(hidden.dtype).T.contiguous()
+        self.turned = head.T.contiguous()
         self.total: Tensor | None = None
 
     def add(self, part: slice, logits: Tensor, sums: Tensor) -> None:
@@ -166,8 +167,8 @@ def _walk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `_losses`."""
     losses, *none = _results(hidden, weight, None)
-    gradients = None if upstream is None else _Gradients(hidden, weight, upstream)
     head, parts = weight.to(hidden.dtype), _parts(hidden, weight)
+    gradients = None if upstream is None else _Gradients(hidden, weight, head, upstream)
     buffer = hidden.new_empty(len(head) * (parts[0].stop if parts else 0))
     for part in parts:
         count = part.stop - part.start

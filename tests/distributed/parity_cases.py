@@ -28,7 +28,7 @@ from rondo.pretrain.recipe import OptimizerConfig
 from rondo.pretrain.routing import expert_similarity
 from rondo.tests.toys import registered
 
-VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 3
+VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The parity matrix: training under any layout is training in one process.
 
-Losses, every gradient, gradient norms and the parameters after three optimizer steps, with packed
+Losses, every gradient, gradient norms and the parameters after two optimizer steps, with packed
 documents. The matrix is made from the registry: a new mixer is in it without an edit.
 `make test` runs the core of it, with RONDO_TESTS=all it runs all.
 """
