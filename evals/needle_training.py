@@ -2,8 +2,7 @@
 
 Small models learn the task from scratch and are scored on longer texts. A text is filler with a few
 needles at random depths, each one word that stands for a key with its value; a question is a word
-that stands for a key, and the answer, not in the text, is the value (`labelling.py`). As needles
-are single words, nothing is learnt by guessing among values that were seen.
+that stands for a key, and the answer, not in the text, is the value (`labelling.py`).
 """
 
 from __future__ import annotations
