@@ -89,6 +89,11 @@ class RMoERouter(Router):
         return {"router": cell}
 
     def forward(self, x: Tensor, carry: Carry, shared: dict[str, Any]) -> tuple[Tensor, Carry]:
+        if "router" not in shared:
+            raise ValueError(
+                "the cell that all layers share is missing: pass shared={'router': cell()} with "
+                f"the cell of shared_modules, as Decoder does; got {sorted(shared)}"
+            )
         options, weights = self.options, shared["router"]
         inputs = project(x, weights.projection) if self.proj is None else self.proj(x)
         before = carry.get(STATE)
