@@ -398,6 +398,7 @@ def test_cost_is_counted() -> None:
         ({"ffns": {"moe": {"z_loss": -1.0}}}, ["model.ffns.moe.z_loss", "-1.0"]),
         ({"ffns": {"moe": {"num_experts": 0}}}, ["model.ffns.moe.num_experts", "0"]),
         ({"routers": {"rmoe": {"cell": "gruu"}}}, ["model.routers.rmoe.cell", "gru", "'gruu'"]),
+        ({"routers": {"rmoe": {"detach_scores": True}}}, ["routers.rmoe.detach_scores", "alpha 0"]),
         ({"routers": {"rmoe": {"width": 3}}}, ["model.routers.rmoe.width", "dim"]),
         ({"routers": {"rmo": {}}}, ["model.routers.rmo", "did you mean 'rmoe'"]),
         # Used by nothing:
