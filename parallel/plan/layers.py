@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rondo.models import MIXERS, ModelConfig
+from rondo.models import FFNS, MIXERS, ModelConfig
 from rondo.models.config import LayerSpec, make_options
 from rondo.parallel.build import PRECISIONS, build_part
 from rondo.parallel.expert import expert_mesh
@@ -91,5 +91,6 @@ def _kind(spec: LayerSpec) -> str:
 def _shares_modules(config: ModelConfig) -> bool:
     return any(
         MIXERS[spec.mixer].shared_modules(config, make_options(spec.mixer, spec.options))
+        or (spec.ffn != "none" and FFNS[spec.ffn].shared_modules(config))
         for spec in config.layers()
     )
