@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from rondo.errors import UserError
+from rondo.kernels.tiles import has_numbers
 from rondo.models import Decoder
-from rondo.models.ffn.dispatch import collect, route, spread, spread_choices
+from rondo.models.ffn.dispatch import collect, even_loads, route, spread, spread_choices
 from rondo.models.ffn.experts import Experts
 from rondo.parallel.collectives import all_to_all_rows
 from rondo.parallel.mesh import EXPERT_SHARD, Layout, submesh
@@ -96,10 +97,13 @@ class _ExpertsOverRanks:
         own = where.counts.view(ranks, here)
         theirs = torch.empty_like(own)  # [rank it comes from, expert of this rank]
         dist.all_to_all_single(theirs, own.contiguous(), group=self.group)
-        send, receive = own.sum(1).tolist(), theirs.sum(1).tolist()
+        if has_numbers():
+            send, receive = own.sum(1).tolist(), theirs.sum(1).tolist()
+        else:  # a plan: every rank gets as many
+            send = receive = even_loads(experts.numel(), ranks)
         rows = all_to_all_rows(spread(x, where), send, receive, self.group)
         shares = all_to_all_rows(spread_choices(shares, where), send, receive, self.group)
         local = torch.arange(here, device=x.device).repeat(ranks)
-        local = local.repeat_interleave(theirs.flatten())
+        local = local.repeat_interleave(theirs.flatten(), output_size=len(rows))
         y = self.operator(rows, local[:, None], shares[:, None], *weights)
         return collect(all_to_all_rows(y, receive, send, self.group), where)

@@ -19,9 +19,10 @@ from rondo.parallel.config import ParallelConfig
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for a missing rank before it fails."""
-SHARDED, DATA, EXPERT_SHARD = "sharded", "data", "expert_shard"
+SHARDED, DATA, EXPERT, EXPERT_SHARD = "sharded", "data", "expert", "expert_shard"
 """Joint dimensions: `dp_shard` and `cp`, over which parameters are sharded; these and
-`dp_replicate`, over which gradients add up. The last: ranks that shard the same experts."""
+`dp_replicate`, over which gradients add up. Ranks with different experts, and those that shard the
+same ones."""
 
 
 class Layout(NamedTuple):

@@ -150,11 +150,6 @@ def make_job(recipe: Recipe, ranks: int) -> Job:
             "model.vocab_size: a plan needs the size of the vocabulary; give it here, as in "
             "--model.vocab_size 32000"
         )
-    if recipe.parallel.ep > 1:
-        raise UserError(
-            f"parallel.ep: {recipe.parallel.ep} expert-parallel ranks exchange what routers "
-            "choose, which a plan does not know; plan with --parallel.ep 1"
-        )
     if recipe.parallel.engine != "native":
         raise UserError(
             f"parallel.engine: a plan knows what the native engine holds and sends, not "

@@ -47,6 +47,8 @@ class DataConfig:
     """Sequences a rank runs at once; the rest of its share is accumulated."""
     validation_fraction: float = 0.02
     """Share of documents held out when a source is prepared."""
+    max_epochs: float = 0.0
+    """A run that would read a source more often is refused; 0: it is only warned of."""
     folder: str = "data"
     """Where sources that are not prepared yet are prepared."""
 

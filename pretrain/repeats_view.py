@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rondo.pretrain.data.duplicates import read_multiplicities
 from rondo.pretrain.data.mixture import Mixture
-from rondo.pretrain.data.repeats import Repeats, account, describe, warnings
+from rondo.pretrain.data.repeats import Repeats, account, check_epochs, describe, warnings
 from rondo.pretrain.data.replay import Share
 from rondo.pretrain.data.token_files import TokenFile
 from rondo.pretrain.recipe import Recipe
@@ -20,7 +20,7 @@ from rondo.pretrain.stages import all_sources, source_keys, stages_of
 
 def planned_repeats(recipe: Recipe) -> list[Repeats] | None:
     """How `recipe` will read its sources, without reading their tokens; None unless each source
-    names a prepared folder."""
+    names a prepared folder. Raises UserError where one is read more often than it allows."""
     sources = all_sources(recipe)
     folders = [Path(source.path).expanduser() for source in sources]
     if not all((folder / "train.idx").is_file() for folder in folders):
@@ -34,7 +34,10 @@ def planned_repeats(recipe: Recipe) -> list[Repeats] | None:
         for key, count in zip(source_keys(stage.sources), mixture.counts(new), strict=True):
             counts[keys.index(key)] += count
     copies = {i: read_multiplicities(folder) for i, folder in enumerate(folders)}
-    return account(domain_names(sources), unique, counts, recipe.data.sequence_length, copies)
+    length = recipe.data.sequence_length
+    found = account(domain_names(sources), unique, counts, length, copies)
+    check_epochs(found, recipe.data.max_epochs)
+    return found
 
 
 def show_repeats(recipe: Recipe, parameters: int, console: Console) -> None:

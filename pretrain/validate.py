@@ -46,7 +46,7 @@ _ABOVE_0 = (
     "reweight.temperature",
     "reweight.start_temperature",
 )
-_NOT_BELOW_0 = ("optimizer.weight_decay", "optimizer.clip_norm")
+_NOT_BELOW_0 = ("data.max_epochs", "optimizer.weight_decay", "optimizer.clip_norm")
 _NOT_EMPTY = ("output_dir", "data.folder", "data.tokenizer", "checkpoint.resume")
 _LONGEST_NAME = 128
 _TIME = r"\d+(:\d+(:\d+)?)?|\d+-\d+(:\d+(:\d+)?)?"

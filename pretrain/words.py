@@ -11,11 +11,12 @@ from rondo.models import Decoder, ModelConfig
 from rondo.models.mixer import Cost
 from rondo.parallel.checkpoint import state_digest
 from rondo.pretrain.data import unigram_bits_per_byte
-from rondo.pretrain.data.repeats import describe, warnings
+from rondo.pretrain.data.repeats import check_epochs, describe, warnings
 
 
 def greeting(run: Any) -> Iterator[str]:
-    """Sizes and costs of the model, the layout, what the data is worth. `run`: its `Trainer`."""
+    """Sizes and costs of the model, the layout, what the data is worth. `run`: its `Trainer`.
+    Raises UserError where it would read a source more often than the recipe allows."""
     cost, layout = run.cost, run.ranks.layout
     used = active_parameters(run.config)
     active = f" ({used:,} active)" if used < cost.parameters else ""
@@ -31,6 +32,7 @@ def greeting(run: Any) -> Iterator[str]:
     if note := run.reweighting.note():
         yield note
     repeats = run.training.repeats(run.reweighting.domains)
+    check_epochs(repeats, run.recipe.data.max_epochs)
     yield from describe(repeats)
     yield from warnings(repeats, cost.parameters)
 

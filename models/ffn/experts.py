@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rondo.kernels.tiles import stays_in_cache
+from rondo.kernels.tiles import has_numbers, stays_in_cache
 from rondo.models.ffn.dispatch import (
     Route,
     choices_of_rows,
     collect,
+    even_loads,
     route,
     spread,
     spread_choices,
@@ -135,6 +136,8 @@ def served(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
         return False  # its description for the compiler knows no other type (torch 2.13)
+    if not has_numbers() and x.dtype != torch.bfloat16:
+        return False  # nor that for a plan
     if x.device.type == "cpu":
         return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     widths = (x.shape[1], *weight.shape[1:])
@@ -146,7 +149,7 @@ def _rows_times(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`(m, b)`: rows of `x` `(m, a)` times their group's `weight` `(N, a, b)`."""
     if served(x, weight):
         return F.grouped_mm(x, weight, offs=ends)
-    parts = zip(x.split(_sizes(ends)), weight.unbind(), strict=True)
+    parts = zip(x.split(_sizes(ends, len(x))), weight.unbind(), strict=True)
     return torch.cat([rows @ matrix for rows, matrix in parts])
 
 
@@ -155,10 +158,12 @@ def _outer_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     `right` `(m, b)`."""
     if served(left, right):
         return F.grouped_mm(left.mT, right, offs=ends)
-    sizes = _sizes(ends)
+    sizes = _sizes(ends, len(left))
     parts = zip(left.split(sizes), right.split(sizes), strict=True)
     return torch.stack([rows.mT @ others for rows, others in parts])
 
 
-def _sizes(ends: Tensor) -> list[int]:
+def _sizes(ends: Tensor, rows: int) -> list[int]:
+    if not has_numbers():
+        return even_loads(rows, len(ends))
     return ends.diff(prepend=ends.new_zeros(1)).tolist()

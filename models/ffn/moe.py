@@ -170,7 +170,9 @@ class MoE(ChannelMixer):
     def forward(
         self, x: Tensor, carry: Carry | None = None, shared: dict[str, Any] | None = None
     ) -> Tensor | tuple[Tensor, Carry]:
-        """`y` `(B, T, dim)` of `x`; and, where there is a `carry`, what is handed on of it."""
+        """`y` `(B, T, dim)` of `x`; and, where there is a `carry`, what is handed on of it. Without
+        one, the router starts as in the first mixture. `shared` is what each of `shared_modules`
+        returns, by name. Raises ValueError where the router needs one that is not in it."""
         logits, after = self.router(x, carry or {}, shared or {})
         probabilities = logits.softmax(-1)
         choice = choose(

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from rondo.parallel.mesh import Layout
+from rondo.parallel.mesh import EXPERT, EXPERT_SHARD, Layout
 from rondo.parallel.plan.hardware import Hardware
 from rondo.parallel.plan.job import Job
 from rondo.parallel.plan.rank import RankPlan, plan_ranks
@@ -145,7 +145,7 @@ def _times(plan: Plan, rank: RankPlan) -> Times:
     compute, chains = compute_flops(job) / speed, chain_flops(job) / speed
     traffic: dict[str, float] = {}
     for key, sent in rank.traffic.items():
-        seconds = link_seconds(sent, job.layout, key.along, hardware)
+        seconds = link_seconds(sent, job.layout, key.along, hardware, job.parallel.ep)
         traffic[key.purpose] = traffic.get(key.purpose, 0.0) + seconds
     exposed = max(0.0, sum(traffic.get(name, 0.0) for name in OVERLAPPED) - compute)
     share = bubble(job.parallel.pipeline_schedule, job.layout.pp, job.micro_batches)
@@ -155,16 +155,21 @@ def _times(plan: Plan, rank: RankPlan) -> Times:
     return Times(compute, traffic, exposed, chains, idle, touched / hardware.memory_bandwidth)
 
 
-def link_seconds(traffic: Traffic, layout: Layout, along: str, hardware: Hardware) -> float:
+def link_seconds(
+    traffic: Traffic, layout: Layout, along: str, hardware: Hardware, ep: int = 1
+) -> float:
     """Seconds of collectives along dimensions of the mesh, as in "dp_shard x cp": the bandwidth of
     the slowest link of a ring over the group's ranks, and a start for each collective. Ranks of a
-    group that share a node share the way out of it, each with its own adapter."""
+    group that share a node share the way out of it, each with its own adapter. `ep` neighbours
+    in "dp_shard x cp" are along "expert"."""
     steps = {name: math.prod(layout[i + 1 :]) for i, name in enumerate(layout._fields)}
+    steps |= {EXPERT: layout.tp, EXPERT_SHARD: layout.tp * ep}
+    sizes = {**layout._asdict(), EXPERT: ep, EXPERT_SHARD: layout.dp_shard * layout.cp // ep}
     names = along.split(" x ")
-    offsets = [range(0, getattr(layout, n) * steps[n], steps[n]) for n in names]
+    offsets = [range(0, sizes[n] * steps[n], steps[n]) for n in names]
     members = [sum(parts) for parts in itertools.product(*offsets)]
     near = sum(rank < hardware.node_size for rank in members)
-    extent = max(getattr(layout, n) * steps[n] for n in names)
+    extent = max(sizes[n] * steps[n] for n in names)
     bandwidth, latency = hardware.node_bandwidth, hardware.node_latency
     if near < len(members) or hardware.node_size % extent:
         bandwidth = min(bandwidth, near * hardware.network_bandwidth)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rondo.models import MIXERS, ModelConfig
+from rondo.models import FFNS, MIXERS, ModelConfig
 from rondo.models.config import LayerSpec, make_options
 from rondo.parallel.build import PRECISIONS, build_part
+from rondo.parallel.expert import expert_mesh
 from rondo.parallel.plan.job import Job
 from rondo.parallel.plan.trace import Trace, fake_ranks, fake_trace
 
@@ -75,8 +76,12 @@ def trace_layers(job: Job, config: ModelConfig, layers: range) -> Trace:
     """The trace of `layers` of a model, all of them, laid out as a job says."""
     ends = layers.start > 0 and layers.stop == config.num_layers
     with fake_ranks(job.layout, pp=job.layout.pp - 1 if ends else 0) as ranks:
-        part = build_part(config, layers, ranks, job.parallel, PRECISIONS[job.precision])
-        return fake_trace(part, ranks, job.inputs, job.make_optimizers)
+        experts = None
+        if job.parallel.ep > 1:
+            experts = expert_mesh(ranks.device.type, job.layout, job.parallel.ep)
+        dtype = PRECISIONS[job.precision]
+        part = build_part(config, layers, ranks, job.parallel, dtype, experts=experts)
+        return fake_trace(part, ranks, job.inputs, job.make_optimizers, experts)
 
 
 def _kind(spec: LayerSpec) -> str:
@@ -86,5 +91,6 @@ def _kind(spec: LayerSpec) -> str:
 def _shares_modules(config: ModelConfig) -> bool:
     return any(
         MIXERS[spec.mixer].shared_modules(config, make_options(spec.mixer, spec.options))
+        or (spec.ffn != "none" and FFNS[spec.ffn].shared_modules(config))
         for spec in config.layers()
     )

@@ -29,6 +29,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     """Plain data: bytes, seconds, FLOPs."""
     return {
         "layout": {**plan.job.layout._asdict(), "ranks": plan.job.ranks},
+        "ep": plan.job.parallel.ep,
         "activation_checkpointing": plan.job.parallel.activation_checkpointing,
         "pipeline_schedule": plan.job.parallel.pipeline_schedule,
         "micro_batches": plan.job.micro_batches,
@@ -68,6 +69,7 @@ def assumptions(plan: Plan) -> list[str]:
         "in a node; at full bandwidth, and log2 of its size latencies for each collective",
         f"a layout fits when it fills at most {MEMORY_SHARE:.0%} of a GPU's memory; activations "
         "are those of the PyTorch kernels, without torch.compile",
+        *(["every expert gets as many tokens as any other"] if plan.job.parallel.ep > 1 else []),
     ]
 
 
@@ -75,7 +77,9 @@ def layout_text(plan: Plan) -> str:
     """The dimensions of a layout that are not 1, and what is recomputed."""
     sizes = [f"{n} {s}" for n, s in plan.job.layout._asdict().items() if s > 1] or ["one rank"]
     mode = plan.job.parallel.activation_checkpointing
-    return " x ".join(sizes) + (f", {mode} checkpointing" if mode != "none" else "")
+    ep = plan.job.parallel.ep
+    experts = f", experts over {ep}" if ep > 1 else ""
+    return " x ".join(sizes) + experts + (f", {mode} checkpointing" if mode != "none" else "")
 
 
 def summary_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -25,7 +26,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from rondo.kernels.tiles import whole_tensors
 from rondo.models import Decoder
 from rondo.parallel.data_parallel import finish_gradients
-from rondo.parallel.mesh import DATA, SHARDED, Layout, Ranks, make_mesh
+from rondo.parallel.mesh import (
+    DATA,
+    EXPERT,
+    EXPERT_SHARD,
+    SHARDED,
+    Layout,
+    Ranks,
+    make_mesh,
+    submesh,
+)
 from rondo.parallel.pipeline import MicroBatch
 from rondo.parallel.plan.recorder import Collective, Recorder, Traffic, merge
 
@@ -111,32 +121,51 @@ def fake_ranks(layout: Layout, pp: int = 0) -> Iterator[Ranks]:
         _gen_transform_infos.cache_clear()
 
 
-def group_dimensions(ranks: Ranks) -> dict[str, str]:
-    """By name of each process group, the dimensions of the mesh that its ranks differ in; groups
-    of one rank have none. (Torch may give dimensions that span the same ranks one group.)"""
+def group_dimensions(ranks: Ranks, experts: DeviceMesh | None = None) -> dict[str, str]:
+    """By name of each process group, the dimensions of the mesh (and of an `expert_mesh`) that its
+    ranks differ in; groups of one rank have none. (Torch may give dimensions that span the same
+    ranks one group.)"""
     if ranks.mesh is None:
         return {}
+    found: dict[str, str] = {}
+    if experts is not None:
+        for name in (EXPERT, EXPERT_SHARD, "dp_replicate", "tp"):
+            group = submesh(experts, name).get_group()
+            found[group.group_name] = name if group.size() > 1 else ""
     parts = {name: [name] for name in Layout._fields}
     parts |= {SHARDED: ["dp_shard", "cp"], DATA: ["dp_replicate", "dp_shard", "cp"]}
     sizes = ranks.layout._asdict()
-    return {
+    return found | {
         ranks.group(name).group_name: " x ".join(one for one in dims if sizes[one] > 1)
         for name, dims in parts.items()
     }
 
 
-def fake_trace(part: Decoder, ranks: Ranks, inputs: tuple[int, int], make: MakeOptimizers) -> Trace:
+def fake_trace(
+    part: Decoder,
+    ranks: Ranks,
+    inputs: tuple[int, int],
+    make: MakeOptimizers,
+    experts: DeviceMesh | None = None,
+) -> Trace:
     """The trace of a part on the meta device, which is materialised as fake tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True), whole_tensors():
         part.to_empty(device=ranks.device)
-        return record(part, ranks, inputs, make)
+        return record(part, ranks, inputs, make, experts)
 
 
-def record(part: Decoder, ranks: Ranks, inputs: tuple[int, int], make: MakeOptimizers) -> Trace:
-    """The trace of a materialised part; `inputs` is (sequences, tokens of each on this rank)."""
+def record(
+    part: Decoder,
+    ranks: Ranks,
+    inputs: tuple[int, int],
+    make: MakeOptimizers,
+    experts: DeviceMesh | None = None,
+) -> Trace:
+    """The trace of a materialised part; `inputs` is (sequences, tokens of each on this rank), and
+    `experts` the mesh that its experts are divided over."""
     params = list(part.parameters())
     trace = Trace(parameters=_bytes(params), accumulated=sum(map(_unsharded_bytes, params)))
-    with Recorder(group_dimensions(ranks), map(_local, params)) as recorder:
+    with Recorder(group_dimensions(ranks, experts), map(_local, params)) as recorder:
         _Run(part, ranks, inputs, recorder).step(trace)
         with recorder.window("gradients") as trace.finish:
             finish_gradients([part], ranks)
@@ -257,7 +286,8 @@ def _unsharded_bytes(param: Tensor) -> float:
     names = mesh.mesh_dim_names or ()
     for name, ranks, placement in zip(names, mesh.shape, param.placements, strict=True):
         size /= ranks if name == "tp" and placement.is_shard() else 1
-    return size if SHARDED in names else 0
+        size /= ranks if name == EXPERT else 1
+    return size if {SHARDED, EXPERT_SHARD} & {*names} else 0
 
 
 def _storages(part: nn.Module) -> set[int]:

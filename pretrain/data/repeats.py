@@ -20,6 +20,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rondo.errors import UserError
+
 R_STAR = 15.4
 """Repeats after which a further one is worth 1/e of a fresh epoch."""
 MANY_EPOCHS = 4.0
@@ -90,6 +92,20 @@ def account(
         for i, count in samples.items()
         if i in unique
     ]
+
+
+def check_epochs(found: Sequence[Repeats], limit: float) -> None:
+    """Raises UserError, which names every source that is read more than `limit` times; 0 is no
+    limit."""
+    over = [each for each in found if limit and each.epochs > limit]
+    if over:
+        raise UserError(
+            "\n".join(
+                f"data.sources: {each.name} would be read {each.epochs:.2f} times, more than "
+                f"data.max_epochs {limit:g}; fewer steps, a smaller weight or more text would do"
+                for each in over
+            )
+        )
 
 
 def warnings(found: Sequence[Repeats], parameters: int) -> list[str]:

@@ -25,7 +25,7 @@ from rondo.parallel.sequence import over_ranks
 from rondo.pretrain.domain_loads import DomainLoads
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
-from rondo.pretrain.routing import expert_similarity
+from rondo.pretrain.routing import expert_similarity, routing
 from rondo.tests.toys import registered
 
 VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 2
@@ -93,8 +93,9 @@ def train(run: Run) -> dict[str, Any]:
 
 def train_one(run: Run) -> dict[str, Any]:
     """Losses, gradients of the first step, gradient norms, similarities of experts, their
-    loads by domain, shares of dropped choices and largest loads, and parameters and biases of the
-    choice of experts after `STEPS` steps, by name and whole; of a pipeline this rank's names."""
+    loads by domain, shares of dropped choices and largest loads, auxiliary losses, how sure their
+    routers are, and parameters and biases of the choice of experts after `STEPS` steps, by name and
+    whole; of a pipeline this rank's names."""
     rank, size, mesh = 0, 1, None
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -120,9 +121,12 @@ def train_one(run: Run) -> dict[str, Any]:
     batches = micro_batches(run, ranks)
     valid = int((data(run).targets >= 0).sum())
     result: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}, "loads": []}
+    result |= {"auxiliary": [], "routing": []}
     for step in range(STEPS):
         nats = model.forward_backward(batches)
         result["losses"].append(ranks.sum(nats.item() * ranks.counts)[0] / valid)
+        auxiliary = [value.item() for _, value in sorted(model.auxiliary.items())]
+        result["auxiliary"] += ranks.sum(*auxiliary)
         scale_gradients(model.parts, 1 / valid)
         result["norms"].append(model.gradient_norm())
         if step == 0:
@@ -138,6 +142,9 @@ def train_one(run: Run) -> dict[str, Any]:
         with DomainLoads(model, domains(run, ranks), ["even", "odd"]) as by_domain:
             nats = model.evaluate(batches)
         result["domains"] = by_domain.tables()
+        decided = sorted(routing(model, batches).items())
+        # The inner balance is a median of a rank's micro-batch.
+        result["routing"] = [value for name, value in decided if "router_inner" not in name]
     else:
         nats = model.evaluate(batches)
     result["evaluated"] = ranks.sum(nats.item() * ranks.counts)[0] / valid

@@ -26,6 +26,7 @@ def job(
     optimizer: str = "adamw",
     checkpointing: Any = "none",
     heads: int = 4,
+    ep: int = 1,
     **model: Any,
 ) -> Job:
     """A tiny model with all sizes divisible, on a layout."""
@@ -37,7 +38,7 @@ def job(
         "hgrn2": {"head_dim": 16},
     }
     config = ModelConfig(mixers=mixers, **sizes)
-    parallel = ParallelConfig(**layout._asdict(), activation_checkpointing=checkpointing)
+    parallel = ParallelConfig(**layout._asdict(), activation_checkpointing=checkpointing, ep=ep)
     options = OptimizerConfig(name=optimizer)  # type: ignore[arg-type]
     return Job(
         Model(config, LENGTH),
@@ -50,10 +51,16 @@ def job(
     )
 
 
-CASES = {
-    "tp2 x dp_shard2": (Layout(dp_shard=2, tp=2), "muon"),
-    "cp2 x dp_shard2": (Layout(dp_shard=2, cp=2), "adamw"),
-    "dp_replicate2 x dp_shard2": (Layout(dp_replicate=2, dp_shard=2), "adamw"),
+MIXTURE = {"num_experts": 4, "router": "rmoe", "expert_dim": 32}
+CASES: dict[str, tuple[Layout, str, dict[str, Any]]] = {
+    "tp2 x dp_shard2": (Layout(dp_shard=2, tp=2), "muon", {}),
+    "cp2 x dp_shard2": (Layout(dp_shard=2, cp=2), "adamw", {}),
+    "dp_replicate2 x dp_shard2": (Layout(dp_replicate=2, dp_shard=2), "adamw", {}),
+    "ep2 of dp_shard4": (
+        Layout(dp_shard=4),
+        "adamw",
+        {"ep": 2, "pattern": ["attention+moe"], "ffns": {"moe": MIXTURE}},
+    ),
 }
 
 
@@ -62,10 +69,10 @@ def measure_all() -> dict[str, dict[str, float]]:
     return {name: measure(*case) for name, case in CASES.items()}
 
 
-def measure(layout: Layout, optimizer: str) -> dict[str, float]:
+def measure(layout: Layout, optimizer: str, options: dict[str, Any]) -> dict[str, float]:
     """Bytes of this rank's parameters, gradients and optimizer state after a real step, and of
     what a real forward pass keeps for its backward pass."""
-    run = job(layout, optimizer)
+    run = job(layout, optimizer, **options)
     ranks = Ranks(dist.get_rank(), layout.size, torch.device("cpu"), make_mesh("cpu", layout))
     model = ParallelModel(
         run.model.config, ranks, run.parallel, precision="float32", seed=0, length=LENGTH

@@ -109,7 +109,7 @@ def ratio(value: np.ndarray, expected: np.ndarray) -> float:
 def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> list[str]:
     """Where results differ by more than `tolerance`, relative to each tensor's norm."""
     wrong = []
-    for key in ("losses", "norms", "evaluated", "similarity", "loads"):
+    for key in ("losses", "norms", "evaluated", "similarity", "loads", "auxiliary", "routing"):
         for found in ranks:
             if not np.allclose(found[key], expected[key], rtol=tolerance, atol=0):
                 wrong.append(f"{key}: {found[key]} instead of {expected[key]}")

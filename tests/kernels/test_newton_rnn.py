@@ -251,6 +251,20 @@ def test_first_states_are_exact_whatever_the_weights(name: str, size: int) -> No
         close(states[:, :, :known], exact[:, :, :known], 1e-12)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", (0.0, 0.5))
+def test_no_iteration_leaves_the_guess(name: str, scale: float) -> None:
+    """What a step makes of the zero state at every position. (There is no damping to switch
+    iterations off with.) A ParaGRU without recurrent weights is linear: one more is exact."""
+    rows, first = solver_rows(name, 33, scale, 1)
+    guessed, after = iterates(rows, first, 1)
+    zero = first.expand(-1, -1, 33, -1)
+    expected = CELLS[name].step(zero, rows.gates.unbind(2), rows.weights.unbind(0))
+    close(guessed[:, :, :-1], expected[:, :, :-1], 1e-14)  # the last is a step further
+    exact = forward(rows._replace(size=33), first, False).states
+    assert ((after - exact).abs().max() < 1e-13) == (name == "para_gru" and scale == 0)
+
+
 def test_iterations_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """None for one position, one for a linear cell."""
     monkeypatch.setattr(chunked, "LEAST", 4)

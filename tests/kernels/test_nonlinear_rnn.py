@@ -25,16 +25,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def operands(name: str, time: int, heads: int = HEADS, dim: int = DIM) -> list[Tensor]:
+def operands(
+    name: str, time: int, heads: int = HEADS, dim: int = DIM, batch: int = BATCH
+) -> list[Tensor]:
     """Gates, recurrent weights, bias, and a state that tokens can have left; one row's is fresh."""
     cell = CELLS[name]
-    state = draw(BATCH, len(cell.states), heads, dim)
+    state = draw(batch, len(cell.states), heads, dim)
     if name == "slstm":
         state[:, 2] = 1 + state[:, 2].abs()
     state[0] = 0.0
     count = len(cell.gates)
     return [
-        draw(BATCH, time, count, heads, dim),
+        draw(batch, time, count, heads, dim),
         0.5 * draw(count, heads, dim, dim),
         0.5 * draw(len(cell.biases), heads, dim),
         state,
@@ -79,6 +81,29 @@ def test_chunked_equals_the_loop(
         compare(found, expected, LIMITS[dtype])
         assert found[0][0].dtype == dtype
         assert found[0][1].dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("batch", "time", "dim", "heads"),
+    [
+        (1, 1024, 16, 1),
+        (2, 64, 16, 12),
+        (8, 3, 32, 4),
+        (17, 64, 16, 1),
+        (64, 1, 64, 4),
+        (2, 3, 128, 1),
+    ],
+)
+def test_every_size_of_the_published_grid(
+    name: str, batch: int, time: int, dim: int, heads: int
+) -> None:
+    """Each batch, length, head width and number of heads of it once (arXiv 2412.07752); weights
+    small enough that rounding does not grow over steps."""
+    inputs = operands(name, time, heads, dim, batch)
+    inputs[1] *= dim**-0.5
+    expected = gradients(run(name, backend="reference"), inputs)
+    compare(gradients(run(name, backend="chunked"), inputs), expected, 1e-11)
 
 
 @pytest.mark.parametrize("name", NAMES)

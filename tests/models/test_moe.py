@@ -102,6 +102,17 @@ def test_one_expert_is_a_dense_layer() -> None:
     assert choose(torch.ones(2, 9, 1), 1, renormalize=True).weights.eq(1).all()
 
 
+def test_a_layer_alone_starts_the_router_or_says_what_it_lacks() -> None:
+    moe, shared = layer()
+    x = inputs(2, 9, 16)
+    expected, _ = moe(x, start(config(), x), shared)
+    assert torch.equal(moe(x, shared=shared), expected)
+    with pytest.raises(ValueError, match=r"shared=\{'router'.* got \['routr'\]"):
+        moe(x, shared={"routr": shared["router"]})
+    linear, _ = layer(router="linear")
+    assert linear(x).shape == x.shape
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_all_experts_are_a_dense_mixture(renormalize: bool) -> None:
     moe, shared = layer(num_experts=4, top_k=4, renormalize=renormalize)
@@ -387,6 +398,7 @@ def test_cost_is_counted() -> None:
         ({"ffns": {"moe": {"z_loss": -1.0}}}, ["model.ffns.moe.z_loss", "-1.0"]),
         ({"ffns": {"moe": {"num_experts": 0}}}, ["model.ffns.moe.num_experts", "0"]),
         ({"routers": {"rmoe": {"cell": "gruu"}}}, ["model.routers.rmoe.cell", "gru", "'gruu'"]),
+        ({"routers": {"rmoe": {"detach_scores": True}}}, ["routers.rmoe.detach_scores", "alpha 0"]),
         ({"routers": {"rmoe": {"width": 3}}}, ["model.routers.rmoe.width", "dim"]),
         ({"routers": {"rmo": {}}}, ["model.routers.rmo", "did you mean 'rmoe'"]),
         # Used by nothing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rondo.models.ffn.router import project
 from rondo.models.ffn.routers.rmoe import SCORES, STATE
 from rondo.parallel.checkpointing import checkpoint_block
 from rondo.pretrain.optim import build_optimizers
+from rondo.pretrain.parse import load_recipe
 from rondo.pretrain.recipe import OptimizerConfig
 from rondo.tests.numerics import assert_ratio
 
@@ -276,6 +278,22 @@ def test_extra_parameters_are_the_formula() -> None:
         formula = layers * (p * dim + experts * p) + 6 * p * p + 6 * p - layers * experts * dim
         assert extra == formula
         assert extra == pytest.approx(rounded, rel=2e-3)
+
+
+def test_the_small_recipe_has_the_published_size() -> None:
+    """Arithmetic from the shape: 36.89M outside the embedding, of which 475,904 are routers'
+    (arXiv 2408.06793, table 1: 36.51M and 0.47M)."""
+    model_config = load_recipe("rmoe-enwik8-small").model
+    with torch.device("meta"):
+        model = Decoder(dataclasses.replace(model_config, vocab_size=256))
+    sizes = {name: param.numel() for name, param in model.named_parameters()}
+    routers = sum(size for name, size in sizes.items() if "router" in name)
+    inside = sum(sizes.values()) - sizes["embedding.weight"] - sizes["head.weight"]
+    d, p, n, layers, width = 352, 128, 16, 8, 240
+    assert routers == layers * (p * d + n * p) + 6 * p * p + 6 * p == 475_904
+    block = 4 * d * d + 2 * d + n * 3 * width * d  # attention, two norms, experts
+    assert inside == layers * block + d + routers == 36_887_136
+    assert inside == pytest.approx(36.51e6, rel=0.011)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

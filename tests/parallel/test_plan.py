@@ -83,6 +83,33 @@ def test_collectives_of_limited_experts() -> None:
     assert (found[0] - before[0], found[1] - before[1]) == (times, times * sent)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_expert_parallel_ranks_exchange_rows_of_even_loads(precision: str) -> None:
+    """Forward counts, rows, shares and results; backward the same but counts. Experts are sharded
+    over the ranks that hold the same ones only."""
+    count, k, dim, inner, ep, layout = 4, 2, 64, 32, 2, Layout(dp_shard=4)
+    options = {"num_experts": count, "top_k": k, "expert_dim": inner, "router": "linear"}
+    run = job(layout, pattern=["attention+moe"], ffns={"moe": options})
+    run = dataclasses.replace(
+        run, precision=precision, parallel=dataclasses.replace(run.parallel, ep=ep)
+    )
+    [rank] = plan_ranks(run)
+    width = 2 if precision == "bfloat16" else 4
+    rows = MICRO * LENGTH * k
+    there = 2 * rows * dim * width + rows * 4  # shares of a router are float32
+    passes = MICRO_BATCHES * LAYERS
+    expected = 7 * passes, passes * (2 * there + count * 8) / ep
+    assert rank.traffic[Collective("all-to-all", "expert", "activations")] == expected
+    experts = LAYERS * 3 * count * inner * dim
+    reduced = Collective("reduce-scatter", "expert_shard", "gradients")
+    assert rank.traffic[reduced] == (LAYERS, experts / ep * 4 / 2)
+    [whole] = plan_ranks(dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, ep=1)))
+    assert rank.memory.parameters == whole.memory.parameters
+    waiting = experts * 4 * (1 - 1 / ep)  # gradients of experts on other ranks
+    assert whole.memory.gradients - rank.memory.gradients == waiting
+    assert make_plan(run, H100).times.step > 0
+
+
 def test_collectives_of_tensor_parallel_ranks() -> None:
     layout = Layout(tp=2)
     half = MICRO * LENGTH * 64 * 4 / 2  # bytes of hidden states that come from the other rank
@@ -340,6 +367,9 @@ def test_links() -> None:
     # Groups of six do not fill nodes of eight evenly: some go out.
     slow = link_seconds(data, Layout(dp_shard=2, tp=6), "tp", H100)
     assert slow == pytest.approx(450 / 300)
+    # Four neighbours in dp_shard hold all experts, in a node; ranks with the same ones are apart.
+    assert link_seconds(data, wide, "expert", H100, ep=4) == pytest.approx(1)
+    assert link_seconds(data, wide, "expert_shard", H100, ep=4) == pytest.approx(9)
 
 
 def test_what_does_not_fit_is_said_not_to_and_slow_networks_cost() -> None:

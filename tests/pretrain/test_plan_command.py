@@ -93,10 +93,6 @@ def test_schedule(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--ranks", "8", "--efficiency", "2"], "efficiency: must be above 0"),
         (["--ranks", "8", "--data.global_batch_size", "3"], "do not divide over 8"),
         (
-            ["--ranks", "8", "--model.pattern", "[attention+moe]", "--parallel.ep", "2"],
-            "parallel.ep: 2 expert-parallel ranks exchange what routers choose, which",
-        ),
-        (
             ["--ranks", "8", "--model.vocab_size", "0", "--data.tokenizer", "auto"],
             "model.vocab_size",
         ),

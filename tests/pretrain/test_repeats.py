@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from rondo.errors import UserError
 from rondo.models import ModelConfig
+from rondo.models.mixer import Cost
+from rondo.parallel.mesh import Ranks
 from rondo.pretrain.data import Curriculum, PrepareConfig, Sources, load_tokenizer, prepare
 from rondo.pretrain.data.duplicates import (
     duplicate_report,
@@ -35,6 +40,7 @@ from rondo.pretrain.recipe import (
     StageDataConfig,
 )
 from rondo.pretrain.repeats_view import planned_repeats, repeats_data
+from rondo.pretrain.words import greeting
 
 pytestmark = pytest.mark.quick
 
@@ -123,6 +129,25 @@ def test_epochs_of_a_run_follow_weights_and_sizes(tmp_path) -> None:
     told = repeats_data(recipe, 10**6)
     assert told is not None and told["sources"][0]["epochs"] == found[0].epochs
     assert "small is read" in told["warnings"][0]
+    most = max(each.epochs for each in found)
+    allowed = replace(recipe, data=replace(data, max_epochs=most))
+    assert planned_repeats(allowed) == found
+    refused = replace(recipe, data=replace(data, max_epochs=0.99 * most))
+    with pytest.raises(UserError, match=r"small would be read .* data.max_epochs") as caught:
+        planned_repeats(refused)
+    assert "large" not in str(caught.value)
+    run = SimpleNamespace(
+        recipe=refused,
+        config=ModelConfig(vocab_size=259),
+        cost=Cost(1.0, 10**6, 0),
+        ranks=Ranks(0, 1, torch.device("cpu"), None),
+        tokens_per_step=640,
+        peak_flops=1.0,
+        reweighting=SimpleNamespace(domains=["small", "large"], note=lambda: None),
+        training=training,
+    )
+    with pytest.raises(UserError, match="small would be read"):
+        list(greeting(run))
     unprepared = replace(recipe, data=replace(data, sources=[SourceConfig("stdlib-code")]))
     assert planned_repeats(unprepared) is None
 

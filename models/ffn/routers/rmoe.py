@@ -33,7 +33,7 @@ class RMoEOptions:
     alpha: float = field(default=0.0, metadata={"zero": True})
     """Adds so much of the scores of the router below to a router's own."""
     detach_scores: bool = False
-    """Without the gradient of those scores."""
+    """Without the gradient of those scores; needs `alpha`."""
 
 
 @ROUTERS.register("rmoe")
@@ -62,11 +62,17 @@ class RMoERouter(Router):
 
     @classmethod
     def problems(cls, options: Any) -> list[str]:
-        return [
+        found = [
             f"{key}: must be one of {', '.join(known)}, got {getattr(options, key)!r}"
             for key, known in (("cell", GATES), ("passing", PASSING))
             if getattr(options, key) not in known
         ]
+        if options.detach_scores and not options.alpha:
+            found.append(
+                "detach_scores: with alpha 0 no scores are handed up; set alpha (the paper's: 0.5 "
+                "or 1), or leave it false"
+            )
+        return found
 
     @classmethod
     def carried(cls, config: ModelConfig, options: Any, experts: int) -> dict[str, int]:
@@ -89,6 +95,11 @@ class RMoERouter(Router):
         return {"router": cell}
 
     def forward(self, x: Tensor, carry: Carry, shared: dict[str, Any]) -> tuple[Tensor, Carry]:
+        if "router" not in shared:
+            raise ValueError(
+                "the cell that all layers share is missing: pass shared={'router': cell()} with "
+                f"the cell of shared_modules, as Decoder does; got {sorted(shared)}"
+            )
         options, weights = self.options, shared["router"]
         inputs = project(x, weights.projection) if self.proj is None else self.proj(x)
         before = carry.get(STATE)
