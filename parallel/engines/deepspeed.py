@@ -11,10 +11,13 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rondo.errors import UserError
@@ -31,8 +34,6 @@ from rondo.parallel.pipeline import MicroBatch, Weigh
 
 class DeepSpeedEngine(NativeEngine):
     """A whole model on every rank, run by DeepSpeed. Arguments are those of `NativeEngine`."""
-
-    looks_at_gradients = False  # DeepSpeed takes them as they come
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class DeepSpeedEngine(NativeEngine):
         losses = _Losses(self.parts[0])
         if self._stage == 3:
             deepspeed.utils.set_z3_leaf_modules(losses, [Block])  # gathers one block at a time
+            self.parts[0].get_submodule("embedding").register_forward_hook(_ask_for_gradient)
             deepspeed.zero.register_external_parameter(losses, self.parts[0].output_weight)
         self._engine = deepspeed.initialize(
             model=losses,
@@ -96,6 +98,30 @@ class DeepSpeedEngine(NativeEngine):
             return float("inf")
         self._keep_bounds()
         return float(self._engine.get_global_grad_norm())
+
+    def gradient_norm_over(
+        self, batches: Sequence[MicroBatch], chosen: Callable[[str], bool]
+    ) -> float:
+        """As of the native engine. What DeepSpeed gets is not finite, so that it drops the step."""
+        trained = {n: p for n, p in self.parts[0].named_parameters() if p.requires_grad}
+        sums = {name: self._zero.zeros(p) for name, p in trained.items() if chosen(name)}
+        if not sums:
+            return 0.0
+
+        def keep(name: str, gradient: Tensor) -> Tensor:
+            if name in sums:
+                sums[name] += gradient
+            return torch.full_like(gradient, torch.nan)
+
+        hooks = [param.register_hook(partial(keep, name)) for name, param in trained.items()]
+        self.forward_backward(batches)
+        for hook in hooks:
+            hook.remove()
+        with _silence():  # it would warn of what is meant
+            self._engine.step()
+        total = torch.cat([each.flatten() for each in sums.values()])
+        dist.all_reduce(total)
+        return float(total.norm()) / self._scale
 
     def train(self) -> None:
         self._engine.train()
@@ -144,6 +170,13 @@ class _Losses(nn.Module):
         return part_losses(self.decoder, batch, reduction)
 
 
+def _ask_for_gradient(module: nn.Module, inputs: object, output: Tensor) -> None:
+    """ZeRO 3 takes a block's gradients when that of its input is there, and at once where its
+    input wants none: behind a frozen embedding (LoRA) before they are computed."""
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
 def _prepare(device: torch.device) -> Any:
     """DeepSpeed, quiet, on this device and in the process group that is there."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -160,6 +193,19 @@ def _prepare(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps DeepSpeed's warnings back."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_disk(options: DeepSpeedOptions) -> None:

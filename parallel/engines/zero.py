@@ -130,6 +130,10 @@ class ZeroTensors:
             value = self.params[name].clamp(-bound, bound)
         self.write(name, value)
 
+    def zeros(self, param: Any) -> Tensor:
+        """Of a parameter's whole shape."""
+        return param.new_zeros(self._shape(param))
+
     def _trained(self) -> Iterator[tuple[str, Any]]:
         return ((name, param) for name, param in self.params.items() if param.requires_grad)
 

@@ -66,6 +66,18 @@ class ShortTrainer(KilledTrainer):
     LAST = 9
 
 
+class AdaptersTrainer(KilledTrainer):
+    """Holds moments of its share of the adapters, filled up to one size, and of nothing else."""
+
+    def step(self, step: int, batches: list) -> Any:
+        states = [s for each in self.model.optimizers for s in each.state.values()]
+        held = sum(state["exp_avg"].numel() for state in states)
+        params = [p for p in self.model.parts[0].parameters() if p.requires_grad]
+        share = sum(getattr(p, "ds_numel", p.numel()) for p in params) / self.ranks.size
+        assert share <= held <= share + len(params)
+        return super().step(step, batches)
+
+
 class SpoiledTrainer(Trainer):
     """Its gradients of step 1 are not finite; a signal reaches rank 0 in step 4."""
 
@@ -150,4 +162,20 @@ def scenarios(folder: str) -> dict[str, Rows]:
         found[f"{stage} to native"] = run(folder, f"native{stage}", after_10(f"zero{stage}"))
         words = (f"from-native{stage}", *zero(stage), after_10("native"))
         found[f"native to {stage}"] = run(folder, *words)
+    return found
+
+
+def adapters(folder: str) -> dict[str, Rows]:
+    """Adapters trained under several engines; the checkpoint of step 10 goes on under another."""
+    words = [
+        "--model.lora_rank=2",
+        "--model.lora_targets=[q_proj, v_proj, o_proj]",
+        "--optimizer.lr=0.01",
+    ]
+    found = {"native": run(folder, "native", *words)}
+    for stage in (1, 2, 3):
+        run(folder, f"zero{stage}", *words, *zero(stage), kind=AdaptersTrainer)
+        found[f"zero {stage} to native"] = run(folder, f"zero{stage}", *words)
+        after = f"--checkpoint.resume={folder}/runs/native/checkpoints/step-000000010"
+        found[f"native to {stage}"] = run(folder, f"to{stage}", *words, *zero(stage), after)
     return found
