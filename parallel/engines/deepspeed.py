@@ -25,7 +25,7 @@ from rondo.models import Decoder, ModelConfig
 from rondo.models.block import Block
 from rondo.models.mixer import Mixer
 from rondo.parallel.build import ParallelModel, part_losses
-from rondo.parallel.config import DeepSpeedOptions, ParallelConfig
+from rondo.parallel.config import ParallelConfig
 from rondo.parallel.engines.deepspeed_config import deepspeed_config
 from rondo.parallel.engines.native import NativeEngine, Updates
 from rondo.parallel.mesh import Ranks
@@ -44,10 +44,10 @@ class DeepSpeedEngine(NativeEngine):
         **options: Any,
     ) -> None:
         deepspeed = _prepare(ranks.device)
-        _check_disk(parallel.deepspeed)
-        from rondo.parallel.engines import zero  # imports DeepSpeed
+        from rondo.parallel.engines import disk, zero  # import DeepSpeed
 
-        self._tools = zero
+        disk.check_reader(parallel.deepspeed)
+        self._disk, self._tools = disk, zero
         self.world = ranks.layout.data_size
         self._config = deepspeed_config(
             parallel.deepspeed,
@@ -80,6 +80,11 @@ class DeepSpeedEngine(NativeEngine):
 
     def _materialise(self, part: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
         if self._stage == 3:
+            self._disk.check_locked_memory(part, self.world, self.parallel.deepspeed)
+            place = self._config["zero_optimization"]["offload_param"]
+            if place["device"] == "nvme":
+                # Else 2 GB a rank, in five buffers, which are too few for blocks of more matrices.
+                place |= self._disk.read_buffers(part, self.world) | place
             self._tools.materialise_shared(part, values, self.ranks.device, self._config)
         else:
             super()._materialise(part, values)
@@ -206,16 +211,3 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _check_disk(options: DeepSpeedOptions) -> None:
-    """Raises UserError where something is to be kept on a disk that DeepSpeed cannot read from."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    places = {key: getattr(options, key) for key in ("offload_optimizer", "offload_parameters")}
-    on_disk = next((key for key, place in places.items() if place == "nvme"), None)
-    if on_disk is not None and not AsyncIOBuilder().is_compatible(verbose=False):
-        raise UserError(
-            f"parallel.deepspeed.{on_disk}: nvme needs libaio and its headers to compile "
-            "DeepSpeed's async_io (apt-get install libaio-dev); or take cpu"
-        )

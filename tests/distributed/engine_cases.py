@@ -179,3 +179,29 @@ def adapters(folder: str) -> dict[str, Rows]:
         after = f"--checkpoint.resume={folder}/runs/native/checkpoints/step-000000010"
         found[f"native to {stage}"] = run(folder, f"to{stage}", *words, *zero(stage), after)
     return found
+
+
+def on_disk(folder: str) -> dict[str, Rows]:
+    """Parameters and optimizer state on a disk, and each other's checkpoint of step 3."""
+    words = [
+        "--steps=6",
+        "--checkpoint.every=3",
+        "--model.dim=256",
+        "--model.ffn_dim=2048",  # ZeRO keeps shares of less than 1 MiB in memory
+        "--model.pattern=[attention]",
+        "--model.ffns={}",
+    ]
+    disk = [
+        *zero(3),
+        "--parallel.deepspeed.offload_optimizer=nvme",
+        "--parallel.deepspeed.offload_parameters=nvme",
+        f"--parallel.deepspeed.nvme_folder={folder}/disk",
+    ]
+
+    def after_3(name: str) -> str:
+        return f"--checkpoint.resume={folder}/runs/{name}/checkpoints/step-000000003"
+
+    found = {"native": run(folder, "native", *words), "disk": run(folder, "disk", *words, *disk)}
+    found["to disk"] = run(folder, "to-disk", *words, *disk, after_3("native"))
+    found["from disk"] = run(folder, "from-disk", *words, after_3("disk"))
+    return found

@@ -12,9 +12,10 @@ pytest.importorskip(
 )
 
 from rondo.errors import UserError
+from rondo.models import Decoder, ModelConfig
 from rondo.models.loading import read_tensors
 from rondo.parallel.config import DeepSpeedOptions
-from rondo.tests.distributed.engine_cases import Rows, adapters, scenarios
+from rondo.tests.distributed.engine_cases import Rows, adapters, on_disk, scenarios
 from rondo.tests.distributed.spawn import run_ranks
 
 
@@ -130,6 +131,32 @@ def test_adapters_train_as_under_fsdp2(tmp_path: Path) -> None:
                 assert ours[name].equal(tensor), name
 
 
+@pytest.mark.slow
+def test_parameters_and_optimizer_state_on_a_disk(tmp_path: Path) -> None:
+    if missing := disk_reader_missing():
+        pytest.skip(missing)
+    write_text(tmp_path)
+    rows = run_ranks(on_disk, 2, str(tmp_path), timeout=240)[0]
+    for key, first in (("disk", 0), ("to disk", 3), ("from disk", 3)):
+        assert [row["step"] for row in rows[key]] == list(range(first, 6))
+        assert losses(rows[key]) == pytest.approx(losses(rows["native"])[first:], abs=1e-4)
+    written = {file.parts[-3] for file in (tmp_path / "disk").rglob("*.swp")}
+    assert written == {"float32params", "optimizer"}
+
+
+def disk_reader_missing() -> str | None:
+    """Why DeepSpeed's reader cannot be used here; where nobody has compiled it yet it would take
+    minutes."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return "libaio is not installed: apt-get install libaio-dev"
+    if not (Path(_get_build_directory("async_io", verbose=False)) / "async_io.so").is_file():
+        return "DeepSpeed's async_io is not compiled (parallel/README.md says how)"
+    return None
+
+
 @pytest.mark.parametrize("key", ["offload_optimizer", "offload_parameters"])
 def test_a_disk_that_deepspeed_cannot_read_is_refused(
     monkeypatch: pytest.MonkeyPatch, key: str
@@ -137,9 +164,33 @@ def test_a_disk_that_deepspeed_cannot_read_is_refused(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    from rondo.parallel.engines.deepspeed import _check_disk
+    from rondo.parallel.engines.disk import check_reader
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
-    _check_disk(DeepSpeedOptions(3, **{key: "cpu"}))
+    check_reader(DeepSpeedOptions(3, **{key: "cpu"}))
     with pytest.raises(UserError, match=rf"deepspeed.{key}: nvme needs libaio .*libaio-dev"):
-        _check_disk(DeepSpeedOptions(3, **{key: "nvme"}, nvme_folder="/x"))
+        check_reader(DeepSpeedOptions(3, **{key: "nvme"}, nvme_folder="/x"))
+
+
+def test_memory_that_cannot_be_locked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from rondo.parallel.engines import disk
+
+    with torch.device("meta"):
+        part = Decoder(ModelConfig(vocab_size=4096, dim=1024, num_layers=2, pattern=["attention"]))
+    nvme = {"offload_parameters": "nvme", "offload_optimizer": "nvme", "nvme_folder": "/x"}
+    found = disk.read_buffers(part, 2)
+    large = [p for p in part.blocks["0"].parameters() if p.numel() >= 2**19]
+    assert found == {"buffer_count": len(large) + 2, "buffer_size": part.output_weight.numel() // 2}
+    need = 4 * found["buffer_count"] * found["buffer_size"]
+    need += 4 * 4 * sum(param.numel() for param in part.parameters()) // 2
+    monkeypatch.setattr(disk, "_may_lock", lambda: False)
+    for limit in (need, disk.resource.RLIM_INFINITY):
+        monkeypatch.setattr(disk.resource, "getrlimit", lambda kind, limit=limit: (limit, limit))
+        disk.check_locked_memory(part, 2, DeepSpeedOptions(3, **nvme))
+    monkeypatch.setattr(disk.resource, "getrlimit", lambda kind: (need - 1, need))
+    disk.check_locked_memory(part, 2, DeepSpeedOptions(3, offload_optimizer="cpu"))
+    with pytest.raises(UserError, match=f"nvme locks {need:,} bytes .*limit is {need - 1:,}"):
+        disk.check_locked_memory(part, 2, DeepSpeedOptions(3, **nvme))
+    monkeypatch.setattr(disk, "_may_lock", lambda: True)
+    disk.check_locked_memory(part, 2, DeepSpeedOptions(3, **nvme))
