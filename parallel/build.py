@@ -170,6 +170,17 @@ class ParallelModel:
         """The 2-norm of all gradients, the same on every rank."""
         return data_parallel.gradient_norm(self.parts, self.ranks, self.stages)
 
+    def gradient_norm_over(
+        self, batches: Sequence[MicroBatch], chosen: Callable[[str], bool]
+    ) -> float:
+        """The 2-norm of the gradients that `forward_backward` of `batches` gives the parameters
+        whose names are `chosen`, the same on every rank. Leaves no gradients. Collective."""
+        self.forward_backward(batches)
+        norm = data_parallel.gradient_norm(self.parts, self.ranks, self.stages, chosen)
+        for part in self.parts:
+            part.zero_grad()
+        return norm
+
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 

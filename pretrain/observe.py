@@ -145,7 +145,7 @@ class Observer:
             found = routing(self.model, batches, information=information)
         if information:
             found |= expert_similarity(self.model)
-        if not self.model.looks_at_gradients:
+        if not self.model.measures_gradients:
             return found, tables
         valid = sum(int((batch.targets >= 0).sum()) for batch in batches) * self.ranks.counts
         found |= router_gradients(self.model, batches, self.ranks.sum(valid)[0])

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from rondo.models import Decoder, ModelConfig
 from rondo.models.ffn.moe import MoE
-from rondo.parallel import data_parallel
 from rondo.parallel.build import ParallelModel
 from rondo.parallel.load import mixtures, take_loads
 from rondo.parallel.pipeline import MicroBatch
@@ -118,11 +117,8 @@ def router_gradients(
     found, of_routers = {}, _of_routers(model.config)
     for source, (tokens, auxiliary) in weights.items():
         with _weighing(model.parts, tokens, auxiliary):
-            model.forward_backward(batches)
-        norm = data_parallel.gradient_norm(model.parts, model.ranks, model.stages, of_routers)
+            norm = model.gradient_norm_over(batches, of_routers)
         found[f"router_grad_norm/{source}"] = norm / max(1, valid)
-        for part in model.parts:
-            part.zero_grad()
     take_loads(model.parts, model.ranks)
     return found
 

@@ -119,11 +119,6 @@ def _deepspeed(recipe: Recipe, world_size: int | None) -> Iterator[str]:
             "hold pieces; use adamw, or parallel.engine native"
         )
     stage = config.deepspeed.zero_stage
-    if stage == 3 and recipe.model.lora_rank:
-        yield (
-            f"model.lora_rank: {recipe.model.lora_rank}, but the backward pass of ZeRO 3 fails on "
-            "adapters; use zero_stage 1 or 2, or parallel.engine native"
-        )
     if stage == 3 and recipe.compile:
         yield "compile: torch.compile does not see through the parameters that ZeRO 3 divides"
     if stage == 3 and config.activation_checkpointing != "none":

@@ -11,10 +11,13 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rondo.errors import UserError
@@ -22,7 +25,7 @@ from rondo.models import Decoder, ModelConfig
 from rondo.models.block import Block
 from rondo.models.mixer import Mixer
 from rondo.parallel.build import ParallelModel, part_losses
-from rondo.parallel.config import DeepSpeedOptions, ParallelConfig
+from rondo.parallel.config import ParallelConfig
 from rondo.parallel.engines.deepspeed_config import deepspeed_config
 from rondo.parallel.engines.native import NativeEngine, Updates
 from rondo.parallel.mesh import Ranks
@@ -31,8 +34,6 @@ from rondo.parallel.pipeline import MicroBatch, Weigh
 
 class DeepSpeedEngine(NativeEngine):
     """A whole model on every rank, run by DeepSpeed. Arguments are those of `NativeEngine`."""
-
-    looks_at_gradients = False  # DeepSpeed takes them as they come
 
     def __init__(
         self,
@@ -43,10 +44,10 @@ class DeepSpeedEngine(NativeEngine):
         **options: Any,
     ) -> None:
         deepspeed = _prepare(ranks.device)
-        _check_disk(parallel.deepspeed)
-        from rondo.parallel.engines import zero  # imports DeepSpeed
+        from rondo.parallel.engines import disk, zero  # import DeepSpeed
 
-        self._tools = zero
+        disk.check_reader(parallel.deepspeed)
+        self._disk, self._tools = disk, zero
         self.world = ranks.layout.data_size
         self._config = deepspeed_config(
             parallel.deepspeed,
@@ -64,6 +65,7 @@ class DeepSpeedEngine(NativeEngine):
         losses = _Losses(self.parts[0])
         if self._stage == 3:
             deepspeed.utils.set_z3_leaf_modules(losses, [Block])  # gathers one block at a time
+            self.parts[0].get_submodule("embedding").register_forward_hook(_ask_for_gradient)
             deepspeed.zero.register_external_parameter(losses, self.parts[0].output_weight)
         self._engine = deepspeed.initialize(
             model=losses,
@@ -78,6 +80,11 @@ class DeepSpeedEngine(NativeEngine):
 
     def _materialise(self, part: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
         if self._stage == 3:
+            self._disk.check_locked_memory(part, self.world, self.parallel.deepspeed)
+            place = self._config["zero_optimization"]["offload_param"]
+            if place["device"] == "nvme":
+                # Else 2 GB a rank, in five buffers, which are too few for blocks of more matrices.
+                place |= self._disk.read_buffers(part, self.world) | place
             self._tools.materialise_shared(part, values, self.ranks.device, self._config)
         else:
             super()._materialise(part, values)
@@ -96,6 +103,30 @@ class DeepSpeedEngine(NativeEngine):
             return float("inf")
         self._keep_bounds()
         return float(self._engine.get_global_grad_norm())
+
+    def gradient_norm_over(
+        self, batches: Sequence[MicroBatch], chosen: Callable[[str], bool]
+    ) -> float:
+        """As of the native engine. What DeepSpeed gets is not finite, so that it drops the step."""
+        trained = {n: p for n, p in self.parts[0].named_parameters() if p.requires_grad}
+        sums = {name: self._zero.zeros(p) for name, p in trained.items() if chosen(name)}
+        if not sums:
+            return 0.0
+
+        def keep(name: str, gradient: Tensor) -> Tensor:
+            if name in sums:
+                sums[name] += gradient
+            return torch.full_like(gradient, torch.nan)
+
+        hooks = [param.register_hook(partial(keep, name)) for name, param in trained.items()]
+        self.forward_backward(batches)
+        for hook in hooks:
+            hook.remove()
+        with _silence():  # it would warn of what is meant
+            self._engine.step()
+        total = torch.cat([each.flatten() for each in sums.values()])
+        dist.all_reduce(total)
+        return float(total.norm()) / self._scale
 
     def train(self) -> None:
         self._engine.train()
@@ -144,6 +175,13 @@ class _Losses(nn.Module):
         return part_losses(self.decoder, batch, reduction)
 
 
+def _ask_for_gradient(module: nn.Module, inputs: object, output: Tensor) -> None:
+    """ZeRO 3 takes a block's gradients when that of its input is there, and at once where its
+    input wants none: behind a frozen embedding (LoRA) before they are computed."""
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
 def _prepare(device: torch.device) -> Any:
     """DeepSpeed, quiet, on this device and in the process group that is there."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -162,14 +200,14 @@ def _prepare(device: torch.device) -> Any:
     return deepspeed
 
 
-def _check_disk(options: DeepSpeedOptions) -> None:
-    """Raises UserError where something is to be kept on a disk that DeepSpeed cannot read from."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps DeepSpeed's warnings back."""
+    from deepspeed.utils import logger
 
-    places = {key: getattr(options, key) for key in ("offload_optimizer", "offload_parameters")}
-    on_disk = next((key for key, place in places.items() if place == "nvme"), None)
-    if on_disk is not None and not AsyncIOBuilder().is_compatible(verbose=False):
-        raise UserError(
-            f"parallel.deepspeed.{on_disk}: nvme needs libaio and its headers to compile "
-            "DeepSpeed's async_io (apt-get install libaio-dev); or take cpu"
-        )
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

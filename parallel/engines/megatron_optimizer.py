@@ -48,7 +48,7 @@ class MegatronEngine(NativeEngine):
     optimizer. Arguments are those of `NativeEngine`; raises UserError on a device that Megatron
     does not know."""
 
-    looks_at_gradients = False  # they are in Megatron's buffers
+    measures_gradients = False  # they are in Megatron's buffers
 
     def __init__(
         self,

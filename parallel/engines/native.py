@@ -36,8 +36,8 @@ class Updates:
 class NativeEngine(ParallelModel):
     """A model over ranks with its optimizers; arguments as of `ParallelModel`, and `updates`."""
 
-    looks_at_gradients = True
-    """Whether `parts` hold gradients between `forward_backward` and `update`."""
+    measures_gradients = True
+    """Whether `gradient_norm_over` can be asked."""
 
     def __init__(
         self,

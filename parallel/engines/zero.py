@@ -36,6 +36,7 @@ def materialise_shared(
 ) -> None:
     """Brings `part` from the meta device to `device` and shares its parameters out (ZeRO 3), one
     after the other: no rank holds more than its share and one tensor."""
+    swapper = None  # one for all: each has buffers of its own
     for module in part.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros_like(buffer, device=device))
@@ -46,7 +47,9 @@ def materialise_shared(
         param = nn.Parameter(value.to(device, old.dtype), requires_grad=old.requires_grad)
         setattr(module, leaf, param)
         holder.append(param)
-        deepspeed.zero.Init(module=holder, config_dict_or_path=dict(config))
+        swapper = deepspeed.zero.Init(
+            module=holder, config_dict_or_path=dict(config), param_swapper=swapper
+        ).param_swapper
 
 
 class ZeroTensors:
@@ -129,6 +132,10 @@ class ZeroTensors:
         else:
             value = self.params[name].clamp(-bound, bound)
         self.write(name, value)
+
+    def zeros(self, param: Any) -> Tensor:
+        """Of a parameter's whole shape."""
+        return param.new_zeros(self._shape(param))
 
     def _trained(self) -> Iterator[tuple[str, Any]]:
         return ((name, param) for name, param in self.params.items() if param.requires_grad)

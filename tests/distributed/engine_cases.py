@@ -66,6 +66,18 @@ class ShortTrainer(KilledTrainer):
     LAST = 9
 
 
+class AdaptersTrainer(KilledTrainer):
+    """Holds moments of its share of the adapters, filled up to one size, and of nothing else."""
+
+    def step(self, step: int, batches: list) -> Any:
+        states = [s for each in self.model.optimizers for s in each.state.values()]
+        held = sum(state["exp_avg"].numel() for state in states)
+        params = [p for p in self.model.parts[0].parameters() if p.requires_grad]
+        share = sum(getattr(p, "ds_numel", p.numel()) for p in params) / self.ranks.size
+        assert share <= held <= share + len(params)
+        return super().step(step, batches)
+
+
 class SpoiledTrainer(Trainer):
     """Its gradients of step 1 are not finite; a signal reaches rank 0 in step 4."""
 
@@ -150,4 +162,46 @@ def scenarios(folder: str) -> dict[str, Rows]:
         found[f"{stage} to native"] = run(folder, f"native{stage}", after_10(f"zero{stage}"))
         words = (f"from-native{stage}", *zero(stage), after_10("native"))
         found[f"native to {stage}"] = run(folder, *words)
+    return found
+
+
+def adapters(folder: str) -> dict[str, Rows]:
+    """Adapters trained under several engines; the checkpoint of step 10 goes on under another."""
+    words = [
+        "--model.lora_rank=2",
+        "--model.lora_targets=[q_proj, v_proj, o_proj]",
+        "--optimizer.lr=0.01",
+    ]
+    found = {"native": run(folder, "native", *words)}
+    for stage in (1, 2, 3):
+        run(folder, f"zero{stage}", *words, *zero(stage), kind=AdaptersTrainer)
+        found[f"zero {stage} to native"] = run(folder, f"zero{stage}", *words)
+        after = f"--checkpoint.resume={folder}/runs/native/checkpoints/step-000000010"
+        found[f"native to {stage}"] = run(folder, f"to{stage}", *words, *zero(stage), after)
+    return found
+
+
+def on_disk(folder: str) -> dict[str, Rows]:
+    """Parameters and optimizer state on a disk, and each other's checkpoint of step 3."""
+    words = [
+        "--steps=6",
+        "--checkpoint.every=3",
+        "--model.dim=256",
+        "--model.ffn_dim=2048",  # ZeRO keeps shares of less than 1 MiB in memory
+        "--model.pattern=[attention]",
+        "--model.ffns={}",
+    ]
+    disk = [
+        *zero(3),
+        "--parallel.deepspeed.offload_optimizer=nvme",
+        "--parallel.deepspeed.offload_parameters=nvme",
+        f"--parallel.deepspeed.nvme_folder={folder}/disk",
+    ]
+
+    def after_3(name: str) -> str:
+        return f"--checkpoint.resume={folder}/runs/{name}/checkpoints/step-000000003"
+
+    found = {"native": run(folder, "native", *words), "disk": run(folder, "disk", *words, *disk)}
+    found["to disk"] = run(folder, "to-disk", *words, *disk, after_3("native"))
+    found["from disk"] = run(folder, "from-disk", *words, after_3("disk"))
     return found

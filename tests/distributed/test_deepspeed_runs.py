@@ -1,12 +1,14 @@
-"""DeepSpeed under the command as it is typed, on one process."""
+"""DeepSpeed under the commands as they are typed."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip(
@@ -45,6 +47,15 @@ def rondo(folder: Path, *words: str) -> subprocess.Popen:
     )
 
 
+def two_ranks(folder: Path, name: str) -> subprocess.Popen:
+    """A run of 40 steps under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [f"--name={name}", "--steps=40", "--checkpoint.every=4"]
+    words += ["--data.folder=data", "--data.sources.0.path=text.txt"]
+    command = [sys.executable, *launcher, "-m", "rondo.pretrain", "tiny"]
+    return subprocess.Popen([*command, *SMALL, *ZERO, *words], cwd=folder)
+
+
 def losses(folder: Path, name: str) -> list[float]:
     path = folder / "runs" / name / "metrics.jsonl"
     return [json.loads(line)["loss"] for line in path.open()] if path.exists() else []
@@ -58,3 +69,26 @@ def test_one_process_trains_as_without_deepspeed(tmp_path: Path) -> None:
     found, expected = losses(tmp_path, "zero"), losses(tmp_path, "native")
     assert len(found) == 6
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_rank_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
+    """With SIGKILL, in mid-run: torchrun ends the other rank, and the run started again ends with
+    the losses of one that nothing happened to, to the last bit."""
+    assert two_ranks(tmp_path, "straight").wait(200) == 0
+    launcher = two_ranks(tmp_path, "killed")
+    metrics = tmp_path / "runs/killed/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or metrics.read_text().count("\n") < 10:
+        assert launcher.poll() is None and time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.01)
+    ranks = {rank.environ()["RANK"]: rank for rank in psutil.Process(launcher.pid).children()}
+    ranks["1"].kill()
+    assert launcher.wait(60) != 0
+    assert not any(rank.is_running() for rank in ranks.values())
+    before = losses(tmp_path, "killed")
+    assert 10 <= len(before) < 40
+    assert two_ranks(tmp_path, "killed").wait(200) == 0
+    found, expected = losses(tmp_path, "killed"), losses(tmp_path, "straight")
+    assert len(found) == 40 and found == expected
+    assert found[: len(before)] == before

@@ -39,10 +39,6 @@ def own(**keys: object) -> str:
         (["--parallel.dp_replicate=2"], ["parallel.dp_replicate", "all ranks"]),
         (["--optimizer.name=muon"], ["optimizer.name", "muon", "adamw"]),
         (["--parallel.deepspeed.zero_stage=3", "--compile=true"], ["compile", "ZeRO 3"]),
-        (
-            ["--parallel.deepspeed.zero_stage=3", "--model.lora_rank=2"],
-            ["model.lora_rank", "2", "ZeRO 3", "zero_stage 1 or 2"],
-        ),
         (["--parallel.deepspeed.zero_stage=4"], ["zero_stage", "4"]),
         (["--parallel.deepspeed.offload_optimizer=nvme"], ["offload_optimizer", "zero_stage 3"]),
         (["--parallel.deepspeed.offload_parameters=cpu"], ["offload_parameters", "zero_stage 3"]),
