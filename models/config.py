@@ -64,6 +64,9 @@ class ModelConfig:
     """Options by router name, for example {rmoe: {cell: lstm}}."""
     norm_eps: float = 1e-6
     """Offset inside RMSNorm's root."""
+    zero_centered_norms: bool = False
+    """RMSNorms multiply by 1 + offset, with offsets that begin at 0, as those of Qwen3-Next and
+    Gemma do; norms with a gate, and those of recurrent cells, keep their weight."""
     tie_embeddings: bool = False
     """Use the embedding as output matrix."""
     init_std: float = 0.02

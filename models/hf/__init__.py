@@ -2,8 +2,8 @@
 
 A folder has config.json and safetensors files. Architectures that transformers knows are written
 in its own names (`ARCHITECTURES`); any other model as `RondoForCausalLM` (`models/hf/modeling.py`),
-which transformers loads once `rondo.models.hf.modeling` is imported. Tensors are copied,
-reordered and, for norms that multiply by 1 + weight, moved by one; nothing else.
+which transformers loads once `rondo.models.hf.modeling` is imported. Tensors are copied and
+reordered; where theirs are norms that multiply by 1 + weight and ours are not, moved by one.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ class AttentionHeads(Mixer):
         self.k_proj = Linear(config.dim, kv, std=config.init_std, bias=bias)
         self.v_proj = Linear(config.dim, kv, std=config.init_std, bias=bias)
         if options.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, config)
+            self.k_norm = RMSNorm(self.head_dim, config)
         if options.persistent_tokens:
             shape = (self.num_kv_heads, options.persistent_tokens, self.head_dim)
             self.persistent_k = parameter(shape, normal(self.head_dim**-0.5))
