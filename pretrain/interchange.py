@@ -37,8 +37,9 @@ class ExportConfig:
     format: Literal["hf"] = "hf"
     """hf: a Hugging Face folder, with config.json, safetensors and the tokenizer."""
     architecture: str = "auto"
-    """LlamaForCausalLM, Qwen3ForCausalLM, Mamba2ForCausalLM, Qwen3NextForCausalLM, or
-    RondoForCausalLM, which takes any model; auto: the first that fits."""
+    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,
+    Mamba2ForCausalLM, Qwen3NextForCausalLM, or RondoForCausalLM, which takes any model; auto: the
+    first that fits."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the tensors."""
     max_positions: int = 8192

@@ -21,7 +21,7 @@ from rondo.errors import UserError
 from rondo.models.config import ModelConfig
 from rondo.models.decoder import Decoder
 from rondo.models.hf.bonds import Bond, to_ours, to_theirs
-from rondo.models.hf.llama import Llama, Qwen3
+from rondo.models.hf.llama import Llama, Mistral, Qwen2, Qwen3
 from rondo.models.hf.mamba2 import Mamba2Architecture
 from rondo.models.hf.qwen3_next import Qwen3Next
 from rondo.models.loading import read_json, read_tensors
@@ -49,7 +49,8 @@ class Architecture(Protocol):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    one.name: one for one in (Llama(), Qwen3(), Mamba2Architecture(), Qwen3Next())
+    one.name: one
+    for one in (Llama(), Mistral(), Qwen2(), Qwen3(), Mamba2Architecture(), Qwen3Next())
 }
 
 

@@ -29,6 +29,7 @@ KINDS = {"gated_deltanet": "linear_attention", "attention": "full_attention"}
 _ATTENTION = {
     "rope": True,
     "qk_norm": True,
+    "qkv_bias": False,
     "output_gate": True,
     "window": None,
     "persistent_tokens": 0,
@@ -69,8 +70,8 @@ class Qwen3Next:
         return {
             **sizes(config),
             **attention_values(config, attention),
-            "layer_types": [KINDS[spec.mixer] for spec in specs],
             ZERO_CENTERED: config.zero_centered_norms,
+            "layer_types": [KINDS[spec.mixer] for spec in specs],
             "linear_num_key_heads": heads,
             "linear_num_value_heads": heads,
             "linear_key_head_dim": keys,
@@ -108,8 +109,8 @@ class Qwen3Next:
             "num_layers": layers,
             "ffn_dim": int(values["intermediate_size"]),
             "norm_eps": float(values["rms_norm_eps"]),
-            "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
             "zero_centered_norms": bool(values.get(ZERO_CENTERED, True)),
+            "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
             "pattern": [kinds[kind] for kind in types],
             "mixers": {
                 "gated_deltanet": {
@@ -122,7 +123,7 @@ class Qwen3Next:
                     "num_heads": int(values["num_attention_heads"]),
                     "num_kv_heads": int(values["num_key_value_heads"]),
                     "head_dim": int(values["head_dim"]),
-                    "rope_theta": read_rope(values),
+                    **read_rope(values),
                     "rope_fraction": float(fraction),
                     "output_gate": True,
                 },
