@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,43 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rondo.kernels.tiles import ROW_TILE, tiles
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotations for texts longer than those of pretraining, as in the released code of Llama
+    3.1 (`rope_type: llama3` in Hugging Face's configurations, which has these names).
+
+    A pair that turns `n = original_max_position_embeddings * w / (2 pi)` times in the length of
+    pretraining has the angle `w * (s + (1 - s) / factor)` a position instead of `w`, with
+    `s = (n - low_freq_factor) / (high_freq_factor - low_freq_factor)`, at least 0 and at most 1:
+    pairs that turn often stay as they are, and those that turn seldom are slowed down.
+    """
+
+    factor: float = 8.0
+    """How much slower the slowest pairs turn."""
+    low_freq_factor: float = 1.0
+    """Pairs that turn fewer times than this are slowed down by all of `factor`."""
+    high_freq_factor: float = 4.0
+    """Pairs that turn more often than this stay as they are."""
+    original_max_position_embeddings: int = 8192
+    """Tokens in the sequences of pretraining."""
+
+    def problem(self) -> str | None:
+        """Why there are no such frequencies; None if there are."""
+        if self.low_freq_factor < self.high_freq_factor:
+            return None
+        return (
+            f"low_freq_factor: {self.low_freq_factor:g} must be below high_freq_factor "
+            f"{self.high_freq_factor:g}"
+        )
+
+    def scale(self, frequencies: Tensor) -> Tensor:
+        """The angles a position instead of `frequencies`, radians."""
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        width = self.high_freq_factor - self.low_freq_factor
+        kept = ((turns - self.low_freq_factor) / width).clamp(0.0, 1.0)
+        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 def rope(
@@ -44,17 +83,26 @@ def rope(
 
 
 def rope_table(
-    positions: Tensor, dims: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    dims: int,
+    *,
+    theta: float = 10000.0,
+    scaling: RopeScaling | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines, each `(B, T, 1, dims)`, for `rotate`; `(1, T, 1, dims)` for
-    positions that are one row expanded.
+    positions that are one row expanded. Frequencies are those of `rope`, or what `scaling` makes
+    of them.
 
     Layers that rotate by the same positions can share one table.
     """
     if positions.stride(0) == 0:
         positions = positions[:1]
     index = torch.arange(0, dims, 2, device=positions.device, dtype=dtype)
-    angles = positions[..., None, None].to(dtype) * theta ** (-index / dims)
+    frequencies = theta ** (-index / dims)
+    if scaling is not None:
+        frequencies = scaling.scale(frequencies)
+    angles = positions[..., None, None].to(dtype) * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

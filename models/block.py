@@ -15,12 +15,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer_norm = RMSNorm(config.dim, config)
         self.mixer = MIXERS[spec.mixer](config, make_options(spec.mixer, spec.options), layer)
         self.ffn_norm: RMSNorm | None = None
         self.ffn: ChannelMixer | None = None
         if spec.ffn != "none":
-            self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+            self.ffn_norm = RMSNorm(config.dim, config)
             self.ffn = FFNS[spec.ffn](config)
 
         kind = None if spec.ffn == "none" else FFNS[spec.ffn]

@@ -64,6 +64,9 @@ class ModelConfig:
     """Options by router name, for example {rmoe: {cell: lstm}}."""
     norm_eps: float = 1e-6
     """Offset inside RMSNorm's root."""
+    zero_centered_norms: bool = False
+    """RMSNorms multiply by 1 + offset, with offsets that begin at 0, as those of Qwen3-Next and
+    Gemma do; norms with a gate, and those of recurrent cells, keep their weight."""
     tie_embeddings: bool = False
     """Use the embedding as output matrix."""
     init_std: float = 0.02
@@ -144,17 +147,31 @@ def make_options(mixer: str, values: Mapping[str, Any], name: str = "") -> Any:
 
 def read_options(cls: type, values: Mapping[str, Any], place: str) -> Any:
     """The options `cls` from a mapping that stands at `place`. Raises UserError as `make_options`;
-    a field whose metadata says `zero` may be 0."""
+    a field whose metadata says `zero` may be 0, and one that is a dataclass, or None, takes a
+    mapping."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)
+    found: dict[str, Any] = {}
     for key, value in values.items():
         where = f"{place}.{key}"
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where}: unknown option{hint} (known: {', '.join(fields)})")
-        _check_option(where, value, types[key], zero=fields[key].metadata.get("zero", False))
-    return cls(**values)
+        inner = next(filter(dataclasses.is_dataclass, typing.get_args(types[key])), None)
+        if inner is None:
+            _check_option(where, value, types[key], zero=fields[key].metadata.get("zero", False))
+        found[key] = value if inner is None else _read_inner(inner, value, where)
+    return cls(**found)
+
+
+def _read_inner(cls: type, value: Any, where: str) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        known = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise UserError(f"{where}: expected a mapping ({known}) or null, got {value!r}")
+    return read_options(cls, value, where)
 
 
 def _check_option(where: str, value: Any, want: Any, *, zero: bool) -> None:

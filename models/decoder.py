@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         self.norm: RMSNorm | None = None
         self.head: Linear | None = None
         if self.last:
-            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.norm = RMSNorm(config.dim, config)
         if self.last and not config.tie_embeddings:
             self.head = Linear(config.dim, config.vocab_size, std=config.init_std)
         if config.lora_rank:

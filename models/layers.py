@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rondo.kernels import gated_rms_norm, rms_norm, short_conv
+from rondo.models.config import ModelConfig
 from rondo.models.init import Initializer, constant, normal, parameter, uniform
 
 
@@ -44,16 +45,22 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, float32 inside."""
+    """RMSNorm over the last dimension, float32 inside, times `weight`; times 1 + `offset` where
+    norms of the model are zero-centred. Two names, so that neither is ever read as the other."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, config: ModelConfig) -> None:
         super().__init__()
-        self.eps, self.width = eps, dim
+        self.eps, self.width = config.norm_eps, dim
         self.operator: Callable[..., Tensor] = rms_norm
-        self.weight = parameter((dim,), constant(1.0))
+        self.zero_centered = config.zero_centered_norms
+        if self.zero_centered:
+            self.offset = parameter((dim,), constant(0.0))
+        else:
+            self.weight = parameter((dim,), constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.operator(x, self.weight, eps=self.eps)
+        weight = 1 + at_least_float32(self.offset) if self.zero_centered else self.weight
+        return self.operator(x, weight, eps=self.eps)
 
 
 class GatedRMSNorm(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,6 +47,10 @@ class Slice(NamedTuple):
     file: Path
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    def box(self) -> tuple[slice, ...]:
+        """Where it is in the tensor."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
 
 class Entry(NamedTuple):
@@ -130,9 +134,34 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for file, parts in by_file.items():
         with safe_open(file, framework="pt") as stream:
             for name, part in parts:
-                box = tuple(slice(o, o + s) for o, s in zip(part.offsets, part.sizes, strict=True))
-                tensors[name][box].copy_(stream.get_tensor(name))
+                tensors[name][part.box()].copy_(stream.get_tensor(name))
     return tensors
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of the safetensors files in a folder, each read, whole, when it is asked for.
+
+    Raises UserError as `tensor_index`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.index = tensor_index(folder)
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        entry = self.index[name]
+        found = torch.empty(entry.shape, dtype=entry.dtype)
+        for part in entry.slices:
+            with safe_open(part.file, framework="pt") as stream:
+                found[part.box()].copy_(stream.get_tensor(name))
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 def tensor_index(folder: Path) -> dict[str, Entry]:

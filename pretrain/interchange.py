@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rondo.errors import UserError
@@ -23,6 +26,8 @@ from rondo.pretrain.data.tokenizer_json import to_json
 from rondo.pretrain.plain import write_yaml
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 1 << 30
+"""Of a file that `rondo import` writes."""
 _RECIPE = "recipe.yaml"
 
 
@@ -37,8 +42,9 @@ class ExportConfig:
     format: Literal["hf"] = "hf"
     """hf: a Hugging Face folder, with config.json, safetensors and the tokenizer."""
     architecture: str = "auto"
-    """LlamaForCausalLM, Qwen3ForCausalLM, Mamba2ForCausalLM, Qwen3NextForCausalLM, or
-    RondoForCausalLM, which takes any model; auto: the first that fits."""
+    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,
+    Mamba2ForCausalLM, Qwen3NextForCausalLM, or RondoForCausalLM, which takes any model; auto: the
+    first that fits."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the tensors."""
     max_positions: int = 8192
@@ -92,12 +98,13 @@ def import_folder(config: ImportConfig) -> Path:
     folder, output = Path(config.folder), Path(config.output)
     if output.exists():
         raise UserError(f"output: {output} is there already")
-    model, tensors = hf.read_folder(folder)
+    model, tensors = hf.open_folder(folder)
     if config.linearize:
         model = linearize(model, config.linearize)
     with torch.device("meta"):
         wanted = Decoder(model).state_dict()
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    whole = ((k, v.float() if v.is_floating_point() else v) for k, v in tensors)
+    seen = track(whole, "tensors", total=len(wanted), console=Console(stderr=True))
     tokenizer = _find_tokenizer(folder, config.tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
@@ -106,7 +113,7 @@ def import_folder(config: ImportConfig) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as parent:
         written = Path(parent) / output.name
-        _write_checkpoint(written, output, model, tensors, tokenizer)
+        _write_checkpoint(written, output, model, seen, tokenizer)
         problem = difference(tensor_index(written / "model"), wanted, wanted.keys())
         if problem:
             raise UserError(f"{folder}: {problem}")
@@ -122,16 +129,13 @@ def _write_checkpoint(
     folder: Path,
     output: Path,
     model: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     tokenizer: Tokenizer,
 ) -> None:
     """Writes a checkpoint into `folder`, and the recipe that begins with it when it is `output`."""
-    from huggingface_hub import save_torch_state_dict
-
     for part in ("model", "tokenizer"):
         (folder / part).mkdir(parents=True)
-    save_torch_state_dict(dict(tensors), folder / "model", max_shard_size="5GB")
-    (folder / "model" / "model.safetensors.index.json").unlink(missing_ok=True)
+    _write_shards(folder / "model", tensors)
     text = json.dumps(dataclasses.asdict(model), indent=1)
     (folder / "model" / "config.json").write_text(text)
     tokenizer.save(folder / "tokenizer")
@@ -146,6 +150,20 @@ def _write_checkpoint(
     names = [path for path in folder.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): manifest.record(path) for path in names}
     manifest.write(folder, 0, files)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes tensors as they come, in files of at most `SHARD_BYTES`, or of one tensor: those of
+    one file, and the next, are all that is held."""
+    shard: dict[str, Tensor] = {}
+    files = 0
+    for name, value in tensors:
+        if shard and sum(x.nbytes for x in shard.values()) + value.nbytes > SHARD_BYTES:
+            files += 1
+            save_file(shard, folder / f"model-{files:05d}.safetensors")
+            shard.clear()
+        shard[name] = value
+    save_file(shard, folder / f"model-{files + 1:05d}.safetensors")
 
 
 def _given(model: ModelConfig) -> dict[str, Any]:

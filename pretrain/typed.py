@@ -100,10 +100,11 @@ class _Builder:
         if origin is tuple and isinstance(value, list) and len(value) == len(args):
             parts = enumerate(zip(args, value, strict=True))
             return tuple(self.value(arg, item, f"{key}.{i}") for i, (arg, item) in parts)
-        if origin is dict and isinstance(value, dict):
+        if (origin is dict or want is Any) and isinstance(value, dict):
             for name in [name for name in value if not isinstance(name, str)]:
                 self.problems.append(f"{key}: names must be text, got {show(name)}")
-            return {k: self.value(args[1], v, f"{key}.{k}") for k, v in value.items()}
+            inner = args[1] if args else Any
+            return {k: self.value(inner, v, f"{key}.{k}") for k, v in value.items()}
         if not _fits(value, want):
             self.wrong(want, value, key, _suggestion(want, value))
         elif want is float:

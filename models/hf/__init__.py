@@ -2,15 +2,15 @@
 
 A folder has config.json and safetensors files. Architectures that transformers knows are written
 in its own names (`ARCHITECTURES`); any other model as `RondoForCausalLM` (`models/hf/modeling.py`),
-which transformers loads once `rondo.models.hf.modeling` is imported. Tensors are copied,
-reordered and, for norms that multiply by 1 + weight, moved by one; nothing else.
+which transformers loads once `rondo.models.hf.modeling` is imported. Tensors are copied and
+reordered; where theirs are norms that multiply by 1 + weight and ours are not, moved by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +21,13 @@ from rondo.errors import UserError
 from rondo.models.config import ModelConfig
 from rondo.models.decoder import Decoder
 from rondo.models.hf.bonds import Bond, to_ours, to_theirs
-from rondo.models.hf.llama import Llama, Qwen3
+from rondo.models.hf.llama import Llama, Mistral, Qwen2, Qwen3
 from rondo.models.hf.mamba2 import Mamba2Architecture
 from rondo.models.hf.qwen3_next import Qwen3Next
-from rondo.models.loading import read_json, read_tensors
+from rondo.models.loading import StoredTensors, read_json
 from rondo.models.lora import merged
 
-__all__ = ["ARCHITECTURES", "RONDO", "choose", "read_folder", "write_folder"]
+__all__ = ["ARCHITECTURES", "RONDO", "choose", "open_folder", "read_folder", "write_folder"]
 
 RONDO = "RondoForCausalLM"
 PREFIX = "decoder."
@@ -49,7 +49,8 @@ class Architecture(Protocol):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    one.name: one for one in (Llama(), Qwen3(), Mamba2Architecture(), Qwen3Next())
+    one.name: one
+    for one in (Llama(), Mistral(), Qwen2(), Qwen3(), Mamba2Architecture(), Qwen3Next())
 }
 
 
@@ -121,7 +122,14 @@ def write_folder(
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model of a folder and its tensors, float32, by our names.
+    """The model of a folder and all its tensors by our names. Raises as `open_folder`."""
+    config, tensors = open_folder(folder)
+    return config, dict(tensors)
+
+
+def open_folder(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The model of a folder and its tensors by our names, float32 unless they are ours already;
+    each is read when its turn comes.
 
     Raises UserError where the architecture is unknown, or something of it has no counterpart.
     """
@@ -130,11 +138,11 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
     values = read_json(path, _MAX_CONFIG_BYTES)
     name = (values.get("architectures") or [None])[0]
-    theirs = read_tensors(folder)
+    theirs = StoredTensors(folder)
     if not theirs:
         raise UserError(f"{folder}: no safetensors files")
     if name == RONDO:
-        ours = {key.removeprefix(PREFIX): value for key, value in theirs.items()}
+        ours = ((key.removeprefix(PREFIX), value) for key, value in theirs.items())
         return ModelConfig(**values["rondo"]), ours
     if name not in ARCHITECTURES:
         known = ", ".join([*ARCHITECTURES, RONDO])
@@ -145,9 +153,9 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
     if config.tie_embeddings:
-        theirs.pop("lm_head.weight", None)
+        theirs.index.pop("lm_head.weight", None)
     try:
-        return config, to_ours(one.bonds(config), {k: v.float() for k, v in theirs.items()})
+        return config, to_ours(one.bonds(config), theirs)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 

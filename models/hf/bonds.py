@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -45,19 +45,21 @@ def to_theirs(bonds: Iterable[Bond], ours: Mapping[str, Tensor]) -> dict[str, Te
     return found
 
 
-def to_ours(bonds: Iterable[Bond], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors from all of theirs. Raises UserError where one of theirs is missing or left."""
-    left, found = set(theirs), {}
-    for bond in bonds:
-        if bond.theirs not in theirs:
-            raise UserError(f"{bond.theirs} is missing")
-        parts = bond.unpack(theirs[bond.theirs])
-        for name, part in zip(bond.ours, parts, strict=True):
-            found[name] = part.contiguous()
-        left.discard(bond.theirs)
-    if left:
+def to_ours(bonds: Sequence[Bond], theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors by name, float32, from all of theirs, of which it takes one at a time. Raises
+    UserError, before the first, where one of theirs is missing or left."""
+    names = [bond.theirs for bond in bonds]
+    if missing := [name for name in names if name not in theirs]:
+        raise UserError(f"{missing[0]} is missing")
+    if left := set(theirs).difference(names):
         raise UserError(f"there is no place for {_names(left)}")
-    return found
+    return _unpacked(bonds, theirs)
+
+
+def _unpacked(bonds: Iterable[Bond], theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for bond in bonds:
+        parts = bond.unpack(theirs[bond.theirs].float())
+        yield from zip(bond.ours, (part.contiguous() for part in parts), strict=True)
 
 
 def _names(names: set[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,24 +32,37 @@ def attention_values(config: ModelConfig, spec: LayerSpec) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": options.rope_theta}
     if options.rope_fraction != 1.0:
         rope["partial_rotary_factor"] = options.rope_fraction
+    if options.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **dataclasses.asdict(options.rope_scaling)}
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": options.num_kv_heads or heads,
         "head_dim": options.head_dim or config.dim // heads,
         "attention_bias": False,
-        # Libraries before transformers 5 read the first.
+        # Libraries before transformers 5 read the first two.
         "rope_theta": options.rope_theta,
+        "rope_scaling": rope if options.rope_scaling is not None else None,
         "rope_parameters": rope,
     }
 
 
-def read_rope(values: Mapping[str, Any]) -> float:
-    """The base of the rotary frequencies. Raises UserError for scaled frequencies."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of rotary frequencies. Raises UserError for a kind that attention has not."""
+    # Where both are given, transformers takes the older one.
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"config.json: rope_type {kind!r} has no counterpart; only 'default' has")
-    return float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise UserError(
+            f"config.json: rope_type {kind!r} has no counterpart; 'default' and 'llama3' have"
+        )
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    scaling: dict[str, Any] = {name: float(rope[name]) for name in names}
+    length = "original_max_position_embeddings"
+    scaling[length] = int(rope.get(length) or values["max_position_embeddings"])
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def refuse(values: Mapping[str, Any], **expected: Any) -> None:

@@ -1,9 +1,9 @@
-"""Llama and Qwen3: attention in every layer."""
+"""Llama, Mistral, Qwen2 and Qwen3: attention in every layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from rondo.errors import UserError
 from rondo.models.config import LayerSpec, ModelConfig, make_options
@@ -18,41 +18,36 @@ from rondo.models.hf.common import (
 )
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+DEFAULT_WINDOW = 4096
+"""Of transformers, where config.json has no `sliding_window`."""
 NORMS = {"mixer_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
 class Llama:
     """`LlamaForCausalLM` (arXiv 2307.09288): without norms of queries and keys, or windows."""
 
-    name, model_type, qk_norm = "LlamaForCausalLM", "llama", False
+    name, model_type = "LlamaForCausalLM", "llama"
+    attention: ClassVar = {"qk_norm": False, "qkv_bias": False}
+    """Options of ours that it always has."""
 
     def unlike(self, config: ModelConfig) -> str | None:
         """Why a model of ours is none of these; None if it is one."""
         specs = config.layers()
         for spec in specs:
-            if problem := _unlike_layer(spec, qk_norm=self.qk_norm):
+            if problem := _unlike_layer(spec, self.attention):
                 return f"{self.name} {problem}"
         every = [_options(spec) for spec in specs]
         first = every[0]
         if any({**o, "window": None} != {**first, "window": None} for o in every):
             return f"{self.name} has the same attention in every layer, but for windows"
-        windows = {o["window"] for o in every}
-        if not self.qk_norm and windows != {None}:
-            return f"{self.name} has no windows"
-        if len(windows - {None}) > 1:
-            return f"{self.name} has one size of window, not {sorted(windows - {None})}"
-        return None
+        problem = self.unlike_windows([o["window"] for o in every])
+        return problem and f"{self.name} {problem}"
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """What their config.json says of it."""
         specs = config.layers()
         values = {**sizes(config), **attention_values(config, specs[0])}
-        windows = [_options(spec)["window"] for spec in specs]
-        if self.qk_norm:
-            values["layer_types"] = [FULL if window is None else SLIDING for window in windows]
-            window = next((w for w in windows if w is not None), None)
-            values |= {"use_sliding_window": window is not None, "sliding_window": window}
-        return values
+        return values | self.window_values([_options(spec)["window"] for spec in specs])
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of our configuration, from their config.json. Raises UserError."""
@@ -62,8 +57,8 @@ class Llama:
             "num_heads": heads,
             "num_kv_heads": int(values.get("num_key_value_heads") or heads),
             "head_dim": int(values.get("head_dim") or values["hidden_size"] // heads),
-            "rope_theta": read_rope(values),
-            "qk_norm": self.qk_norm,
+            **read_rope(values),
+            **self.attention,
         }
         kinds = self.layer_types(values)
         mixers: dict[str, dict[str, Any]] = {"attention": options}
@@ -71,7 +66,7 @@ class Llama:
             mixers["window"] = {
                 "kind": "attention",
                 **options,
-                "window": int(values.get("sliding_window", 4096)),
+                "window": int(values.get("sliding_window", DEFAULT_WINDOW)),
             }
         names = {FULL: "attention", SLIDING: "window"}
         return {
@@ -85,6 +80,14 @@ class Llama:
             "mixers": mixers,
         }
 
+    def unlike_windows(self, windows: list[int | None]) -> str | None:
+        """Why windows, one a layer, are none of theirs; None if they are."""
+        return None if {*windows} == {None} else "has no windows"
+
+    def window_values(self, windows: list[int | None]) -> dict[str, Any]:
+        """What their config.json says of windows."""
+        return {}
+
     def layer_types(self, values: Mapping[str, Any]) -> list[str]:
         """The kind of attention of each layer, from their config.json. Raises UserError."""
         return [FULL] * int(values["num_hidden_layers"])
@@ -96,15 +99,44 @@ class Llama:
         for i in range(config.num_layers):
             ours, theirs = f"blocks.{i}", f"model.layers.{i}"
             found += [same(f"{theirs}.{b}.weight", f"{ours}.{a}.weight") for a, b in NORMS.items()]
-            found += attention_bonds(ours, theirs, qk_norm=self.qk_norm)
+            found += attention_bonds(ours, theirs, **self.attention)
             found += swiglu_bonds(ours, theirs)
         return found
+
+
+class Mistral(Llama):
+    """`MistralForCausalLM` (arXiv 2310.06825): Llama with the same window in every layer."""
+
+    name, model_type = "MistralForCausalLM", "mistral"
+
+    def unlike_windows(self, windows: list[int | None]) -> str | None:
+        return None if len({*windows}) == 1 else "has the same window in every layer"
+
+    def window_values(self, windows: list[int | None]) -> dict[str, Any]:
+        return {"sliding_window": windows[0]}
+
+    def layer_types(self, values: Mapping[str, Any]) -> list[str]:
+        kind = FULL if values.get("sliding_window", DEFAULT_WINDOW) is None else SLIDING
+        return [kind] * int(values["num_hidden_layers"])
 
 
 class Qwen3(Llama):
     """`Qwen3ForCausalLM`: queries and keys are normalised per head; windows in some layers."""
 
-    name, model_type, qk_norm = "Qwen3ForCausalLM", "qwen3", True
+    name, model_type = "Qwen3ForCausalLM", "qwen3"
+    attention: ClassVar = {"qk_norm": True, "qkv_bias": False}
+
+    def unlike_windows(self, windows: list[int | None]) -> str | None:
+        sizes = sorted({w for w in windows if w is not None})
+        return None if len(sizes) < 2 else f"has one size of window, not {sizes}"
+
+    def window_values(self, windows: list[int | None]) -> dict[str, Any]:
+        window = next((w for w in windows if w is not None), None)
+        return {
+            "layer_types": [FULL if w is None else SLIDING for w in windows],
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+        }
 
     def layer_types(self, values: Mapping[str, Any]) -> list[str]:
         """As transformers has it: what `layer_types` says; without it, windows from layer
@@ -124,21 +156,30 @@ class Qwen3(Llama):
         return [*kinds]
 
 
-def attention_bonds(ours: str, theirs: str, *, qk_norm: bool) -> list[Bond]:
+class Qwen2(Qwen3):
+    """`Qwen2ForCausalLM` (arXiv 2407.10671): Qwen3 with biases instead of norms."""
+
+    name, model_type = "Qwen2ForCausalLM", "qwen2"
+    attention: ClassVar = {"qk_norm": False, "qkv_bias": True}
+
+
+def attention_bonds(ours: str, theirs: str, *, qk_norm: bool, qkv_bias: bool) -> list[Bond]:
     """Of one layer's attention."""
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", *(["q_norm", "k_norm"] if qk_norm else [])]
-    return [same(f"{theirs}.self_attn.{n}.weight", f"{ours}.mixer.{n}.weight") for n in names]
+    names = [f"{n}_proj.weight" for n in "qkvo"]
+    names += ["q_norm.weight", "k_norm.weight"] if qk_norm else []
+    names += [f"{n}_proj.bias" for n in "qkv"] if qkv_bias else []
+    return [same(f"{theirs}.self_attn.{n}", f"{ours}.mixer.{n}") for n in names]
 
 
 def _options(spec: LayerSpec) -> dict[str, Any]:
     return vars(make_options(spec.mixer, spec.options, spec.name))
 
 
-def _unlike_layer(spec: LayerSpec, *, qk_norm: bool) -> str | None:
+def _unlike_layer(spec: LayerSpec, attention: Mapping[str, bool]) -> str | None:
     if spec.mixer != "attention" or spec.ffn != "swiglu":
         return f"has attention+swiglu in every layer, not {spec.mixer}+{spec.ffn}"
     options = _options(spec)
-    wanted: dict[str, Any] = {"rope": True, "qk_norm": qk_norm, "rope_fraction": 1.0}
+    wanted: dict[str, Any] = {"rope": True, "rope_fraction": 1.0, **attention}
     wanted |= {"persistent_tokens": 0, "output_gate": False}
     for key, value in wanted.items():
         if options[key] != value:

@@ -22,10 +22,14 @@ from rondo.models.hf.common import (
 from rondo.models.hf.llama import NORMS
 from rondo.models.mixers.gated_deltanet import GatedDeltaNet
 
+ZERO_CENTERED = "rondo_zero_centered_norms"
+"""A key of ours in their config.json: how our norms say what theirs do. Without it they are
+zero-centred, and nothing is rounded."""
 KINDS = {"gated_deltanet": "linear_attention", "attention": "full_attention"}
 _ATTENTION = {
     "rope": True,
     "qk_norm": True,
+    "qkv_bias": False,
     "output_gate": True,
     "window": None,
     "persistent_tokens": 0,
@@ -66,6 +70,7 @@ class Qwen3Next:
         return {
             **sizes(config),
             **attention_values(config, attention),
+            ZERO_CENTERED: config.zero_centered_norms,
             "layer_types": [KINDS[spec.mixer] for spec in specs],
             "linear_num_key_heads": heads,
             "linear_num_value_heads": heads,
@@ -104,6 +109,7 @@ class Qwen3Next:
             "num_layers": layers,
             "ffn_dim": int(values["intermediate_size"]),
             "norm_eps": float(values["rms_norm_eps"]),
+            "zero_centered_norms": bool(values.get(ZERO_CENTERED, True)),
             "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
             "pattern": [kinds[kind] for kind in types],
             "mixers": {
@@ -117,7 +123,7 @@ class Qwen3Next:
                     "num_heads": int(values["num_attention_heads"]),
                     "num_kv_heads": int(values["num_key_value_heads"]),
                     "head_dim": int(values["head_dim"]),
-                    "rope_theta": read_rope(values),
+                    **read_rope(values),
                     "rope_fraction": float(fraction),
                     "output_gate": True,
                 },
@@ -127,21 +133,22 @@ class Qwen3Next:
     def bonds(self, config: ModelConfig) -> list[Bond]:
         """All tensors."""
         found = matrices(config, "model.embed_tokens")
-        found.append(_from_one("model.norm.weight", "norm.weight"))
+        found.append(_norm(config, "model.norm", "norm"))
         for i, spec in enumerate(config.layers()):
             ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-            found += [
-                _from_one(f"{theirs}.{b}.weight", f"{ours}.{a}.weight") for a, b in NORMS.items()
-            ]
+            found += [_norm(config, f"{theirs}.{b}", f"{ours}.{a}") for a, b in NORMS.items()]
             make = _attention if spec.mixer == "attention" else _linear
             found += make(config, spec, f"{ours}.mixer", theirs)
             found += swiglu_bonds(ours, theirs)
         return found
 
 
-def _from_one(theirs: str, ours: str) -> Bond:
-    """Their norms multiply by 1 + weight."""
-    return Bond(theirs, (ours,), lambda parts: parts[0] - 1, lambda x: [x + 1])
+def _norm(config: ModelConfig, theirs: str, ours: str) -> Bond:
+    """Theirs multiply by 1 + weight, as zero-centred ones of ours do."""
+    if config.zero_centered_norms:
+        return same(f"{theirs}.weight", f"{ours}.offset")
+    names = f"{theirs}.weight", (f"{ours}.weight",)
+    return Bond(*names, lambda parts: parts[0] - 1, lambda x: [x + 1])
 
 
 def _interleaved(theirs: str, ours: Sequence[str], heads: int, rows: Sequence[int]) -> Bond:
@@ -167,7 +174,7 @@ def _attention(config: ModelConfig, spec: LayerSpec, ours: str, theirs: str) -> 
             same(f"{there}.{n}.weight", f"{ours}.{n}.weight")
             for n in ("k_proj", "v_proj", "o_proj")
         ),
-        *(_from_one(f"{there}.{n}.weight", f"{ours}.{n}.weight") for n in ("q_norm", "k_norm")),
+        *(_norm(config, f"{there}.{n}", f"{ours}.{n}") for n in ("q_norm", "k_norm")),
     ]
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rondo.kernels import attend_prefix, attention
-from rondo.kernels.rope import rope_table, rotate
+from rondo.kernels.rope import RopeScaling, rope_table, rotate
 from rondo.models import kv_cache
 from rondo.models.config import ModelConfig
-from rondo.models.init import normal, parameter
+from rondo.models.init import constant, normal, parameter
 from rondo.models.layers import Linear, RMSNorm
 from rondo.models.mixer import Mixer, SequenceContext, State, split_heads
 from rondo.models.registry import MIXERS
@@ -37,8 +37,13 @@ class AttentionOptions:
     """Base of the rotary frequencies."""
     rope_fraction: float = 1.0
     """Share of a head's channels, the first ones, that rotate."""
+    rope_scaling: RopeScaling | None = None
+    """Slower rotations for longer texts, as Llama 3.1 has them: {factor: 8, low_freq_factor: 1,
+    high_freq_factor: 4, original_max_position_embeddings: 8192} (`kernels/rope.py`: equations)."""
     qk_norm: bool = True
     """RMSNorm of queries and keys, per head, before RoPE."""
+    qkv_bias: bool = False
+    """Add a vector, 0 at the start, to queries, keys and values (arXiv 2309.16609)."""
     persistent_tokens: int = field(default=0, metadata={"zero": True})
     """Learned keys and values that every query sees, whatever its document (persistent memory,
     arXiv 1907.01470, 2501.00663). Queries meet them without RoPE."""
@@ -76,12 +81,13 @@ class AttentionHeads(Mixer):
         self.num_heads, self.num_kv_heads, self.head_dim = _sizes(config, options)
         self.attend: Callable[..., Any] = attention
         inner, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = Linear(config.dim, inner, std=config.init_std)
-        self.k_proj = Linear(config.dim, kv, std=config.init_std)
-        self.v_proj = Linear(config.dim, kv, std=config.init_std)
+        bias = constant(0.0) if options.qkv_bias else None
+        self.q_proj = Linear(config.dim, inner, std=config.init_std, bias=bias)
+        self.k_proj = Linear(config.dim, kv, std=config.init_std, bias=bias)
+        self.v_proj = Linear(config.dim, kv, std=config.init_std, bias=bias)
         if options.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, config)
+            self.k_norm = RMSNorm(self.head_dim, config)
         if options.persistent_tokens:
             shape = (self.num_kv_heads, options.persistent_tokens, self.head_dim)
             self.persistent_k = parameter(shape, normal(self.head_dim**-0.5))
@@ -101,6 +107,8 @@ class AttentionHeads(Mixer):
                 f"head_dim: RoPE needs an even number of channels, 2 or more, got {turning} "
                 f"({options.rope_fraction:g} of {head_dim})"
             )
+        if options.rope_scaling and (problem := options.rope_scaling.problem()):
+            found.append(f"rope_scaling.{problem}")
         return found
 
     @classmethod
@@ -148,6 +156,7 @@ class AttentionHeads(Mixer):
                 ctx.positions,
                 int(self.head_dim * self.options.rope_fraction),
                 theta=self.options.rope_theta,
+                scaling=self.options.rope_scaling,
                 dtype=torch.promote_types(q.dtype, torch.float32),
             )
             q, k = rotate(q, *table), rotate(k, *table)

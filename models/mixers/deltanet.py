@@ -72,7 +72,7 @@ class DeltaNet(Mixer):
             self.gate_proj = Linear(config.dim, values, std=std)
             self.norm = GatedRMSNorm(self.value_dim, config.norm_eps)
         else:
-            self.norm = RMSNorm(self.value_dim, config.norm_eps)
+            self.norm = RMSNorm(self.value_dim, config)
         self.o_proj = Linear(values, config.dim, std=config.residual_std)
 
     @classmethod

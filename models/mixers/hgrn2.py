@@ -63,7 +63,7 @@ class HGRN2(Mixer):
         self.q_proj = Linear(config.dim, config.dim, std=config.init_std)
         self.f_proj = Linear(config.dim, config.dim, std=config.init_std)
         self.v_proj = Linear(config.dim, config.dim, std=config.init_std)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config)
         self.o_proj = Linear(config.dim, config.dim, std=config.residual_std)
 
     @classmethod

@@ -96,8 +96,8 @@ class LaCT(Mixer):
         self.k_proj = Linear(dim, dim, std=std)
         self.v_proj = Linear(dim, dim, std=std)
         if options.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, config)
+            self.k_norm = RMSNorm(self.head_dim, config)
         for name in ("q", "k"):
             setattr(self, f"{name}_scale", parameter((dim,), constant(1.0)))
             setattr(self, f"{name}_offset", parameter((dim,), constant(0.0)))
@@ -106,7 +106,7 @@ class LaCT(Mixer):
         if options.momentum:
             self.momentum_proj = Linear(dim, heads, std=std)
         self.fast = InitialWeights(heads, self.fast_dim, options)
-        self.fast_norm = RMSNorm(self.fast_dim, config.norm_eps)
+        self.fast_norm = RMSNorm(self.fast_dim, config)
         self.scale_proj = Linear(dim, heads, std=std)
         self.o_proj = Linear(dim, dim, std=config.residual_std)
 

@@ -74,8 +74,8 @@ class TitansMac(LearningHeads):
         self.r_conv = ShortConv(heads * dim, options.conv_width)
         for name in ("recall_k", "recall_v", "learn_q", "learn_k", "learn_v"):
             setattr(self, name, parameter((heads, dim, dim), normal(dim**-0.5)))
-        self.attention_norm = RMSNorm(dim, config.norm_eps)
-        self.memory_norm = RMSNorm(dim, config.norm_eps)
+        self.attention_norm = RMSNorm(dim, config)
+        self.memory_norm = RMSNorm(dim, config)
         self.o_proj = Linear(heads * dim, config.dim, std=config.residual_std)
 
     @classmethod

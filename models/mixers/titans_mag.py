@@ -60,8 +60,8 @@ class TitansMag(Mixer):
             config, attention_options(config, options, options.window), layer
         )
         head_dim = self.memory.head_dim
-        self.attention_norm = RMSNorm(head_dim, config.norm_eps)
-        self.memory_norm = RMSNorm(head_dim, config.norm_eps)
+        self.attention_norm = RMSNorm(head_dim, config)
+        self.memory_norm = RMSNorm(head_dim, config)
         inner = self.memory.num_heads * head_dim
         self.o_proj = Linear(inner, config.dim, std=config.residual_std)
 

@@ -1,6 +1,9 @@
-"""Adapters over ranks: training them under any layout is training them in one process."""
+"""Adapters over ranks, and options that imported models have: training under any layout is training
+in one process."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from rondo.models import ModelConfig
 from rondo.parallel.mesh import Layout
@@ -23,6 +26,20 @@ CONFIG = ModelConfig(
     lora_rank=3,
     lora_targets=["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"],  # of every word
 )
+IMPORTED = dataclasses.replace(
+    CONFIG,
+    lora_rank=0,
+    pattern=["attention"],
+    mixers={
+        "attention": {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "qkv_bias": True,
+            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 15},
+        }
+    },
+    zero_centered_norms=True,
+)
 LAYOUTS = [
     (Layout(tp=2), "selective"),
     (Layout(dp_shard=2), "full"),
@@ -31,12 +48,15 @@ LAYOUTS = [
 ]
 
 
-def test_training_adapters_equals_one_process() -> None:
+def test_training_equals_one_process() -> None:
     runs = [Run(CONFIG, layout, checkpointing=mode) for layout, mode in LAYOUTS]
-    expected = train(Run(CONFIG, Layout()))
-    assert any(name.endswith("lora_a.weight") for name in expected["gradients"])
-    assert all(".lora_" in name for name in expected["gradients"])
+    runs += [Run(IMPORTED, layout) for layout in (Layout(tp=2), Layout(cp=2))]
+    adapted, imported = (train(Run(config, Layout())) for config in (CONFIG, IMPORTED))
+    assert any(name.endswith("lora_a.weight") for name in adapted["gradients"])
+    assert all(".lora_" in name for name in adapted["gradients"])
+    assert {"blocks.0.mixer.q_proj.bias", "norm.offset"} <= imported["gradients"].keys()
     results = run_ranks(train_all, 2, runs, timeout=200)
-    for number, (layout, _) in enumerate(LAYOUTS):
+    for number, run in enumerate(runs):
+        expected = adapted if run.config is CONFIG else imported
         wrong = compare([of_rank[number] for of_rank in results], expected, 1e-10)
-        assert not wrong, f"{layout}: {wrong[:5]}"
+        assert not wrong, f"{run.layout}: {wrong[:5]}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import Tensor
 
-from rondo.kernels.rope import rope, rope_table, rotate
+from rondo.kernels.rope import RopeScaling, rope, rope_table, rotate
 from rondo.tests.numerics import assert_ratio, gradients
 
 
@@ -60,6 +62,25 @@ def test_matches_llama_layout() -> None:
     sin = torch.cat((-sin[..., :8], sin[..., 8:]), dim=-1)
     expected, _ = modeling.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
     torch.testing.assert_close(rope(x, positions), expected)
+
+
+def test_scaled_frequencies_are_llamas() -> None:
+    """At the sizes of Llama 3.1: pairs that stay, pairs between, pairs slowed by all of 8."""
+    utils = pytest.importorskip("transformers.modeling_rope_utils")
+    config = pytest.importorskip("transformers").LlamaConfig(
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **asdict(RopeScaling())},
+    )
+    expected, _ = utils.ROPE_INIT_FUNCTIONS["llama3"](config)
+    plain = 5e5 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    found = RopeScaling().scale(plain)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=0)
+    kinds = [(found == plain).sum(), (found == plain / 8).sum()]
+    assert all(kinds) and sum(kinds) < 64
+    _, positions = make()
+    cos, _ = rope_table(positions, 128, theta=5e5, scaling=RopeScaling(), dtype=torch.float64)
+    torch.testing.assert_close(cos[1, 5, 0, :64], (105 * found).cos())
 
 
 def test_scores_depend_on_distance_only() -> None:

@@ -57,6 +57,16 @@ def test_entries_name_channel_mixers_and_aliases() -> None:
             ["num_kv_heads", "4", "3"],
         ),
         ({"mixers": {"attention": {"window": 0}}}, ["window", "0"]),
+        ({"mixers": {"attention": {"rope_scaling": 8.0}}}, ["rope_scaling: expected a map", "8.0"]),
+        (
+            {"mixers": {"attention": {"rope_scaling": {"factors": 8.0}}}},
+            ["attention.rope_scaling.factors", "did you mean 'factor'"],
+        ),
+        ({"mixers": {"attention": {"rope_scaling": {"factor": 0}}}}, ["rope_scaling.factor", "0"]),
+        (
+            {"mixers": {"attention": {"rope_scaling": {"high_freq_factor": 1.0}}}},
+            ["rope_scaling.low_freq_factor: 1 must be below high_freq_factor 1"],
+        ),
         (
             {"pattern": ["mamba2"], "mixers": {"mamba2": {"head_dim": 48}}},
             ["head_dim", "128", "48"],

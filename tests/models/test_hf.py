@@ -16,101 +16,25 @@ from rondo.models.loading import read_tensors
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-VOCAB, DIM = 40, 32
-GATED = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "output_gate": True}
-GATED["rope_fraction"] = 0.25
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": (
-        "LlamaForCausalLM",
-        {
-            "pattern": ["attention"],
-            "mixers": {"attention": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": False}},
-        },
-    ),
-    "qwen3": (
-        "Qwen3ForCausalLM",
-        {
-            "pattern": ["window", "attention"],
-            "mixers": {
-                "attention": {"num_heads": 4, "rope_theta": 500.0},
-                "window": {
-                    "kind": "attention",
-                    "num_heads": 4,
-                    "rope_theta": 500.0,
-                    "window": 3,
-                },
-            },
-            "tie_embeddings": True,
-        },
-    ),
-    "mamba2": (
-        "Mamba2ForCausalLM",
-        {
-            "pattern": ["mamba2+none"],
-            "mixers": {"mamba2": {"head_dim": 8, "state_dim": 4, "num_groups": 2}},
-        },
-    ),
-    "qwen3_next": (
-        "Qwen3NextForCausalLM",
-        {
-            "pattern": ["gated_deltanet", "attention"],
-            "mixers": {
-                "attention": GATED,
-                "gated_deltanet": {"num_heads": 4, "head_dim": 8, "expand_v": 2},
-            },
-        },
-    ),
-}
-THEIRS: dict[str, dict[str, Any]] = {
-    "Llama": {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "Qwen3": {
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": True,
-        "use_sliding_window": True,
-        "sliding_window": 3,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "Mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 2, "chunk_size": 4},
-    "Qwen3Next": {
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 16,
-        "num_experts": 0,
-        "mlp_only_layers": [0, 1, 2, 3],
-        "num_hidden_layers": 4,
-    },
-}
+from rondo.tests.models.hf_cases import (  # noqa: E402
+    DIM,
+    GROUPED,
+    OURS,
+    SLOWER,
+    THEIRS,
+    VOCAB,
+    WINDOWS,
+    decoder,
+    difference,
+    our_logits,
+    read,
+    their_model,
+    tokens,
+    written,
+)
 
 
-def decoder(name: str) -> Decoder:
-    """A model of ours whose vectors are not all alike."""
-    config = ModelConfig(vocab_size=VOCAB, dim=DIM, num_layers=2, ffn_dim=48, **OURS[name][1])
-    model = Decoder(config, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for param in model.parameters():
-            noise = torch.randn(param.shape, generator=generator)
-            param += (0.1 if param.ndim > 1 else 0.02) * noise
-    return model
-
-
-def tokens(batch: int = 2, time: int = 11) -> torch.Tensor:
-    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(3))
-
-
-def our_logits(model: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    return model.logits(model(ids, return_state=False).hidden)
-
-
-def written(model: Any) -> torch.Tensor:
+def continued(model: Any) -> torch.Tensor:
     """`tokens()` and eight more of transformers' model, the likeliest each, with its cache."""
     mask = torch.ones_like(tokens())
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -120,13 +44,10 @@ def written(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", OURS)
 def test_written_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     model = decoder(name)
-    assert hf.write_folder(tmp_path, model.config, model.state_dict()) == OURS[name][0]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs = written(model, tmp_path)
     assert type(theirs).__name__ == OURS[name][0]
-    with torch.no_grad():
-        expected = theirs.eval()(tokens()).logits
-        torch.testing.assert_close(our_logits(model, tokens()), expected, rtol=0, atol=1e-4)
-    assert torch.equal(written(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
+    assert difference(model, theirs) <= 1e-4
+    assert torch.equal(continued(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
     theirs.save_pretrained(tmp_path / "again")
     config, tensors = hf.read_folder(tmp_path / "again")
     assert config.layers() == hf.read_folder(tmp_path)[0].layers()
@@ -152,35 +73,61 @@ def test_round_trips_are_exact(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
-    common = {"vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 2}
-    config = getattr(transformers, f"{name}Config")(**{**common, **THEIRS[name]})
-    torch.manual_seed(4)
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for param in theirs.parameters():
-            param += 0.05 * torch.randn_like(param)
-    theirs.save_pretrained(tmp_path)
-    found, tensors = hf.read_folder(tmp_path)
-    model = Decoder(found)
-    model.load_state_dict(tensors)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            our_logits(model, tokens()), theirs(tokens()).logits, rtol=0, atol=1e-4
-        )
-    assert torch.equal(written(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
-    hf.write_folder(tmp_path / "again", found, tensors)
+    theirs = their_model(name)
+    model = read(theirs, tmp_path)
+    assert difference(model, theirs) <= 1e-4
+    assert torch.equal(continued(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
+    hf.write_folder(tmp_path / "again", model.config, model.state_dict())
     before, after = read_tensors(tmp_path), read_tensors(tmp_path / "again")
     assert before.keys() == after.keys()
     for key, value in before.items():
-        # Norms of Qwen3-Next, stored less one, are rounded as 1 + weight here: by half an ulp.
-        moved = name == "Qwen3Next" and "norm" in key and "linear_attn" not in key
-        bound = torch.finfo(torch.float32).eps if moved else 0.0
-        torch.testing.assert_close(after[key], value, rtol=0, atol=bound, msg=key)
+        assert torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "other"),
+    [
+        ("mistral", "window", 2),
+        ("mistral", "window", 4),
+        ("llama3", "rope_scaling", None),
+        ("llama3", "rope_scaling", {**SLOWER, "factor": 4.0}),
+        ("llama3", "rope_scaling", {**SLOWER, "low_freq_factor": 0.6}),
+    ],
+)
+def test_options_show_in_logits(name: str, option: str, other: Any, tmp_path: Path) -> None:
+    """So that one read or written wrongly would have shown above: a window by one key, too."""
+    theirs = their_model(name)
+    model = read(theirs, tmp_path)
+    for options in model.config.mixers.values():
+        options[option] = other
+    changed = Decoder(model.config)
+    changed.load_state_dict(model.state_dict())
+    assert difference(changed, theirs) > 2e-4
+
+
+def test_rotations_are_read_in_the_form_of_earlier_versions(tmp_path: Path) -> None:
+    """`rope_scaling` beside `rope_theta`, as published folders of Llama 3.1 have them."""
+    theirs = their_model("llama3")
+    model = read(theirs, tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    theta = values["rope_parameters"].pop("rope_theta")
+    values |= {"rope_scaling": values.pop("rope_parameters"), "rope_theta": theta}
+    path.write_text(json.dumps(values))
+    assert hf.read_folder(tmp_path)[0] == model.config
+    values["rope_scaling"]["rope_type"] = "yarn"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="rope_type 'yarn' has no counterpart"):
+        hf.read_folder(tmp_path)
+    values["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="low_freq_factor is missing"):
+        hf.read_folder(tmp_path)
 
 
 def test_windows_of_qwen3_are_those_that_transformers_derives(tmp_path: Path) -> None:
     """In folders without `layer_types`."""
-    values = {**THEIRS["Qwen3"], "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 3}
+    values = {**GROUPED, **WINDOWS, "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 3}
     del values["layer_types"]
     config = transformers.Qwen3Config(**values, max_window_layers=1)
     theirs = transformers.Qwen3ForCausalLM(config).eval()
@@ -294,7 +241,7 @@ def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
         hf.write_folder(tmp_path, model.config, model.state_dict(), architecture="LlamaForCausalLM")
     with pytest.raises(UserError, match=r"unknown 'Llama' .*LlamaForCausalLM"):
         hf.write_folder(tmp_path, model.config, model.state_dict(), architecture="Llama")
-    config = transformers.LlamaConfig(**THEIRS["Llama"], vocab_size=VOCAB, hidden_size=DIM)
+    config = transformers.LlamaConfig(**GROUPED, vocab_size=VOCAB, hidden_size=DIM)
     config.num_hidden_layers, config.attention_bias = 1, True
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "bias")
     with pytest.raises(UserError, match="attention_bias True has no counterpart"):

@@ -10,9 +10,10 @@ from rondo.models.mixer import SequenceContext, State
 from rondo.tests.mixer_suite import CHECKS, Case
 from rondo.tests.toys import Toy
 
+SLOWER = {"factor": 4.0, "original_max_position_embeddings": 60}
 VARIANTS = [
     Case("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 9, "rope": False}),
-    Case("attention", {"num_heads": 2, "qk_norm": False}),
+    Case("attention", {"num_heads": 2, "qk_norm": False, "qkv_bias": True, "rope_scaling": SLOWER}),
     Case("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 9, "persistent_tokens": 3}),
     Case("mamba2", {"head_dim": 8, "state_dim": 8, "num_groups": 2}),
     Case("deltanet", {"head_dim": 8, "negative_eigenvalues": True, "output_gate": True}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from rondo.launch.cli import main
 from rondo.models import Decoder, ModelConfig, load, manifest
+from rondo.pretrain import interchange
 from rondo.pretrain.data import Tokenizer, load_tokenizer
 from rondo.pretrain.data.tokenizer import SentencePieceTokenizer
 from rondo.pretrain.data.train_tokenizer import train_sentencepiece
@@ -79,6 +81,45 @@ def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["import", str(there), "--output", str(start)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def live_bytes() -> int:
+    """Of all tensors with data that Python holds."""
+    return sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor and not x.is_meta)
+
+
+def test_import_holds_one_file_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a folder that was not written to its end is not there."""
+    start, there = checkpoint(tmp_path / "start", num_layers=12), tmp_path / "there"
+    assert main(["export", str(start), "--output", str(there)]) == 0
+    whole = load(start)
+    sizes = [value.nbytes for value in whole.state_dict().values()]
+    limit, held = max(sizes), []
+    monkeypatch.setattr(interchange, "SHARD_BYTES", limit)
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        held.append(live_bytes() - before)
+        if stops and len(held) == 3:
+            raise OSError("the disk is full")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(interchange, "save_file", save)
+    words = ["import", str(there), "--output", str(tmp_path / "back"), "--tokenizer", "bytes"]
+    gc.collect()
+    before, stops = live_bytes(), True
+    with pytest.raises(OSError, match="the disk is full"):
+        main(words)
+    assert {path.name for path in tmp_path.iterdir()} == {"start", "there"}
+    held, stops = [], False
+    assert main(words) == 0
+    assert "tensors" in capsys.readouterr().err
+    assert 4 * limit < sum(sizes)
+    assert len(held) > 4 and max(held) <= 2 * limit
+    assert manifest.damage(tmp_path / "back") is None
+    found = load(tmp_path / "back").state_dict()
+    assert all(torch.equal(found[name], x) for name, x in whole.state_dict().items())
 
 
 def test_any_model_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

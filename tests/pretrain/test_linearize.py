@@ -15,7 +15,7 @@ from rondo.launch.cli import main
 from rondo.models import Decoder, ModelConfig, load
 from rondo.models.hf.linearize import linearize
 from rondo.models.loading import find_checkpoint, read_tensors
-from rondo.pretrain import load_recipe, train
+from rondo.pretrain import interchange, load_recipe, train
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -128,11 +128,15 @@ def test_window_alone_is_the_model_that_was_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--model.lora_rank=4"]], ids=["all", "lora"])
-def test_training_goes_on_from_it(tmp_path: Path, options: list[str]) -> None:
+def test_training_goes_on_from_it(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loss falls; with adapters nothing but these has changed, a run that was cut in two ends
     in the same bits, and an export has them merged."""
     llama(tmp_path / "llama", num_hidden_layers=2)
+    monkeypatch.setattr(interchange, "SHARD_BYTES", 1 << 15)
     start = imported(tmp_path, "[liger, attention]")
+    assert len([*(start / "model").glob("*.safetensors")]) > 2
     text = tmp_path / "text.txt"
     text.write_text("One fish swims, two fish swim, and no fish walks.\n\n" * 200)
 

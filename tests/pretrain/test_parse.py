@@ -231,6 +231,7 @@ def test_overrides_of_every_kind(tmp_path):
         *("--compile", "true", "--precision", "float32", "--parallel.dp_shard", "-1"),
         *("--optimizer.betas", "[0.8, 0.9]", "--model.pattern", "[mamba2, attention*2]"),
         *("--model.mixers.attention.num_heads", "8", "--model.mixers.mamba2={expand: 2}"),
+        "--model.mixers.attention.rope_scaling.factor=4.0",
         *("--data.sources.0.weight", "2", "--evals", "{every: 5, batches: 2}"),
         *("--schedule.name=wsd", "--schedule.name=cosine", "--output_dir", "a=b"),
     )
@@ -241,7 +242,7 @@ def test_overrides_of_every_kind(tmp_path):
     assert recipe.parallel.dp_shard == -1
     assert recipe.model.pattern == ["mamba2", "attention*2"]
     assert recipe.model.mixers == {
-        "attention": {"window": 64, "num_heads": 8},
+        "attention": {"window": 64, "num_heads": 8, "rope_scaling": {"factor": 4.0}},
         "mamba2": {"expand": 2},
     }
     assert recipe.data.sources == [SourceConfig("a", 2.0)]
