@@ -72,6 +72,16 @@ for _name in ("expert_rows", "expert_sums"):
 for _name in ("nonlinear_rnn_forward", "nonlinear_rnn_backward"):
     CONFIGS[_name] = {"*": ({"ROWS": 16, "num_warps": 8, "num_stages": 1},)}
 
+# newton_rnn/triton.py: channels of a chunk, two a thread, so that copies of bfloat16 run ahead.
+for _name in ("newton_sweep", "newton_pull", "newton_borders"):
+    CONFIGS[_name] = {
+        "*": (
+            {"BLOCK": 128, "num_warps": 2, "num_stages": 1},
+            {"BLOCK": 64, "num_warps": 1, "num_stages": 1},
+            {"BLOCK": 256, "num_warps": 4, "num_stages": 1},
+        )
+    }
+
 # linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
 for _name in ("walk", "mix", "gradients"):
     CONFIGS[f"linear_attention_{_name}"] = {
