@@ -82,6 +82,18 @@ for _name in ("newton_sweep", "newton_pull", "newton_borders"):
         )
     }
 
+# fast_weights/triton.py: rows of tokens, BLOCK numbers of each at a time; whole rows of matrices.
+for _name in ("fast_read", "fast_read_backward", "fast_parts", "fast_parts_backward"):
+    CONFIGS[_name] = {
+        "*": (
+            {"ROWS": 4, "BLOCK": 256, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 2, "BLOCK": 512, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 8, "BLOCK": 256, "num_warps": 8, "num_stages": 1},
+        )
+    }
+for _name in ("fast_renew", "fast_renew_backward"):
+    CONFIGS[_name] = dict(CONFIGS["rms_norm_forward"])
+
 # linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
 for _name in ("walk", "mix", "gradients"):
     CONFIGS[f"linear_attention_{_name}"] = {
