@@ -94,6 +94,18 @@ for _name in ("fast_read", "fast_read_backward", "fast_parts", "fast_parts_backw
 for _name in ("fast_renew", "fast_renew_backward"):
     CONFIGS[_name] = dict(CONFIGS["rms_norm_forward"])
 
+# neural_memory/triton.py: BK inputs and BV outputs of a layer, TOKENS of a chunk at a time. The
+# other two kernels work in place: one row only.
+CONFIGS["memory_advance"] = {
+    "*": (
+        {"BK": 32, "BV": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 1},
+        {"BK": 64, "BV": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 1},
+        {"BK": 32, "BV": 32, "TOKENS": 16, "num_warps": 2, "num_stages": 1},
+    )
+}
+CONFIGS["memory_scale"] = {"*": ({"BLOCK": 2048, "num_warps": 4, "num_stages": 1},)}
+CONFIGS["memory_advance_backward"] = dict(CONFIGS["memory_scale"])
+
 # linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
 for _name in ("walk", "mix", "gradients"):
     CONFIGS[f"linear_attention_{_name}"] = {

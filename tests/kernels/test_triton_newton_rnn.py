@@ -14,7 +14,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from rondo.kernels import newton_rnn
-from rondo.kernels.newton_rnn import chunked, triton
+from rondo.kernels.newton_rnn import CELLS, chunked, sweeps, triton
+from rondo.kernels.newton_rnn.sweeps import Rows
 from rondo.kernels.triton_configs import CONFIGS
 from rondo.tests.kernels.test_newton_rnn import (
     BATCH,
@@ -70,6 +71,22 @@ def test_one_gradient_at_a_time(name: str) -> None:
             torch.autograd.grad(run(*inputs, name, backend=b)[index].sum(), inputs)
             for b in ("triton", "chunked")
         )
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sweep(name: str) -> None:
+    """States, ends and products of Jacobians, which a solution does not show: wrong ones only cost
+    iterations."""
+    gates, weights, bias, _ = (x.to(DEVICE) for x in operands(name, 7, torch.float32))
+    starts = (torch.arange(7, device=DEVICE) == 3).expand(BATCH, -1).unsqueeze(-1)
+    borders = torch.linspace(-1, 1, 2 * BATCH * CELLS[name].variables * 3).to(DEVICE)
+    borders = borders.view(CELLS[name].variables, BATCH, 2, 3)
+    rows = Rows(CELLS[name], gates, weights, bias, starts, 4)
+    for each in (rows, rows._replace(starts=None)):
+        found, expected = triton.forward(each, borders, True), sweeps.forward(each, borders, True)
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
