@@ -72,6 +72,40 @@ for _name in ("expert_rows", "expert_sums"):
 for _name in ("nonlinear_rnn_forward", "nonlinear_rnn_backward"):
     CONFIGS[_name] = {"*": ({"ROWS": 16, "num_warps": 8, "num_stages": 1},)}
 
+# newton_rnn/triton.py: channels of a chunk, two a thread, so that copies of bfloat16 run ahead.
+for _name in ("newton_sweep", "newton_pull", "newton_borders"):
+    CONFIGS[_name] = {
+        "*": (
+            {"BLOCK": 128, "num_warps": 2, "num_stages": 1},
+            {"BLOCK": 64, "num_warps": 1, "num_stages": 1},
+            {"BLOCK": 256, "num_warps": 4, "num_stages": 1},
+        )
+    }
+
+# fast_weights/triton.py: rows of tokens, BLOCK numbers of each at a time; whole rows of matrices.
+for _name in ("fast_read", "fast_read_backward", "fast_parts", "fast_parts_backward"):
+    CONFIGS[_name] = {
+        "*": (
+            {"ROWS": 4, "BLOCK": 256, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 2, "BLOCK": 512, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 8, "BLOCK": 256, "num_warps": 8, "num_stages": 1},
+        )
+    }
+for _name in ("fast_renew", "fast_renew_backward"):
+    CONFIGS[_name] = dict(CONFIGS["rms_norm_forward"])
+
+# neural_memory/triton.py: BK inputs and BV outputs of a layer, TOKENS of a chunk at a time. The
+# other two kernels work in place: one row only.
+CONFIGS["memory_advance"] = {
+    "*": (
+        {"BK": 32, "BV": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 1},
+        {"BK": 64, "BV": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 1},
+        {"BK": 32, "BV": 32, "TOKENS": 16, "num_warps": 2, "num_stages": 1},
+    )
+}
+CONFIGS["memory_scale"] = {"*": ({"BLOCK": 2048, "num_warps": 4, "num_stages": 1},)}
+CONFIGS["memory_advance_backward"] = dict(CONFIGS["memory_scale"])
+
 # linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
 for _name in ("walk", "mix", "gradients"):
     CONFIGS[f"linear_attention_{_name}"] = {

@@ -50,6 +50,11 @@ def narrow(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
 @dataclass(frozen=True)
 class Compilation:
     """A kernel as it is launched, to be compiled without the device.

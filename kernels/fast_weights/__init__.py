@@ -7,11 +7,12 @@ chunk of tokens: towards giving the values of the chunk when asked with its keys
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose, full_precision
+from rondo.kernels.backend import choose, full_precision, triton_refusal
 from rondo.kernels.fast_weights.checks import (
     check_ids,
     check_options,
@@ -41,7 +42,18 @@ __all__ = [
     "update_weights",
 ]
 
-_IMPLEMENTATIONS = {"chunked": chunked, "reference": reference}
+LONGEST = 8192
+"""Numbers of a row of a matrix that a Triton kernel holds."""
+
+
+def _triton(*arguments: Any, **options: Any) -> tuple[Tensor, FastWeightState]:
+    from rondo.kernels.fast_weights import triton
+
+    return triton.fast_weights(*arguments, **options)
+
+
+_IMPLEMENTATIONS = {"chunked": chunked, "reference": reference, "triton": _triton}
+_SHARED = ("chunked", "triton")
 
 
 def fast_weights(
@@ -91,7 +103,7 @@ def fast_weights(
         share: which of the tokens these are when ranks share them; then `segment_ids` `(B, P T)`
             is that of all P ranks' tokens, weights and `initial_state` are the same on all, the
             state returned too, and each has its part of their gradients. None: all of them.
-        backend: "auto", "reference" or "chunked"; "chunked" for a share.
+        backend: "auto", "reference", "chunked" or "triton"; for a share not "reference".
 
     Returns:
         o `(B, T, H, V)` in the dtype of `v`, and the state after the last position, float32
@@ -108,11 +120,13 @@ def fast_weights(
     check_options(update, order, chunk_size)
     if initial_state is not None:
         check_state(initial_state, v.shape[0], weights, momentum is not None, chunk_size)
+    refusal = _refusal(q, k, v, learning_rates, *weights, momentum, *(initial_state or ()))
     if share is None:
-        run = choose("fast_weights", backend, _IMPLEMENTATIONS, v.device)
+        run = choose("fast_weights", backend, _IMPLEMENTATIONS, v.device, refusal)
     else:
-        of_share = {"chunked": functools.partial(chunked, share=share)}
-        run = choose(f"fast_weights over {share.size} ranks", backend, of_share, v.device)
+        of_share = {n: functools.partial(_IMPLEMENTATIONS[n], share=share) for n in _SHARED}
+        name = f"fast_weights over {share.size} ranks"
+        run = choose(name, backend, of_share, v.device, refusal)
     wide = torch.promote_types(v.dtype, torch.float32)
     state = None if initial_state is None else initial_state.to(wide)
     momentum = None if momentum is None else momentum.to(wide)
@@ -121,3 +135,11 @@ def fast_weights(
     options = (update, order, chunk_size)
     with full_precision(v.device):
         return run(q, k, v, rates, initial, momentum, state, segment_ids, options)
+
+
+def _refusal(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel takes these tensors, weights from the fifth to the seventh, or None."""
+    longest = max(w.shape[-1] for w in tensors[4:7] if w is not None)
+    if longest > LONGEST:
+        return f"it holds rows of matrices of at most {LONGEST} numbers, got {longest}"
+    return triton_refusal(*tensors)

@@ -9,7 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.fast_weights.inner import apply_weights, gradient_sum, update_weights
+from rondo.kernels.fast_weights.inner import (
+    TORCH,
+    Passes,
+    apply_weights,
+    gradient_sum,
+    update_weights,
+)
 from rondo.kernels.fast_weights.layout import Layout, make_layout
 from rondo.kernels.fast_weights.newton_schulz import newton_schulz
 from rondo.kernels.fast_weights.state import FastWeights, FastWeightState, first_state
@@ -66,6 +72,7 @@ def chunked(
     segment_ids: Tensor | None,
     options: tuple[str, str, int],
     share: Share | None = None,
+    passes: Passes = TORCH,
 ) -> tuple[Tensor, FastWeightState]:
     """Checked arguments of `fast_weights`; options: update, order, chunk_size."""
     update, order, chunk = options
@@ -78,10 +85,10 @@ def chunked(
     if state is None:
         state = first_state(initial, v.shape[0], momentum is not None)
     chunks = _gather(q, k, v, learning_rates, momentum, state, layout, share)
-    slots, state = _train(chunks, initial, state, layout, share, update, apply_first)
+    slots, state = _train(chunks, initial, state, layout, share, update, apply_first, passes)
     o = _scatter(slots, layout)
     if layout.unread is not None:
-        first = apply_weights(initial, q.transpose(1, 2)).transpose(1, 2)
+        first = apply_weights(initial, q.transpose(1, 2), passes).transpose(1, 2)
         o = torch.where(layout.unread[..., None, None], first, o)
     if not layout.learns():
         # Else gradients would be missing, on some ranks that reduce them and not on others.
@@ -133,6 +140,7 @@ def _train(
     share: Share | None,
     update: str,
     apply_first: bool,
+    passes: Passes,
 ) -> tuple[Tensor, FastWeightState]:
     """The inner training loop: outputs `(S, B, H, W, V)` by slot, and the state it ends in."""
     weights, carried, buffer = state.matrices(chunks[0].k.shape[-1])
@@ -143,16 +151,16 @@ def _train(
         orthogonalise = functools.partial(share.divide, newton_schulz)
     for n, chunk in enumerate(chunks):
         if apply_first:
-            outputs.append(_read(inner.weights, chunk, layout.read.busy[n]))
+            outputs.append(_read(inner.weights, chunk, layout.read.busy[n], passes))
         if layout.fresh is not None:
             inner = fresh.where(layout.fresh[n], inner)
-        gradient = _gradient(inner.weights, carried, chunk, layout, share, n)
+        gradient = _gradient(inner.weights, carried, chunk, layout, share, n, passes)
         after = inner
         if layout.write.busy[n] and not (apply_first and n == last):
             args = inner.weights, gradient, initial, inner.buffer, chunk.momentum, update
-            after = _Inner(*update_weights(*args, orthogonalise))
+            after = _Inner(*update_weights(*args, orthogonalise, passes))
         if not apply_first:
-            outputs.append(_read(after.weights, chunk, layout.read.busy[n]))
+            outputs.append(_read(after.weights, chunk, layout.read.busy[n], passes))
         if n < last:
             inner = after if layout.full is None else after.where(layout.full[n], inner)
     return torch.stack(outputs), FastWeightState(
@@ -164,8 +172,8 @@ def _train(
     )
 
 
-def _read(weights: FastWeights, chunk: _Chunk, busy: bool) -> Tensor:
-    return apply_weights(weights, chunk.q) if busy else torch.zeros_like(chunk.v)
+def _read(weights: FastWeights, chunk: _Chunk, busy: bool, passes: Passes) -> Tensor:
+    return apply_weights(weights, chunk.q, passes) if busy else torch.zeros_like(chunk.v)
 
 
 def _gradient(
@@ -175,11 +183,12 @@ def _gradient(
     layout: Layout,
     share: Share | None,
     n: int,
+    passes: Passes,
 ) -> FastWeights:
     """Summed over the chunk of slot n, with what its tokens before the row have left."""
     if not layout.write.busy[n]:
         return weights.map(torch.zeros_like)
-    gradient = gradient_sum(weights, chunk.k, chunk.v, chunk.rates)
+    gradient = gradient_sum(weights, chunk.k, chunk.v, chunk.rates, passes)
     if share is not None:
         gradient = FastWeights.unpack(share.total(gradient.pack()), chunk.k.shape[-1])
     if layout.carried is None:

@@ -13,6 +13,7 @@ of the largest up to the others, so that in bfloat16 it would make noise as larg
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +25,44 @@ from rondo.kernels.fast_weights.state import FastWeights
 NORM_EPS = 1e-5
 
 
-def apply_weights(weights: FastWeights, x: Tensor) -> Tensor:
+def read(a: Tensor, u: Tensor, wide: torch.dtype) -> Tensor:
+    """`SiLU(a) u` in the dtype of `a`, computed in `wide`."""
+    return (F.silu(a.to(wide)) * u.to(wide)).to(a.dtype)
+
+
+def parts(a: Tensor, u: Tensor, d: Tensor, rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the three sums of `gradient_sum` are products of, with k, k and v; rates `(.., 3)`."""
+    s = torch.sigmoid(a)
+    silu = a * s
+    gate, up, down = rates.split(1, dim=-1)
+    return gate * d * u * (s + silu * (1 - s)), up * d * silu, down * silu * u
+
+
+def renew(weights: Tensor, step: Tensor, initial: Tensor) -> Tensor:
+    """`N(weights + step)`, N being `restore_norms`."""
+    return restore_norms(weights + step, initial)
+
+
+class Passes(NamedTuple):
+    """What stands between the products."""
+
+    read: Callable[[Tensor, Tensor, torch.dtype], Tensor] = read
+    parts: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = parts
+    renew: Callable[[Tensor, Tensor, Tensor], Tensor] = renew
+
+
+TORCH = Passes()
+
+
+def apply_weights(weights: FastWeights, x: Tensor, passes: Passes = TORCH) -> Tensor:
     """`down (SiLU(gate x) * up x)`: `(B, H, C, K)` to `(B, H, C, V)`, in the dtype of `x`."""
-    wide = weights.gate.dtype
     gate, up, down = weights.map(lambda w: w.to(x.dtype))
-    hidden = F.silu((x @ gate.mT).to(wide)) * (x @ up.mT).to(wide)
-    return hidden.to(x.dtype) @ down.mT
+    return passes.read(x @ gate.mT, x @ up.mT, weights.gate.dtype) @ down.mT
 
 
-def gradient_sum(weights: FastWeights, k: Tensor, v: Tensor, learning_rates: Tensor) -> FastWeights:
+def gradient_sum(
+    weights: FastWeights, k: Tensor, v: Tensor, learning_rates: Tensor, passes: Passes = TORCH
+) -> FastWeights:
     """Gradient of `sum_i rate_i f(k_i) . v_i` at `weights`, each matrix with rates of its own.
 
     With `a = gate k`, `u = up k`, `s = sigmoid(a)` and `d = down^T v` of a token, it is the sum of
@@ -49,14 +79,8 @@ def gradient_sum(weights: FastWeights, k: Tensor, v: Tensor, learning_rates: Ten
     """
     k, v = k.to(learning_rates.dtype), v.to(learning_rates.dtype)
     a, u, d = k @ weights.gate.mT, k @ weights.up.mT, v @ weights.down
-    s = torch.sigmoid(a)
-    silu = a * s
-    rate_gate, rate_up, rate_down = learning_rates.split(1, dim=-1)
-    return FastWeights(
-        gate=(rate_gate * d * u * (s + silu * (1 - s))).mT @ k,
-        up=(rate_up * d * silu).mT @ k,
-        down=(rate_down * v).mT @ (silu * u),
-    )
+    gate, up, hidden = passes.parts(a, u, d, learning_rates)
+    return FastWeights(gate=gate.mT @ k, up=up.mT @ k, down=v.mT @ hidden)
 
 
 def update_weights(
@@ -67,6 +91,7 @@ def update_weights(
     momentum: Tensor | None,
     update: str,
     orthogonalise: Callable[[Tensor], Tensor] = newton_schulz,
+    passes: Passes = TORCH,
 ) -> tuple[FastWeights, FastWeights | None]:
     """The weights after a chunk, and the momentum buffer: `m <- momentum m + gradient`,
     `W <- N(W + m)` or, for "muon", `W <- N(W + newton_schulz(m))`; without momentum m is the
@@ -82,11 +107,11 @@ def update_weights(
     step = gradient
     if momentum is not None and buffer is not None:
         decay = momentum[..., None, None]
-        buffer = buffer.map(lambda m, g: decay * m + g, gradient)
+        buffer = buffer.map(lambda m, g: torch.addcmul(g, decay, m), gradient)
         step = buffer
     if update == "muon":
         step = step.map(orthogonalise)
-    return weights.map(torch.add, step).map(restore_norms, initial), buffer
+    return weights.map(passes.renew, step, initial), buffer
 
 
 def restore_norms(w: Tensor, initial: Tensor) -> Tensor:

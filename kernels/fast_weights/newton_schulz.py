@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # One quintic a step, as large-chunk test-time training of language models uses them (arXiv
 # 2505.23884): the first steps lift small singular values, the last ones settle them near 1.
@@ -37,8 +40,36 @@ def newton_schulz(x: Tensor) -> Tensor:
     tall = shape[-2] > shape[-1]
     if tall:
         x = x.mT
-    for a, b, c in COEFFICIENTS:
-        gram = torch.bmm(x, x.mT)
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, factor, x, beta=a)
+    x = _Steps.apply(x)
     return (x.mT if tall else x).reshape(shape)
+
+
+class _Steps(torch.autograd.Function):
+    """The steps, of wide matrices `(n, r, c)`. Since A and `F = b A + c A A` are symmetric, a step
+    has 4 products backwards, not twice the 3 that it is made of: from G of its result
+
+        of X: a G + F G + (H + H^T) X    H = (b / 2) S + c S A,  S = G X^T + X G^T
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        kept = []
+        for a, b, c in COEFFICIENTS:
+            gram = torch.bmm(x, x.mT)
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            kept += [x, gram, factor]
+            x = torch.baddbmm(x, factor, x, beta=a)
+        ctx.save_for_backward(*kept)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        kept = ctx.saved_tensors
+        for i, (a, b, c) in reversed(list(enumerate(COEFFICIENTS))):
+            x, gram, factor = kept[3 * i : 3 * i + 3]
+            both = torch.bmm(grad, x.mT)
+            both = both + both.mT
+            half = torch.baddbmm(both, both, gram, beta=b / 2, alpha=c)
+            grad = torch.baddbmm(grad, factor, grad, beta=a).baddbmm_(half + half.mT, x)
+        return grad

@@ -17,16 +17,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose, full_precision
+from rondo.kernels.backend import choose, full_precision, triton_refusal
 from rondo.kernels.neural_memory import chunked, reference
 from rondo.kernels.neural_memory.layers import Limits, join, sizes, split
 from rondo.kernels.tiles import values_are_known
 
 __all__ = ["MemoryOutput", "MemoryState", "fresh_memory", "neural_memory"]
 
+
+def _triton(*arguments: Any) -> Any:
+    from rondo.kernels.neural_memory import triton
+
+    return triton.neural_memory(*arguments)
+
+
 _IMPLEMENTATIONS = {
     "chunked": chunked.neural_memory,
     "reference": reference.neural_memory,
+    "triton": _triton,
 }
 
 
@@ -87,7 +95,7 @@ def neural_memory(
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
         chunk_size: tokens whose gradients are taken at the same weights.
         at_border: no row's initial state has an open chunk that is not complete, which saves work.
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         Outputs, the state after the last position, and how often a limit acted. All computed in
@@ -97,7 +105,8 @@ def neural_memory(
     Raises:
         ValueError: a shape, size or backend does not fit.
     """
-    _check(q, k, v, (learning_rate, log_momentum, log_decay), weights, chunk_size, segment_ids)
+    gates = learning_rate, log_momentum, log_decay
+    _check(q, k, v, gates, weights, chunk_size, segment_ids)
     kind = torch.promote_types(v.dtype, torch.float32)
     batch, heads = v.shape[0], v.shape[2]
     initial = [w.to(kind).expand(batch, *w.shape) for w in weights]
@@ -116,7 +125,8 @@ def neural_memory(
             f"initial_state.done has {int(done.max())} tokens of a chunk: the state was made with "
             f"another chunk_size than {chunk_size}"
         )
-    run = choose("neural_memory", backend, _IMPLEMENTATIONS, v.device)
+    refusal = triton_refusal(q, k, v, *gates, *weights, values)
+    run = choose("neural_memory", backend, _IMPLEMENTATIONS, v.device, refusal)
     with full_precision(v.device):  # a memory's steps are small
         tokens = [x.to(kind) for x in (q, k, v, learning_rate, log_momentum, log_decay)]
         memory = [split(x, weights) for x in values.to(kind).unbind(2)]

@@ -10,8 +10,6 @@ from torch import Tensor
 from rondo.kernels.neural_memory.chunk import (
     Learned,
     Reads,
-    advance,
-    advance_backward,
     bend,
     learn_backward,
     learned_again,
@@ -120,7 +118,7 @@ class Backward:
         rates = list((self.kept.factors[part] * self.sequences.rate[part][:, None]).unbind(1))
         by = [x[..., None] * self.sequences.at_end[part] for x in rates]
         written = [weighted(a, each) for a, each in zip(learned.inputs, by, strict=True)]
-        count, anchors = part.stop - part.start, []
+        count, anchors, advance = part.stop - part.start, [], self.plan.passes.advance
         slots = [s.new_empty(count, *s.shape) for s in states]
         for slot, state in zip(slots, states, strict=True):
             slot[0] = state
@@ -159,9 +157,8 @@ class Backward:
                 by = torch.where(self.kept.factors[i, layer] < 1, by, 0.0)
                 limit_backward(by, a, to_inputs[layer])
                 limit_backward(by, error, to_errors[layer])
-            to_carried.append(
-                advance_backward(states[layer], self.sequences.carried[i], after, to_states[layer])
-            )
+            through = states[layer], self.sequences.carried[i], after, to_states[layer]
+            to_carried.append(self.plan.passes.advance_backward(*through))
         to_weights = self._anchors_to(i, to_states)
         bends = [x[j] for x in group.bends]
         learn_backward(group.anchors[j], learned, bends, to_inputs, to_errors, to_weights)

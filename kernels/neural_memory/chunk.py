@@ -5,6 +5,7 @@ N = B H rows. A layer's state is `(N, 2 in, out)`: transposed weights over trans
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,22 @@ def advance_backward(state: Tensor, carried: Tensor, to_out: Tensor, to_state: T
     to_state[:, width:].addcmul_(to_out[:, :width], carried[:, 2:, None])
     dots = torch.bmm(to_halves, halves.mT)
     return torch.stack([dots[:, 0, 0], dots[:, 1, 1], dots[:, 0, 1]], -1)
+
+
+def scale(state: Tensor, scales: Tensor) -> None:
+    """Multiplies a layer's weights and momentum by `scales` `(N, 2)`, in place."""
+    state.view(len(state), 2, -1).mul_(scales[..., None])
+
+
+class Passes(NamedTuple):
+    """What goes over the whole state of a layer."""
+
+    advance: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = advance
+    advance_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = advance_backward
+    scale: Callable[[Tensor, Tensor], None] = scale
+
+
+TORCH = Passes()
 
 
 class Reads(NamedTuple):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rondo.kernels.neural_memory.chunk import TORCH, Passes
 from rondo.kernels.neural_memory.layers import Limits, Matrices
 from rondo.kernels.neural_memory.layout import grid
 from rondo.kernels.neural_memory.loop import Loop
@@ -32,6 +33,7 @@ def neural_memory(
     residual: bool,
     chunk_size: int,
     at_border: bool,
+    passes: Passes = TORCH,
 ) -> tuple[Tensor, list[Matrices], Tensor, Tensor]:
     """The chunked form; arguments as for `reference.neural_memory`."""
     batch, time, heads = tokens[3].shape
@@ -48,7 +50,7 @@ def neural_memory(
     )
     states = [torch.cat(each, 1) for each in zip(weights, momentum, strict=True)]
     begins, full = (x.T.repeat_interleave(heads, 1) for x in (places.begins, places.full))
-    plan = Plan(begins, full, places.mixed, limits, len(initial))
+    plan = Plan(begins, full, places.mixed, limits, len(initial), passes)
     o, limited, *after = Loop.apply(
         plan, q, k, target, rate, *_gates(*gating), *start, *anchor, *states
     )

@@ -17,7 +17,6 @@ from rondo.kernels.neural_memory.backward import Backward
 from rondo.kernels.neural_memory.chunk import (
     Learned,
     Reads,
-    advance,
     learn,
     read,
     update_norms,
@@ -112,7 +111,8 @@ def _forward(
         factor = (plan.limits.update / norms).to(sequences.rate.dtype)
         by = (factor * sequences.rate[i])[..., None] * sequences.at_end[i]
         for slot, a, error, each in zip(slots, learned.inputs, learned.errors, by, strict=True):
-            advance(slot[j], sequences.carried[i], weighted(a, each), error, slot[j + 1])
+            written = weighted(a, each)
+            plan.passes.advance(slot[j], sequences.carried[i], written, error, slot[j + 1])
         found.append(learned)
         factors.append(factor)
         all_scales.append(scales)

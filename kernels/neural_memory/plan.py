@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rondo.kernels.neural_memory.chunk import Passes
 from rondo.kernels.neural_memory.layers import Limits, Matrices
 
 
@@ -22,6 +23,7 @@ class Plan(NamedTuple):
     """As in `Grid`."""
     limits: Limits
     layers: int
+    passes: Passes
 
     def groups(self) -> list[slice]:
         """About √n chunks each."""
@@ -73,7 +75,7 @@ def begin(
     widths = [s.shape[1] // 2 for s in states]
     if scales is not None:
         for state, scale in zip(states, scales, strict=True):
-            state.view(len(state), 2, -1).mul_(scale[..., None])
+            plan.passes.scale(state, scale)
     if not plan.mixed[i]:
         return [s[:, :width] for s, width in zip(states, widths, strict=True)]
     begins = plan.begins[i][:, None, None]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose, full_precision
+from rondo.kernels.backend import choose, full_precision, triton_refusal
 from rondo.kernels.newton_rnn import chunked, reference
 from rondo.kernels.newton_rnn.cells import Cell, ParaGRU, ParaLSTM
 from rondo.kernels.newton_rnn.functions import FunctionCell
@@ -25,7 +25,19 @@ __all__ = ["CELLS", "FunctionCell", "Health", "Neighbours", "NewtonOutput", "new
 
 CELLS: dict[str, ParaGRU | ParaLSTM] = {"para_gru": ParaGRU(), "para_lstm": ParaLSTM()}
 """Cells with hand-written derivatives, by name."""
-_IMPLEMENTATIONS = {"chunked": chunked.newton_rnn, "reference": reference.newton_rnn}
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Health]:
+    from rondo.kernels.newton_rnn import triton
+
+    return triton.newton_rnn(*arguments)
+
+
+_IMPLEMENTATIONS = {
+    "chunked": chunked.newton_rnn,
+    "reference": reference.newton_rnn,
+    "triton": _triton,
+}
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -82,7 +94,8 @@ def newton_rnn(
             None: 1e-6, for float64 gates 1e-12.
         initial_state: `(B, ...)` (`(B, N, ...)`) before position 0, of its document.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
-        backend: "auto", "reference" (a loop over time) or "chunked" (Newton's method).
+        backend: "auto", "reference" (a loop over time), "chunked" (Newton's method) or "triton"
+            (the same with its passes over time in kernels; cells by name).
         neighbours: holders of the other stretches of these rows; then `initial_state` is the one
             before the first stretch, and the state returned the one after this stretch.
 
@@ -106,7 +119,12 @@ def newton_rnn(
         raise ValueError(
             f"initial_state has shape {tuple(initial_state.shape)}, expected {expected}"
         )
-    run = choose("newton_rnn", backend, _IMPLEMENTATIONS, gates.device)
+    refusal = (
+        "it has cells by name, not functions"
+        if isinstance(known, FunctionCell)
+        else triton_refusal(gates, recurrent, bias, initial_state)
+    )
+    run = choose("newton_rnn", backend, _IMPLEMENTATIONS, gates.device, refusal)
     with full_precision(gates.device):
         weights = recurrent.to(kind).flatten(1)
         flat = gates.flatten(3)

@@ -61,6 +61,12 @@ def scan(a: Tensor, b: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
     return _block_scan(a.flip(3).roll(1, 3), b.flip(2), first).flip(2)
 
 
+def enter(a: Tensor, rest: Tensor, first: Tensor) -> Tensor:
+    """What comes to each position when `first` comes to position 0, and each hands on a times that
+    plus `rest`, `(N, B, T - 1, W)`: to the last one nothing is after."""
+    return torch.cat((first, scan(a[:, :, :, :-1], rest, first)), 2)
+
+
 def _block_scan(a: Tensor, b: Tensor, last: Tensor) -> Tensor:
     """`x_t = a_{t+1} x_{t+1} + b_t`, as the diagonal scan does it: all chunks step together from
     zero and find products on the way, what goes from chunk to chunk follows, and every position

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rondo.kernels.backend import log_once
 from rondo.kernels.newton_rnn.cells import Cell
-from rondo.kernels.newton_rnn.gradients import Solution, gradients
+from rondo.kernels.newton_rnn.gradients import Gradients, Solution, gradients
 from rondo.kernels.newton_rnn.neighbours import Neighbours
-from rondo.kernels.newton_rnn.newton import Health, Policy, solve
+from rondo.kernels.newton_rnn.newton import TORCH, Health, Passes, Policy, solve
 from rondo.kernels.newton_rnn.sweeps import Rows
 from rondo.kernels.segments import document_starts
 from rondo.kernels.tiles import has_numbers
@@ -53,13 +54,38 @@ def newton_rnn(
     state `(B, N, W)`, and how it went. With `neighbours` it is one stretch of rows, and `first`
     the state before the first stretch."""
     batch, time, _, width = gates.shape
-    starts = None if segment_ids is None else document_starts(segment_ids).unsqueeze(-1)
     size = chunk_size(batch, time, width, gates.device)
+    inputs = gates, weights, bias, first, segment_ids
+    return run(Backend("chunked", TORCH, gradients), cell, size, inputs, policy, neighbours)
+
+
+class Backend(NamedTuple):
+    """What computes."""
+
+    name: str
+    passes: Passes
+    gradients: Callable[[Solution, Tensor, Neighbours | None], Gradients]
+    """As `gradients.gradients`."""
+
+
+def run(
+    backend: Backend,
+    cell: Cell,
+    size: int,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+    policy: Policy,
+    neighbours: Neighbours | None,
+) -> tuple[Tensor, Tensor, Health]:
+    """`newton_rnn` in chunks of `size`; inputs: gates, weights, bias, first, segment_ids."""
+    gates, weights, bias, first, segment_ids = inputs
+    batch, time, _, width = gates.shape
+    starts = None if segment_ids is None else document_starts(segment_ids).unsqueeze(-1)
     if size == time > LEAST and neighbours is None:
         reason = f"{batch * width} channels in all rows are enough work for a step; health is 0"
-        log_once("newton_rnn", "chunked as a plain loop over time", gates.device.type, reason)
+        form = f"{backend.name} as a plain loop over time"
+        log_once("newton_rnn", form, gates.device.type, reason)
     h, last, *health = _Newton.apply(
-        cell, size, policy, neighbours, gates, weights, bias, starts, first
+        backend, cell, size, policy, neighbours, gates, weights, bias, starts, first
     )
     return h, last, Health(*health)
 
@@ -70,6 +96,7 @@ class _Newton(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: Backend,
         cell: Cell,
         size: int,
         policy: Policy,
@@ -81,8 +108,9 @@ class _Newton(torch.autograd.Function):
         first: Tensor,
     ) -> tuple[Tensor, ...]:
         rows = Rows(cell, gates, weights, bias, starts, size)
-        found = solve(rows, first.transpose(0, 1).unsqueeze(2), policy, neighbours)
-        ctx.cell, ctx.neighbours = cell, neighbours
+        first = first.transpose(0, 1).unsqueeze(2)
+        found = solve(rows, first, policy, neighbours, backend.passes)
+        ctx.backend, ctx.cell, ctx.size, ctx.neighbours = backend, cell, size, neighbours
         ctx.save_for_backward(gates, weights, bias, starts, found.before, found.states)
         ctx.mark_non_differentiable(*found.health)
         ctx.set_materialize_grads(False)
@@ -97,12 +125,13 @@ class _Newton(torch.autograd.Function):
                 "create_graph=True; use backend='reference'"
             )
         gates, weights, bias, starts, before, states = ctx.saved_tensors
-        rows = Rows(ctx.cell, gates, weights, bias, starts, gates.shape[1])
+        rows = Rows(ctx.cell, gates, weights, bias, starts, ctx.size)
         at_output, at_last = grads[:2]
         if at_last is None:
             at_last = torch.zeros_like(before)
         else:
             at_last = at_last.transpose(0, 1).unsqueeze(2)
-        found = gradients(Solution(rows, states, before, at_output), at_last, ctx.neighbours)
+        solution = Solution(rows, states, before, at_output)
+        found = ctx.backend.gradients(solution, at_last, ctx.neighbours)
         at_first = found.before.squeeze(2).transpose(0, 1)
-        return (*[None] * 4, found.gates, found.weights, found.bias, None, at_first)
+        return (*[None] * 5, found.gates, found.weights, found.bias, None, at_first)

@@ -15,6 +15,7 @@ first k + 1 chunks are exact, whatever the Jacobians are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,15 +67,33 @@ class Found(NamedTuple):
     health: Health
 
 
-def solve(rows: Rows, first: Tensor, policy: Policy, neighbours: Neighbours | None = None) -> Found:
+class Passes(NamedTuple):
+    """How chunks are run, and what goes from one to the next."""
+
+    forward: Callable[[Rows, Tensor, bool], Sweep] = forward
+    """As `sweeps.forward`."""
+    enter: Callable[[Tensor, Tensor, Tensor], Tensor] = blocks.enter
+    """As `blocks.enter`."""
+
+
+TORCH = Passes()
+
+
+def solve(
+    rows: Rows,
+    first: Tensor,
+    policy: Policy,
+    neighbours: Neighbours | None = None,
+    passes: Passes = TORCH,
+) -> Found:
     """The states that follow `first` `(N, B, 1, W)`. Here alone it is decided how to go on."""
     borders = guess(rows, first, neighbours)
     if neighbours is None and (borders.shape[2] == 1 or not has_numbers()):
-        return Found(forward(rows, borders, False).states, first, no_iterations(first))
+        return Found(passes.forward(rows, borders, False).states, first, no_iterations(first))
     iterations, with_products, largest = 0, True, 0.0
     while True:
-        sweep = forward(rows, borders, with_products)
-        following, figures = advance(sweep, borders, first, neighbours)
+        sweep = passes.forward(rows, borders, with_products)
+        following, figures = advance(sweep, borders, first, neighbours, passes)
         if neighbours is not None:
             figures = neighbours.agree(figures)
         if has_numbers():
@@ -95,18 +114,20 @@ def solve(rows: Rows, first: Tensor, policy: Policy, neighbours: Neighbours | No
     health = _health((residual, relative, largest), counts, first)
     if solved:
         return Found(sweep.states, borders[:, :, :1], health)
-    return Found(*sequential(rows, first, neighbours), health)
+    return Found(*sequential(rows, first, neighbours, passes), health)
 
 
-def sequential(rows: Rows, first: Tensor, neighbours: Neighbours | None) -> tuple[Tensor, Tensor]:
+def sequential(
+    rows: Rows, first: Tensor, neighbours: Neighbours | None, passes: Passes
+) -> tuple[Tensor, Tensor]:
     """The states in one chunk, and the one before them: each stretch after the one before it, in
     as many turns as there are stretches."""
     rows = rows._replace(size=rows.gates.shape[1])
     before = _received(neighbours, torch.zeros_like(first), first)
-    sweep = forward(rows, before, False)
+    sweep = passes.forward(rows, before, False)
     for _ in range(0 if neighbours is None else neighbours.count - 1):
         before = _received(neighbours, sweep.ends, first)
-        sweep = forward(rows, before, False)
+        sweep = passes.forward(rows, before, False)
     return sweep.states, before
 
 
@@ -127,7 +148,11 @@ def guess(rows: Rows, first: Tensor, neighbours: Neighbours | None) -> Tensor:
 
 
 def advance(
-    sweep: Sweep, borders: Tensor, first: Tensor, neighbours: Neighbours | None
+    sweep: Sweep,
+    borders: Tensor,
+    first: Tensor,
+    neighbours: Neighbours | None,
+    passes: Passes = TORCH,
 ) -> tuple[Tensor, Tensor]:
     """The next borders after a sweep from `borders`, and what to judge by: the residual, absolute
     and relative, the largest correction that a chunk passed on, relative, the largest entry of a
@@ -141,10 +166,10 @@ def advance(
     gaps = ends[:, :, :-1] - borders[:, :, 1:]
     arrived, change = old, torch.zeros_like(old)
     if neighbours is not None:
-        here = _stretch(products, ends + _carried(products, gaps, change), old)
+        here = _stretch(products, ends + _carried(products, gaps, change, passes), old)
         arrived = state_of(neighbours.before(here, vector(first)))
         change = arrived - old
-    carried = _carried(products, gaps, _finite(change))
+    carried = _carried(products, gaps, _finite(change), passes)
     following = torch.cat((_finite(arrived), (ends + carried)[:, :, :-1]), 2)
     if neighbours is None:  # nothing follows the last chunk
         carried, products = carried[:, :, :-1], products[:, :, :, :-1]
@@ -167,11 +192,10 @@ def _stretch(products: Tensor, ends: Tensor, old: Tensor) -> Summary:
     return summary(torch.where(known, through, 0.0), torch.where(known, rest, end))
 
 
-def _carried(products: Tensor, gaps: Tensor, change: Tensor) -> Tensor:
+def _carried(products: Tensor, gaps: Tensor, change: Tensor, passes: Passes) -> Tensor:
     """`(N, B, chunks, W)`: what each chunk hands on of its border's correction, of which the first
     is `change`."""
-    corrections = blocks.scan(products[:, :, :, :-1], gaps, change)
-    return _finite(blocks.apply(products, torch.cat((change, corrections), 2)))
+    return _finite(blocks.apply(products, passes.enter(products, gaps, change)))
 
 
 def _received(neighbours: Neighbours | None, end: Tensor, first: Tensor) -> Tensor:

@@ -11,17 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rondo.kernels.triton_support import INTERPRETED, dot, narrow
+from rondo.kernels.triton_support import INTERPRETED, dot, narrow, tanh
 
 LSTM = tl.constexpr(0)
 GRU = tl.constexpr(1)
 ELMAN = tl.constexpr(2)
 SLSTM = tl.constexpr(3)
-
-
-@triton.jit
-def tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit

@@ -16,9 +16,9 @@ from rondo.kernels.nonlinear_rnn.triton_cells import (
     SLSTM,
     log_sigmoid,
     matrix_of,
-    tanh,
     times,
 )
+from rondo.kernels.triton_support import tanh
 
 
 @triton.jit(do_not_specialize=["B", "T"])

@@ -19,7 +19,7 @@ def _combine(first_factor, first_state, factor, state):
 
 
 @triton.jit
-def _place(program, chunks, blocks, width, BLOCK: tl.constexpr):
+def place(program, chunks, blocks, width, BLOCK: tl.constexpr):
     """Row, chunk and channels of a program, for offsets in int64 (whose divisions are slow)."""
     row, chunk = program // blocks // chunks, program // blocks % chunks
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -67,7 +67,7 @@ def scan_chunks(
     REVERSE: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The product of factors, and the state from zero, of every chunk: `(B, N, W)`."""
-    row, chunk, column, inside = _place(tl.program_id(0), chunks, blocks, width, BLOCK)
+    row, chunk, column, inside = place(tl.program_id(0), chunks, blocks, width, BLOCK)
     product, carry = tl.full((BLOCK,), 1.0, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for i in range(length // TIME):
         tile = length // TIME - 1 - i if REVERSE else i
@@ -88,7 +88,7 @@ def scan_borders(
 ):  # fmt: skip
     """The state that enters every chunk, `(B, N, W)`; or, into `product_out` and `state_out`
     `(B, W)`, what all chunks do together."""
-    row, _, column, inside = _place(tl.program_id(0), 1, blocks, width, BLOCK)
+    row, _, column, inside = place(tl.program_id(0), 1, blocks, width, BLOCK)
     product, carry = tl.full((BLOCK,), 1.0, tl.float32), tl.zeros((BLOCK,), tl.float32)
     if first is not None:
         carry = tl.load(first + row * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -111,7 +111,7 @@ def scan_forward(
     TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h `(B, T, W)` and the state after the last position, `(B, W)`."""
-    row, chunk, column, inside = _place(tl.program_id(0), chunks, blocks, width, BLOCK)
+    row, chunk, column, inside = place(tl.program_id(0), chunks, blocks, width, BLOCK)
     carry = tl.zeros((BLOCK,), tl.float32)
     if incoming is not None:
         entry = incoming + (row * chunks + chunk) * width + column
@@ -136,7 +136,7 @@ def scan_backward(
     time, length, chunks, blocks, width, TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients from those of h (`grad`, or None) and of the last state (in `incoming`)."""
-    row, chunk, column, inside = _place(tl.program_id(0), chunks, blocks, width, BLOCK)
+    row, chunk, column, inside = place(tl.program_id(0), chunks, blocks, width, BLOCK)
     carry = tl.zeros((BLOCK,), tl.float32)
     if incoming is not None:
         entry = incoming + (row * chunks + chunk) * width + column
@@ -163,5 +163,5 @@ def scan_backward(
         if chunk == 0:
             factors = a + row * time * width + column
             carry = carry * tl.load(factors, mask=inside, other=0.0).to(tl.float32)
-            place = grad_first + row * width + column
-            tl.store(place, narrow(carry, grad_first.dtype.element_ty), mask=inside)
+            out = grad_first + row * width + column
+            tl.store(out, narrow(carry, grad_first.dtype.element_ty), mask=inside)

@@ -690,7 +690,6 @@ def test_tensors_without_numbers() -> None:
         ({"segment_ids": torch.zeros(2, 4, dtype=torch.long)}, r"\(B, T\) = \(2, 5\)"),
         ({"iterations": 4, "max_iterations": 3}, "from 0 to max_iterations = 3"),
         ({"tolerance": 0.0}, "between 0 and 1"),
-        ({"backend": "triton"}, "not available"),
         ({"backend": "reference", "neighbours": object()}, "knows no neighbours"),
     ),
 )
