@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from rondo.kernels import gated_delta_rule, gated_linear_attention
 from rondo.kernels.recurrences import STRETCHES
+from rondo.parallel.config import Exchange
+from rondo.parallel.sequence import over_ranks
 from rondo.tests.kernels import test_delta_rule, test_linear_attention
 from rondo.tests.numerics import assert_ratio, gradients
 
@@ -110,6 +113,25 @@ def test_traces_without_graph_breaks(name: str, monkeypatch: pytest.MonkeyPatch)
     results = [gradients(f, inputs) for f in (compiled, run)]
     for x, y in zip(*(o + g for o, g in results), strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+def test_ranks_take_it(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one rank, whose own last state is its first: the operator is not called in one."""
+    *given, state = (x.to(DEVICE).float() for x in operands("attention", "head", 18))
+    options = {"initial_state": state, "backend": "triton", "chunk_size": 16}
+    expected = gated_linear_attention(*given, **options)
+    begin, begun = STRETCHES[gated_linear_attention], []
+    monkeypatch.setitem(
+        STRETCHES, gated_linear_attention, lambda *x, **y: begun.append(1) or begin(*x, **y)
+    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        run = over_ranks(gated_linear_attention, dist.group.WORLD, exchange)
+        torch.testing.assert_close(run(*given, **options), expected)
+    finally:
+        dist.destroy_process_group()
+    assert begun == [1]
 
 
 @pytest.mark.quick
