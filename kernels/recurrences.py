@@ -9,16 +9,24 @@ from typing import Any
 
 from torch import Tensor
 
-from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
+from rondo.kernels.delta_rule import (
+    gated_delta_rule,
+    gated_delta_rule_stretch,
+    gated_delta_rule_summary,
+)
 from rondo.kernels.fast_weights import fast_weights
-from rondo.kernels.linear_attention import gated_linear_attention, gated_linear_attention_summary
+from rondo.kernels.linear_attention import (
+    gated_linear_attention,
+    gated_linear_attention_stretch,
+    gated_linear_attention_summary,
+)
 from rondo.kernels.memory_context import fresh_context, memory_context
 from rondo.kernels.mlstm import mlstm, mlstm_summary
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.nonlinear_rnn import nonlinear_rnn
 from rondo.kernels.scan import linear_scan, linear_scan_summary
-from rondo.kernels.summary import DiagonalSummary, LogSummary, MatrixSummary
+from rondo.kernels.summary import DiagonalSummary, LogSummary, MatrixSummary, Stretch
 
 Summarize = Callable[..., DiagonalSummary | MatrixSummary | LogSummary]
 
@@ -39,6 +47,13 @@ SUMMARIES: dict[Callable[..., tuple[Tensor, Tensor]], Summarize] = {
     mlstm: _without_queries(mlstm_summary),
 }
 """Operator -> function of the operator's own tensors and `segment_ids` that gives its summary."""
+
+STRETCHES: dict[Callable[..., tuple[Tensor, Tensor]], Callable[..., Stretch | None]] = {
+    gated_linear_attention: gated_linear_attention_stretch,
+    gated_delta_rule: gated_delta_rule_stretch,
+}
+"""Operator of `SUMMARIES` -> function of its arguments, without the initial state, that begins it
+before that state is known; None where summary and outputs are best made apart."""
 
 CHAINS: dict[Callable[..., Any], Callable[..., Any]] = {
     neural_memory: fresh_memory,

@@ -7,6 +7,7 @@ sequence-parallel scan needs to know about an operator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -48,6 +49,16 @@ class LogSummary(NamedTuple):
         m = torch.maximum(self.transition.detach() + before, own)
         kept = torch.exp(self.transition + before - m) * state[..., :-1]
         return torch.cat((kept + torch.exp(own - m) * self.state[..., :-1], m), -1)
+
+
+class Stretch(NamedTuple):
+    """An operator on a stretch of tokens, begun before the state that enters it is known."""
+
+    summary: DiagonalSummary | MatrixSummary | LogSummary
+    """What it does to any state. Apply it to the state that `finish` is given, and to no other:
+    its transition may leave its part of the gradient to `finish`."""
+    finish: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """The state before the stretch -> outputs, and the state after it. Call it once."""
 
 
 S = TypeVar("S", DiagonalSummary, MatrixSummary, LogSummary)

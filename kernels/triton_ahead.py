@@ -25,6 +25,7 @@ from rondo.kernels.triton_support import (
     Compilation,
     all_compilations,
     configurations,
+    cut,
 )
 
 TARGETS = {
@@ -43,6 +44,8 @@ def compile_for(compilation: Compilation, family: str) -> dict[str, Any]:
         registers (of a thread) and spilled (bytes of a thread).
     """
     config = dict(configurations(compilation.name, compilation.shape, family)[0])
+    if compilation.dims is not None:
+        config = cut(config, *compilation.dims)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     constants = {**compilation.constants, **config}
     names = compilation.kernel.arg_names

@@ -118,6 +118,9 @@ CONFIGS["linear_attention_gradients"]["float32"] = (
 CONFIGS["linear_attention_gradients"]["float32 sm80"] = (
     {"BK": 16, "BV": 32, "num_warps": 4, "num_stages": 2},
 )
+CONFIGS["linear_attention_gradients"]["half sm80"] = (
+    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
+)
 CONFIGS["linear_attention_mix"]["half"] = (
     {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 3},
@@ -132,6 +135,9 @@ CONFIGS["linear_attention_key_gradients"] = {
     "half": ({"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},),
     "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},),
 }
+CONFIGS["linear_attention_key_gradients"]["half sm90"] = (
+    {"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 2},
+)
 CONFIGS["linear_attention_gate_sums"] = {
     "*": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},)
 }

@@ -73,6 +73,17 @@ class Compilation:
     multiples: tuple[str, ...] = ()
     """Integers that are multiples of 16 in a real launch, which tells the compiler that rows are
     aligned; without, it reads one number at a time and runs out of registers."""
+    dims: tuple[int, int] | None = None
+    """Of keys and values, where a launch cuts tiles to them."""
+
+
+def cut(config: Config, key_dim: int, value_dim: int) -> Config:
+    """A configuration whose tiles BK and BV are no wider than the dimensions ask for."""
+    dims = {"BK": key_dim, "BV": value_dim}
+    return {
+        name: min(size, max(16, triton.next_power_of_2(dims[name]))) if name in dims else size
+        for name, size in config.items()
+    }
 
 
 def configurations(name: str, shape: str, family: str) -> tuple[Config, ...]:

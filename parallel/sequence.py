@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rondo.kernels import attention, short_conv
-from rondo.kernels.recurrences import CHAINS, HEADS, SOLVED, SUMMARIES, SUMS
+from rondo.kernels.recurrences import CHAINS, HEADS, SOLVED, STRETCHES, SUMMARIES, SUMS
+from rondo.kernels.summary import Stretch
 from rondo.models.ffn.dispatch import over_capacity, whole_sequence
 from rondo.parallel.attention import attention_over_ranks
 from rondo.parallel.capacity import capacity_over_ranks
@@ -40,6 +41,8 @@ from rondo.parallel.fast_weights import SumsOverRanks
 from rondo.parallel.heads import HeadsOverRanks
 from rondo.parallel.newton import NewtonOverRanks
 from rondo.parallel.summaries import SummaryExchange, as_bits, as_ids, if_same
+
+Finish = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 OPERATORS = ("scan", "conv", "attend", "total", "drop")
 """Attributes under which modules keep the operators that mix positions."""
@@ -127,25 +130,38 @@ class _RecurrenceOverRanks:
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         halves, dims = _halves(tensors, initial_state, segment_ids)
-        exchanges = [self._start(half) for half in halves]
+        started = [self._start(half, options) for half in halves]
         results = [
-            self.operator(
-                *half.tensors,
-                initial_state=self._state_before(half, exchange),
-                segment_ids=half.segment_ids,
-                **options,
-            )
-            for half, exchange in zip(halves, exchanges, strict=True)
+            finish(self._state_before(half, exchange))
+            for half, (finish, exchange) in zip(halves, started, strict=True)
         ]
         if len(results) == 1:
             return results[0]
         outputs, states = zip(*results, strict=True)
         return torch.cat(outputs, dims[0]), torch.cat(states, dims[1])
 
-    def _start(self, half: _Half) -> SummaryExchange:
-        summary = self.summarize(*half.tensors, segment_ids=half.segment_ids)
+    def _begin(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        segment_ids: Tensor | None,
+        options: dict[str, Any],
+    ) -> Stretch:
+        """By kernels that serve summary and outputs alike, or else each for itself."""
+        begin = STRETCHES.get(self.operator)
+        given = {"segment_ids": segment_ids, **options}
+        stretch = None if begin is None else begin(*tensors, **given)
+        if stretch is not None:
+            return stretch
+
+        def finish(state: Tensor) -> tuple[Tensor, Tensor]:
+            return self.operator(*tensors, initial_state=state, **given)
+
+        return Stretch(self.summarize(*tensors, segment_ids=segment_ids), finish)
+
+    def _start(self, half: _Half, options: dict[str, Any]) -> tuple[Finish, SummaryExchange]:
+        summary, finish = self._begin(half.tensors, half.segment_ids, options)
         ids = None if half.segment_ids is None else half.segment_ids[:, [0, -1]]
-        return SummaryExchange(summary, half.initial_state, ids, self.group)
+        return finish, SummaryExchange(summary, half.initial_state, ids, self.group)
 
     def _state_before(self, half: _Half, exchange: SummaryExchange) -> Tensor:
         """The state before this rank's stretch."""
@@ -208,7 +224,7 @@ class _RecurrenceOverRing(_RecurrenceOverRanks):
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        summary = self.summarize(*tensors, segment_ids=segment_ids)
+        summary, finish = self._begin(tensors, segment_ids, options)
         state = torch.zeros_like(summary.state)
         if initial_state is not None:
             last = from_previous(initial_state.to(state.dtype), self.group, cyclic=True)
@@ -217,7 +233,7 @@ class _RecurrenceOverRing(_RecurrenceOverRanks):
             # The first rank's start is zero here, and only it has one.
             state = state + self._receive(summary.state, segment_ids)
         token = None if rank == size - 1 else self._send(summary.apply(state), segment_ids)
-        o, last = self.operator(*tensors, initial_state=state, segment_ids=segment_ids, **options)
+        o, last = finish(state)
         return o if token is None else after(o, token), last
 
     def _send(self, state: Tensor, segment_ids: Tensor | None) -> Tensor:

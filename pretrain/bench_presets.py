@@ -24,7 +24,7 @@ from rondo.models.config import from_preset
 from rondo.parallel.hardware import peak_flops, peak_memory
 from rondo.pretrain.bench import our_step
 
-PRESETS = ("gated-deltanet-340m", "gated-deltanet-1.3b")
+PRESETS = ("gated-deltanet-340m", "gated-deltanet-1.3b", "rmoe-0.9b")
 WARMUP = 3
 
 
@@ -83,7 +83,11 @@ def bench(options: argparse.Namespace) -> int:
     chip, rows = torch.cuda.get_device_name(device), []
     print(f"{chip}, torch {torch.__version__}\n\n| preset | sequences | tokens/s | MFU | memory |")
     print("| --- | --- | --- | --- | --- |")
+    start = time.perf_counter()
     for name in options.presets:
+        if time.perf_counter() - start > options.seconds:
+            print(f"\n{options.seconds:.0f} s are up: {name} and what follows are left out")
+            break
         figures = fitting(
             from_preset(name), options.batch, options.length, device, options.rounds,
             not options.eager,
@@ -112,6 +116,9 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step, at most")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="begin no preset after this long"
+    )
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder")
     options = parser.parse_args()

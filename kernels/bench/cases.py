@@ -12,16 +12,23 @@ from torch import Tensor
 
 from rondo.kernels import (
     attention,
+    combine_rows,
     gated_delta_rule,
     gated_linear_attention,
     gated_rms_norm,
+    gather_rows,
     l2_norm,
     linear_cross_entropy,
     linear_scan,
+    nonlinear_rnn,
     rms_norm,
     short_conv,
 )
 
+EXPERTS, TOP_K = 64, 4
+"""Of the mixtures whose rows are moved: as in `models/presets/rmoe-hybrid-7b.yaml`."""
+CELL_DIM = 128
+"""Channels of a head whose gates see all of it: the most that a kernel holds."""
 CHUNK = 64
 """Tokens in a chunk: what a chunked form computes depends on it."""
 
@@ -154,6 +161,56 @@ def _attention(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     return (lambda q, k, v: attention(q, k, v)), inputs, flops, 2.5 * flops
 
 
+def _routed(tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """Every token's choice of experts: order, places, and the expert of each row and the row after
+    each expert's last."""
+    scores = torch.rand(tokens, EXPERTS, device=device)
+    experts, order = scores.topk(TOP_K).indices.flatten().sort(stable=True)
+    counts = torch.zeros(EXPERTS, dtype=torch.long, device=device)
+    ends = counts.index_add_(0, experts, torch.ones_like(experts)).cumsum(0)
+    places = order.argsort().view(tokens, TOP_K)
+    return {"order": order, "places": places, "experts": experts, "ends": ends}
+
+
+def _gather(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    way = _routed(batch * time, device)
+    order, places = way["order"], way["places"]
+    inputs = {"x": _draw(batch * time, p.dim, device=device)}
+    return (lambda x: gather_rows(x, order, places)), inputs, 0.0, 0.0, way
+
+
+def _combine(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+    way = _routed(batch * time, device)
+    order, places = way["order"], way["places"]
+    inputs = {
+        "y": _draw(len(order), p.dim, device=device),
+        "weights": torch.rand(places.shape, device=device).requires_grad_(),
+    }
+    return (lambda y, weights: combine_rows(y, order, places, weights)), inputs, 0.0, 0.0, way
+
+
+def _cells(cell: str, one_head: bool) -> Callable[..., Any]:
+    """A nonlinear recurrence of one head, as torch has it, or of the model's width."""
+
+    def make(p: Preset, batch: int, time: int, device: torch.device) -> Any:
+        dim = min(CELL_DIM, p.dim)
+        heads = 1 if one_head else p.dim // dim
+        recurrent = torch.randn(4, heads, dim, dim, device=device) / dim
+        inputs = {
+            "gates": _draw(batch, time, 4, heads, dim, device=device),
+            "recurrent": recurrent.bfloat16().requires_grad_(),
+        }
+        flops = 8.0 * batch * time * heads * dim**2
+        return (
+            (lambda gates, recurrent: nonlinear_rnn(cell, gates, recurrent)[0]),
+            inputs,
+            flops,
+            2 * flops,
+        )
+
+    return make
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "rms_norm": _norm,
     "gated_rms_norm": _gated_norm,
@@ -167,7 +224,13 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "delta_rule_head_decay": _linear("head", True),
     "delta_rule_key_decay": _linear("key", True),
     "attention": _attention,
+    "gather_rows": _gather,
+    "combine_rows": _combine,
+    "lstm": _cells("lstm", True),
+    "slstm": _cells("slstm", False),
 }
+LONGEST = {"lstm": 8192, "slstm": 8192}
+"""Positions up to which an operator that takes them one after another is timed."""
 
 
 def make_case(operator: str, preset: str, batch: int, time: int, device: torch.device) -> Case:

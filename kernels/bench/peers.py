@@ -6,8 +6,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rondo.kernels import nonlinear_rnn
 
 Peer = Callable[..., Any]
 
@@ -104,6 +107,89 @@ def _flash() -> Peer:
     return lambda q, k, v: attend(q, k, v, causal=True)
 
 
+def _torch_gather() -> Peer:
+    def run(x: Tensor, order: Tensor, places: Tensor, **_: Tensor) -> Tensor:
+        return x.index_select(0, order // places.shape[1])
+
+    return run
+
+
+def _torch_combine() -> Peer:
+    def run(y: Tensor, weights: Tensor, order: Tensor, places: Tensor, **_: Tensor) -> Tensor:
+        rows = y * weights.flatten()[order].unsqueeze(1).to(y.dtype)
+        return y.new_zeros(len(places), y.shape[1]).index_add(0, order // places.shape[1], rows)
+
+    return run
+
+
+def _megablocks_gather() -> Peer:
+    gather = _load("megablocks.ops", "gather")
+
+    def run(x: Tensor, order: Tensor, places: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+        return gather(x, order.int(), experts.int(), ends.int(), places.shape[1])
+
+    return run
+
+
+def _megablocks_combine() -> Peer:
+    scatter = _load("megablocks.ops", "scatter")
+
+    def run(
+        y: Tensor, weights: Tensor, order: Tensor, places: Tensor, experts: Tensor, ends: Tensor
+    ) -> Tensor:
+        shares = weights.flatten().to(y.dtype)
+        return scatter(y, order.int(), experts.int(), shares, ends.int(), places.shape[1])
+
+    return run
+
+
+LONGEST_LOOP = 2048
+"""Positions that a loop of small operators is timed with: it takes seconds."""
+
+
+def _loop(cell: str) -> Callable[[], Peer]:
+    """One position after another by torch's operators and autograd."""
+
+    def run(gates: Tensor, recurrent: Tensor) -> Tensor:
+        if gates.shape[1] > LONGEST_LOOP:
+            raise ValueError(f"not timed beyond {LONGEST_LOOP} positions")
+        return nonlinear_rnn(cell, gates, recurrent, backend="reference")[0]
+
+    return lambda: run
+
+
+def _torch_lstm() -> Peer:
+    """torch's own, which on a GPU is cuDNN's. It makes the product of the inputs as well, here with
+    the identity."""
+    found: dict[torch.device, tuple[torch.nn.LSTM, Tensor]] = {}
+
+    def run(gates: Tensor, recurrent: Tensor) -> Tensor:
+        width, dim = gates[0, 0].numel(), gates.shape[-1]
+        if gates.device not in found:
+            like = {"device": gates.device, "dtype": gates.dtype}
+            layer = torch.nn.LSTM(width, dim, bias=False, batch_first=True, **like)
+            found[gates.device] = layer, torch.eye(width, **like)
+        layer, identity = found[gates.device]
+        weights = {"weight_ih_l0": identity, "weight_hh_l0": recurrent.reshape(width, dim)}
+        h, _ = torch.func.functional_call(layer, weights, (gates.flatten(2),))
+        return h.unsqueeze(2)
+
+    return run
+
+
+def _flashrnn(cell: str) -> Callable[[], Peer]:
+    def load() -> Peer:
+        scan = _load("flashrnn", "flashrnn")
+
+        def run(gates: Tensor, recurrent: Tensor) -> Tensor:
+            bias = gates.new_zeros(recurrent.shape[:3])
+            return scan(gates, recurrent, bias, function=cell, dtype="bfloat16")[0][0]
+
+        return run
+
+    return load
+
+
 PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "rms_norm": {"torch": _torch_norm, "fla": _fla_norm, "liger": _liger_norm},
     "gated_rms_norm": {"fla": _fla_gated_norm},
@@ -120,6 +206,10 @@ PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "delta_rule_head_decay": {"fla": _fla("ops.gated_delta_rule", "chunk_gated_delta_rule")},
     "delta_rule_key_decay": {"fla": _fla("ops.kda", "chunk_kda")},
     "attention": {"sdpa": _sdpa, "flash_attn": _flash},
+    "gather_rows": {"torch": _torch_gather, "megablocks": _megablocks_gather},
+    "combine_rows": {"torch": _torch_combine, "megablocks": _megablocks_combine},
+    "lstm": {"torch": _torch_lstm, "loop": _loop("lstm"), "flashrnn": _flashrnn("lstm")},
+    "slstm": {"loop": _loop("slstm"), "flashrnn": _flashrnn("slstm")},
 }
 """Operator -> package -> function that imports it and returns what is called with our inputs, by
 their names here. An ImportError means that the package is not there."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from rondo.kernels.backend import choose, triton_refusal
 from rondo.kernels.delta_rule.chunked import chunked, chunked_summary
 from rondo.kernels.delta_rule.reference import reference
-from rondo.kernels.summary import MatrixSummary
+from rondo.kernels.summary import MatrixSummary, Stretch
 
 TRITON_KEYS = 256
 TRITON_FLOAT32_KEYS = 128
@@ -87,8 +87,7 @@ def gated_delta_rule(
     else:
         _expect("initial_state", initial_state, shape)
         state = initial_state.to(kind)
-    most = TRITON_FLOAT32_KEYS if v.dtype == torch.float32 else TRITON_KEYS
-    refusal = _refusal(most, k, q, v, beta, log_decay)
+    refusal = _refusal(_most_keys(v), k, q, v, beta, log_decay)
     run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
     scale = k.shape[3] ** -0.5 if scale is None else scale
     return run(q, k, v, beta, log_decay, scale, state, segment_ids, chunk_size)
@@ -120,6 +119,40 @@ def gated_delta_rule_summary(
     refusal = _refusal(TRITON_FLOAT32_KEYS, k, v, beta, log_decay)
     run = choose("gated_delta_rule_summary", backend, _SUMMARIES, v.device, refusal)
     return run(k, v, beta, log_decay, segment_ids, chunk_size)
+
+
+def gated_delta_rule_stretch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    segment_ids: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> Stretch | None:
+    """`gated_delta_rule` begun before its initial state is known, by kernels whose chunks serve
+    the summary and the outputs alike; None for a backend that has none, whose summary and outputs
+    are best made apart.
+
+    Arguments and errors as for `gated_delta_rule`.
+    """
+    _check(k, v, beta, log_decay, segment_ids, chunk_size)
+    _expect("q", q, tuple(k.shape))
+    refusal = _refusal(_most_keys(v), k, q, v, beta, log_decay)
+    run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
+    if run is not _triton:
+        return None
+    from rondo.kernels.delta_rule.triton_stretch import begin_stretch
+
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    return begin_stretch(q, k, v, beta, log_decay, scale, segment_ids, chunk_size)
+
+
+def _most_keys(v: Tensor) -> int:
+    return TRITON_FLOAT32_KEYS if v.dtype == torch.float32 else TRITON_KEYS
 
 
 def _refusal(most: int, k: Tensor, *others: Tensor | None) -> str | None:

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from rondo.kernels.delta_rule.triton_ahead_of_time import ahead_of_time as ahead_of_time
 from rondo.kernels.delta_rule.triton_backward import backward
 from rondo.kernels.delta_rule.triton_calls import (
-    LARGEST_CHUNK,
-    Problem,
+    chunk_length,
     invert,
+    make_problem,
     mix,
     score,
     step,
@@ -44,7 +44,9 @@ def gated_delta_rule(
     tensors = (q, k, v, beta, log_decay, state)
     learns = any(x is not None and x.requires_grad for x in tensors)
     if v.shape[1] == 1 and not (learns and torch.is_grad_enabled()):
-        return step(_problem(q, k, v, beta, log_decay, None, scale, chunk_size), state.contiguous())
+        return step(
+            make_problem(q, k, v, beta, log_decay, None, scale, chunk_size), state.contiguous()
+        )
     return TritonDelta.apply(*tensors, segment_ids, scale, chunk_size)
 
 
@@ -102,7 +104,7 @@ def _fake_forward(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunk = _chunk(v, chunk_size)
+    chunk = chunk_length(v, chunk_size)
     inverse = v.new_empty(*v.shape[:3], chunk)
     o = v.new_empty(v.shape if q is not None else 0)
     return o, state.new_empty(state.shape, dtype=torch.float32), inverse
@@ -121,7 +123,7 @@ def _forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, the last state, and A for the backward pass."""
-    p = _problem(q, k, v, beta, log_decay, segment_ids, scale, chunk_size)
+    p = make_problem(q, k, v, beta, log_decay, segment_ids, scale, chunk_size)
     inverse = invert(p)
     w, u = transform(p, inverse)
     states, written, last = walk(p, w, u, state.contiguous(), None, reverse=False)
@@ -169,7 +171,7 @@ def _backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first six; empty where there is no input."""
-    p = _problem(q, k, v, beta, log_decay, segment_ids, scale, chunk_size)
+    p = make_problem(q, k, v, beta, log_decay, segment_ids, scale, chunk_size)
     d_outputs = None if q is None else d_o.contiguous()
     results = backward(p, inverse, state.contiguous(), d_outputs, d_last.contiguous())
     d_q, d_k, d_v, d_beta, d_gate, d_first = results
@@ -182,32 +184,3 @@ def _backward(
         empty if d_gate is None else d_gate,
         d_first,
     )
-
-
-def _problem(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    segment_ids: Tensor | None,
-    scale: float,
-    chunk_size: int,
-) -> Problem:
-    """Products are made in the dtype of v; gates keep theirs."""
-    return Problem(
-        None if q is None else q.to(v.dtype).contiguous(),
-        k.to(v.dtype).contiguous(),
-        v.contiguous(),
-        beta.contiguous(),
-        None if log_decay is None else log_decay.contiguous(),
-        None if segment_ids is None else segment_ids.contiguous(),
-        scale,
-        _chunk(v, chunk_size),
-    )
-
-
-def _chunk(v: Tensor, chunk_size: int) -> int:
-    """Positions of a chunk: at least the 16 of a block, and no more than the row needs."""
-    most = LARGEST_CHUNK.get(v.dtype, 64)
-    return max(16, min(chunk_size, most, 1 << (v.shape[1] - 1).bit_length()))

@@ -16,6 +16,8 @@ from rondo.kernels.delta_rule.triton_states import step_kernel, walk_kernel
 from rondo.kernels.delta_rule.triton_tiles import HEAD, KEY
 from rondo.kernels.triton_support import Compilation
 
+OTHER_SHAPES = (((32, 64), "bf16"), ((96, 192), "bf16"), ((256, 256), "bf16"), ((64, 128), "fp32"))
+"""Keys and values of a head, and dtypes, that are compiled besides the usual ones."""
 _FLOATS = dict.fromkeys(("g", "beta", "first", "last", "dbeta", "dg", "since", "until"), "*fp32")
 _SCALARS = {"ids": "*i64", "scale": "fp32", "B": "i32", "T": "i32"}
 _HEADS, _GROUPS = 16, 16
@@ -38,17 +40,24 @@ def _compilation(
         {n: t for n, t in signature.items() if n in kernel.arg_names},
         {n: x for n, x in known.items() if n in kernel.arg_names},
         shape_class(kind, dims[0]),
+        dims=dims,
     )
 
 
 def ahead_of_time() -> list[Compilation]:
-    """Every kernel in the forms that use most registers and shared memory, few: they take long."""
+    """Every kernel in the forms that use most registers and shared memory, few: they take long.
+    Then those for other dimensions, and other dtypes."""
     head, key = HEAD.value, KEY.value
     usual, wide, summary = (128, 128), (256, 512), (128, 256)
-    return [
+    # The walk of a summary: from zero, with nothing written but its end.
+    alone: dict[str, Any] = {"REVERSE": False}
+    alone |= dict.fromkeys(("q", "do", "first", "states", "written"))
+    usually = [
         _compilation("transform", transform_kernel, head, summary, "fp32"),
         _compilation("walk", walk_kernel, head, wide, REVERSE=True),
         _compilation("walk", walk_kernel, head, summary, "fp32", REVERSE=True),
+        _compilation("walk", walk_kernel, head, wide, **alone),
+        _compilation("walk", walk_kernel, key, usual, **alone),
         _compilation("mix", mix_kernel, head, usual, REVERSE=False, scores=None),
         _compilation("pairs", pairs_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual),
@@ -60,3 +69,11 @@ def ahead_of_time() -> list[Compilation]:
         _compilation("key_readers", key_readers_kernel, key, usual),
         _compilation("key_gate", key_gate_kernel, key, usual),
     ]
+    others = []
+    for dims, dtype in OTHER_SHAPES:
+        others += [
+            _compilation("walk", walk_kernel, head, dims, dtype, REVERSE=True),
+            _compilation("readers", readers_kernel, head, dims, dtype),
+            _compilation("key_readers", key_readers_kernel, key, dims, dtype),
+        ]
+    return usually + others

@@ -41,8 +41,22 @@ def backward(
     W, U, the states and V' are made again from the inputs and `inverse`.
     """
     w, u = transform(p, inverse)
-    states, written, _ = walk(p, w, u, first, None, reverse=False)
     own = None if d_o is None else mix(p, d_o, None, score(p), reverse=True)
+    return gradients(p, inverse, first, d_o, d_last, w, u, own)
+
+
+def gradients(
+    p: Problem,
+    inverse: Tensor,
+    first: Tensor,
+    d_o: Tensor | None,
+    d_last: Tensor,
+    w: Tensor,
+    u: Tensor,
+    own: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """`backward` with W, U, and the gradient of V' from the outputs of its own chunk."""
+    states, written, _ = walk(p, w, u, first, None, reverse=False)
     d_states, d_written, d_first = walk(p, w, own, d_last, d_o, reverse=True)
     through = Through(states, written, d_states, d_written, d_o)
     pairs, d_v, d_beta = _pairs(p, inverse, through)

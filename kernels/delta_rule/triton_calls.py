@@ -15,7 +15,7 @@ from rondo.kernels.delta_rule.triton_outputs import mix_kernel
 from rondo.kernels.delta_rule.triton_states import step_kernel, walk_kernel
 from rondo.kernels.delta_rule.triton_tiles import HEAD, KEY, NONE
 from rondo.kernels.triton_configs import Config
-from rondo.kernels.triton_support import launch
+from rondo.kernels.triton_support import cut, launch
 
 LARGEST_CHUNK = {torch.float32: 16}
 """Positions of a chunk, where products have no tensor cores and their tiles fill registers."""
@@ -67,20 +67,40 @@ class Problem(NamedTuple):
         launch(f"delta_rule_{kernel}", shape, self.v.device, run)
 
 
+def make_problem(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    segment_ids: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> Problem:
+    """Products are made in the dtype of v; gates keep theirs."""
+    return Problem(
+        None if q is None else q.to(v.dtype).contiguous(),
+        k.to(v.dtype).contiguous(),
+        v.contiguous(),
+        beta.contiguous(),
+        None if log_decay is None else log_decay.contiguous(),
+        None if segment_ids is None else segment_ids.contiguous(),
+        scale,
+        chunk_length(v, chunk_size),
+    )
+
+
+def chunk_length(v: Tensor, chunk_size: int) -> int:
+    """Positions of a chunk: at least the 16 of a block, and no more than the row needs."""
+    most = LARGEST_CHUNK.get(v.dtype, 64)
+    return max(16, min(chunk_size, most, 1 << (v.shape[1] - 1).bit_length()))
+
+
 def shape_class(dtype: torch.dtype, key_dim: int) -> str:
     """Shapes that share a configuration: float32 tiles take twice the room of halves."""
     if dtype == torch.float32:
         return "float32"
     return "half wide" if key_dim > 128 else "half"
-
-
-def cut(config: Config, key_dim: int, value_dim: int) -> Config:
-    """A configuration whose tiles are no wider than the dimensions ask for."""
-    dims = {"BK": key_dim, "BV": value_dim}
-    return {
-        name: min(size, max(16, triton.next_power_of_2(dims[name]))) if name in dims else size
-        for name, size in config.items()
-    }
 
 
 def invert(p: Problem) -> Tensor:
@@ -118,9 +138,30 @@ def walk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States (or their gradients) as each chunk meets them `(B, N, H, K, V)`, V' (or its gradient)
     and the state at the end, float32: see `walk_kernel`."""
+    written = torch.empty_like(p.v)
+    batch, _, heads, width = p.v.shape
+    states = p.v.new_empty(batch, p.chunks // batch, heads, p.k.shape[3], width)
+    return states, written, _walk(p, w, u, first, d_o, states, written, reverse)
+
+
+def walk_back(p: Problem, w: Tensor, own: Tensor, d_o: Tensor) -> Tensor:
+    """The gradient of the state before the row by the outputs alone, float32."""
+    return _walk(p, w, own, torch.zeros_like(p.state()), d_o, None, None, True)
+
+
+def _walk(
+    p: Problem,
+    w: Tensor,
+    u: Tensor | None,
+    first: Tensor,
+    d_o: Tensor | None,
+    states: Tensor | None,
+    written: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """Fills states and written, which may be left out, and returns the state at the end."""
     batch, time, heads, width = p.v.shape
-    last, written = p.state(), torch.empty_like(p.v)
-    states = p.v.new_empty(batch, p.chunks // batch, *last.shape[1:])
+    last = p.state()
 
     def run(config: Config) -> None:
         constants = p.constants(walk_kernel, config) | {"REVERSE": reverse}
@@ -131,7 +172,26 @@ def walk(
         )  # fmt: skip
 
     p.start("walk", run)
-    return states, written, last
+    return last
+
+
+def summarize(p: Problem, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The transition `(B, H, K, K)` and the state that zero ends as, float32: see `walk_kernel`."""
+    batch, time, heads, value_dim = p.v.shape
+    key_dim = p.k.shape[3]
+    width = key_dim + value_dim
+    last = p.v.new_empty(batch, heads, key_dim, width, dtype=torch.float32)
+
+    def run(config: Config) -> None:
+        constants = p.constants(walk_kernel, config) | {"REVERSE": False}
+        programs = batch * heads * triton.cdiv(width, constants["BV"])
+        walk_kernel[(programs,)](
+            None, p.k, w, p.log_decay, p.segment_ids, u, None, None, None, None, last,
+            p.scale, time, **constants,
+        )  # fmt: skip
+
+    p.start("walk", run)
+    return last[..., value_dim:].contiguous(), last[..., :value_dim].contiguous()
 
 
 def score(p: Problem) -> Tensor | None:

@@ -30,9 +30,14 @@ def walk_kernel(
     `dV' = u + (k to end) S, S <- exp(G_C) S + W^T dV' + scale * (q from start)^T do`. Stores S as
     each chunk meets it `(B, N, H, K, V)`, V' or dV' `(B, T, H, V)`, and S at the end
     `(B, H, K, V)`. S is held as tiles of BK rows, whose products stay small.
+
+    Without first, states and written the walk is that of a summary: forward from zero, with K more
+    columns that start as the identity and are not written to, and last `(B, H, K, V + K)`. There
+    S and V' enter products as two numbers each, and so keep twice the digits.
     """
     program = tl.program_id(0).to(tl.int64)
-    value_blocks, chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
+    width: tl.constexpr = V + K if first is None else V
+    value_blocks, chunks = tl.cdiv(width, BV), tl.cdiv(T, C)
     values = (program % value_blocks).to(tl.int32) * BV + tl.arange(0, BV)
     lane = program // value_blocks  # batch * H + head
     head, row = lane % H, lane // H * T
@@ -42,7 +47,10 @@ def walk_kernel(
     state = ()
     for i in tl.static_range(tiles):
         keys = tl.arange(0, BK) + i * BK
-        tile = load_rows(first + lane * K * V, keys, V, keys < K, values, V)
+        if first is None:
+            tile = tl.where(keys[:, None] + V == values[None, :], 1.0, 0.0)
+        else:
+            tile = load_rows(first + lane * K * V, keys, V, keys < K, values, V)
         state = state + (tile.to(tl.float32),)  # noqa: RUF005
     for step in range(chunks):
         chunk = step
@@ -57,8 +65,9 @@ def walk_kernel(
         new = tl.zeros((C, BV), tl.float32)
         for i in tl.static_range(tiles):
             keys = tl.arange(0, BK) + i * BK
-            met = narrow(state[i], states.dtype.element_ty)
-            store_rows(states + met_at, keys, V, keys < K, values, V, met)
+            met = narrow(state[i], w.dtype.element_ty)
+            if states is not None:
+                store_rows(states + met_at, keys, V, keys < K, values, V, met)
             if REVERSE:
                 read = load_rows(k + k_at, index, G * K, live, keys, K)
                 if GATE == KEY:
@@ -67,15 +76,20 @@ def walk_kernel(
             else:
                 read = load_rows(w + w_at, index, H * K, live, keys, K)
             new += dot(read, met)
+            if first is None and w.dtype.element_ty != tl.float32:
+                rest = state[i] - met.to(tl.float32)
+                new += dot(read, narrow(rest, w.dtype.element_ty))
         if REVERSE:
             new *= leave[:, None]
         if u is not None:
             own = load_rows(u + v_at, index, H * V, live, values, V)
             new += own.to(tl.float32)
-        kept = narrow(new, written.dtype.element_ty)
-        store_rows(written + v_at, index, H * V, live, values, V, kept)
+        if written is not None:
+            kept = narrow(new, written.dtype.element_ty)
+            store_rows(written + v_at, index, H * V, live, values, V, kept)
         if not REVERSE:
-            kept = narrow(new * leave[:, None], written.dtype.element_ty)
+            new *= leave[:, None]
+        kept = narrow(new, w.dtype.element_ty)
         after = ()
         for i in tl.static_range(tiles):
             keys = tl.arange(0, BK) + i * BK
@@ -90,6 +104,9 @@ def walk_kernel(
                     by_key = key_factors(g, base, head, left, keys, H, K, C, True)
                     write = narrow(write.to(tl.float32) * by_key, k.dtype.element_ty)
             tile += dot(tl.trans(write), kept)
+            if first is None and w.dtype.element_ty != tl.float32:
+                rest = new - kept.to(tl.float32)
+                tile += dot(tl.trans(write), narrow(rest, w.dtype.element_ty))
             if do is not None:
                 write = load_rows(q + k_at, index, G * K, live, keys, K)
                 if GATE == KEY:
@@ -102,7 +119,7 @@ def walk_kernel(
         state = after
     for i in tl.static_range(tiles):
         keys = tl.arange(0, BK) + i * BK
-        store_rows(last + lane * K * V, keys, V, keys < K, values, V, state[i])
+        store_rows(last + lane * K * width, keys, width, keys < K, values, width, state[i])
 
 
 @triton.jit

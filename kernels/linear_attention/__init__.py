@@ -14,9 +14,13 @@ from torch import Tensor
 from rondo.kernels.backend import choose, full_precision, triton_refusal
 from rondo.kernels.linear_attention import chunked, reference
 from rondo.kernels.linear_attention.summary import summarize
-from rondo.kernels.summary import DiagonalSummary
+from rondo.kernels.summary import DiagonalSummary, Stretch
 
-__all__ = ["gated_linear_attention", "gated_linear_attention_summary"]
+__all__ = [
+    "gated_linear_attention",
+    "gated_linear_attention_stretch",
+    "gated_linear_attention_summary",
+]
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -81,10 +85,7 @@ def gated_linear_attention(
             f"initial_state has shape {tuple(initial_state.shape)}, expected (B, H, K, V) = "
             f"{expected}"
         )
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}, expected a finite number")
+    scale = _scale(q, scale)
     refusal = _refusal(k, v, log_decay, initial_state)
     run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device, refusal)
     q, k = q.to(v.dtype), k.to(v.dtype)
@@ -118,6 +119,42 @@ def gated_linear_attention_summary(
     run = choose("gated_linear_attention_summary", backend, _SUMMARIES, v.device, refusal)
     with full_precision(v.device):
         return run(k.to(v.dtype), v, log_decay, segment_ids, chunk_size)
+
+
+def gated_linear_attention_stretch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    segment_ids: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> Stretch | None:
+    """`gated_linear_attention` begun before its initial state is known, by kernels that serve the
+    summary and the outputs alike; None for a backend that has none, whose summary and outputs are
+    best made apart.
+
+    Args and Raises: as for `gated_linear_attention`.
+    """
+    _check(q, k, v, log_decay, segment_ids, chunk_size)
+    refusal = _refusal(k, v, log_decay, None)
+    run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device, refusal)
+    if run is not _triton:
+        return None
+    from rondo.kernels.linear_attention.triton_stretch import begin_stretch
+
+    q, k, scale = q.to(v.dtype), k.to(v.dtype), _scale(q, scale)
+    return begin_stretch(q, k, v, log_decay, scale, segment_ids, chunk_size)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    if scale is None:
+        return q.shape[3] ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}, expected a finite number")
+    return scale
 
 
 def _refusal(

@@ -16,7 +16,7 @@ from rondo.kernels.linear_attention.triton_outputs import (
 from rondo.kernels.linear_attention.triton_states import step_kernel, walk_kernel
 from rondo.kernels.linear_attention.triton_tiles import HEAD, KEY, NONE
 from rondo.kernels.triton_configs import Config
-from rondo.kernels.triton_support import launch
+from rondo.kernels.triton_support import cut, launch
 
 
 class Sizes(NamedTuple):
@@ -61,19 +61,24 @@ class Problem(NamedTuple):
             shape = (batch, chunks, heads, key_dim, value_dim)
         return like.new_empty(shape, dtype=torch.float32)
 
+    def reach(self, like: Tensor) -> Tensor:
+        """Room for what a walk leaves of a state, `(B, N + 1, H, 1 or K)`: see `walk_kernel`."""
+        batch, _, _, heads, key_dim, _, _ = self.sizes
+        shape = (batch, self.sizes.chunks + 1, heads, key_dim if self.by_key else 1)
+        return like.new_empty(shape, dtype=torch.float32)
+
+
+class States(NamedTuple):
+    """What chunks meet: see `load_states`."""
+
+    met: Tensor
+    first: Tensor | None = None
+    reach: Tensor | None = None
+
 
 def shape_class(x: Tensor) -> str:
     """Shapes that share a configuration: float32 tiles take twice the room of halves."""
     return "float32" if x.dtype == torch.float32 else "half"
-
-
-def blocks(config: Config, key_dim: int, value_dim: int) -> dict[str, int]:
-    """A configuration for dimensions that may be smaller than its tiles."""
-    least = {"BK": key_dim, "BV": value_dim}
-    return {
-        name: min(size, max(16, triton.next_power_of_2(least[name]))) if name in least else size
-        for name, size in config.items()
-    }
 
 
 def walk(
@@ -86,19 +91,20 @@ def walk(
     scale: float = 1.0,
     store: bool = True,
     reverse: bool = False,
+    reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """States as each chunk meets them (empty without `store`) and at the end, float32: see
-    `walk_kernel`. `like` is a tensor of the dtype of v."""
+    `walk_kernel`, which fills `reach`. `like` is a tensor of the dtype of v."""
     batch, time, groups, heads, key_dim, value_dim, chunk = problem.sizes
     met = problem.states(like, problem.sizes.chunks) if store else None
     last = problem.states(like)
 
     def start(config: Config) -> None:
-        tiles = blocks(config, key_dim, value_dim)
+        tiles = cut(config, key_dim, value_dim)
         programs = triton.cdiv(key_dim, tiles["BK"]) * triton.cdiv(value_dim, tiles["BV"])
         walk_kernel[(batch * heads * programs,)](
-            x, y, problem.log_decay, problem.segment_ids, first, met, last, scale,
-            time, G=groups, H=heads, K=key_dim, V=value_dim,
+            x, y, problem.log_decay, problem.segment_ids, first, met, last, reach,
+            scale, time, G=groups, H=heads, K=key_dim, V=value_dim,
             C=chunk, GATE=problem.gate, REVERSE=reverse, **tiles,
         )  # fmt: skip
 
@@ -111,7 +117,7 @@ def mix(
     x: Tensor,
     y: Tensor | None,
     z: Tensor | None,
-    states: Tensor,
+    states: States,
     scores: Tensor | None,
     scale: float,
     reverse: bool = False,
@@ -121,10 +127,10 @@ def mix(
     out = x.new_empty(batch, time, heads, value_dim)
 
     def start(config: Config) -> None:
-        tiles = blocks(config, key_dim, value_dim)
+        tiles = cut(config, key_dim, value_dim)
         programs = batch * problem.sizes.chunks * heads * triton.cdiv(value_dim, tiles["BV"])
         mix_kernel[(programs,)](
-            x, y, z, states, scores, problem.log_decay, problem.segment_ids, out, scale,
+            x, y, z, *states, scores, problem.log_decay, problem.segment_ids, out, scale,
             time, G=groups, H=heads, K=key_dim, V=value_dim,
             C=chunk, GATE=problem.gate, REVERSE=reverse, **tiles,
         )  # fmt: skip
@@ -139,7 +145,7 @@ def score_gradients(problem: Problem, v: Tensor, do: Tensor, scale: float) -> Te
     dscores = v.new_empty(batch, time, heads, chunk)
 
     def start(config: Config) -> None:
-        tiles = blocks(config, 0, value_dim)
+        tiles = cut(config, 0, value_dim)
         score_gradients_kernel[(batch * problem.sizes.chunks * heads,)](
             v, do, problem.log_decay, problem.segment_ids, dscores, scale, time,
             H=heads, V=value_dim, C=chunk, GATE=problem.gate, **tiles,
@@ -156,24 +162,25 @@ def head_gradients(
     v: Tensor,
     do: Tensor | None,
     dscores: Tensor | None,
-    states: tuple[Tensor, Tensor],
+    states: tuple[Tensor, States],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and log_decay (float32); without do, those of k and log_decay. `states` are
     those before chunks and the gradients of those after them: see `gradients_kernel`."""
     batch, time, groups, heads, key_dim, value_dim, chunk = problem.sizes
     dq, dk = torch.zeros_like(k) if do is None else torch.empty_like(k), torch.empty_like(k)
+    before, after = states
     parts: list[Tensor] = []
 
     def start(config: Config) -> None:
-        tiles = blocks(config, key_dim, value_dim)
+        tiles = cut(config, key_dim, value_dim)
         key_blocks = triton.cdiv(key_dim, tiles["BK"])
         dg = None
         if problem.log_decay is not None:
             dg = k.new_empty(key_blocks, batch, time, heads, dtype=torch.float32)
             parts[:] = [dg]
         gradients_kernel[(batch * problem.sizes.chunks * groups * key_blocks,)](
-            q, k, v, do, dscores, *states, problem.log_decay, problem.segment_ids,
+            q, k, v, do, dscores, before, *after, problem.log_decay, problem.segment_ids,
             dq, dk, dg, scale, batch, time,
             G=groups, H=heads, K=key_dim, V=value_dim,
             C=chunk, GATE=problem.gate, **tiles,
@@ -191,7 +198,7 @@ def step(
     o, last = torch.empty_like(v), problem.states(v)
 
     def start(config: dict[str, Any]) -> None:
-        tiles = blocks(config, key_dim, value_dim)
+        tiles = cut(config, key_dim, value_dim)
         step_kernel[(batch * heads * triton.cdiv(value_dim, tiles["BV"]),)](
             q, k, v, problem.log_decay, first, o, last, scale,
             G=groups, H=heads, K=key_dim, V=value_dim, GATE=problem.gate, **tiles,

@@ -6,11 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from rondo.kernels.linear_attention.triton_calls import Problem, blocks, shape_class
+from rondo.kernels.linear_attention.triton_calls import Problem, States, shape_class
 from rondo.kernels.linear_attention.triton_key_gradients import key_gradients_kernel
 from rondo.kernels.linear_attention.triton_key_scores import gate_sums_kernel, key_scores_kernel
 from rondo.kernels.triton_configs import Config
-from rondo.kernels.triton_support import launch
+from rondo.kernels.triton_support import cut, launch
 
 BLOCK = 16
 """Positions of a chunk within which decays are multiplied one by one."""
@@ -39,30 +39,31 @@ def key_gradients(
     v: Tensor,
     do: Tensor,
     dscores: Tensor,
-    states: tuple[Tensor, Tensor],
+    states: tuple[Tensor, States],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and log_decay (in its dtype): see `key_gradients_kernel` and
     `gate_sums_kernel`; `states` as for `head_gradients`."""
     batch, time, groups, heads, key_dim, value_dim, chunk = problem.sizes
+    before, after = states
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     reads, writes = (q.new_empty(batch, time, heads, key_dim, dtype=torch.float32) for _ in "rw")
     dg = None if problem.log_decay is None else torch.empty_like(problem.log_decay)
 
     def start(config: Config) -> None:
-        tiles = blocks(config, key_dim, value_dim)
+        tiles = cut(config, key_dim, value_dim)
         programs = groups * (chunk // BLOCK) * triton.cdiv(key_dim, tiles["BK"])
         key_gradients_kernel[(batch * problem.sizes.chunks * programs,)](
-            q, k, v, do, dscores, *states, problem.log_decay, problem.segment_ids,
+            q, k, v, do, dscores, before, *after, problem.log_decay, problem.segment_ids,
             dq, dk, reads, writes, scale, time,
             G=groups, H=heads, K=key_dim, V=value_dim, C=chunk, BC=BLOCK, **tiles,
         )  # fmt: skip
 
     def start_sums(config: Config) -> None:
-        tiles = blocks(config, key_dim, value_dim)
+        tiles = cut(config, key_dim, value_dim)
         programs = heads * triton.cdiv(key_dim, tiles["BK"])
         gate_sums_kernel[(batch * problem.sizes.chunks * programs,)](
-            reads, writes, *states, problem.log_decay, problem.segment_ids, dg, time,
+            reads, writes, before, *after, problem.log_decay, problem.segment_ids, dg, time,
             H=heads, K=key_dim, V=value_dim, C=chunk, **tiles,
         )  # fmt: skip
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rondo.kernels.linear_attention.triton_tiles import load_rows, store_rows, sums_inside
+from rondo.kernels.linear_attention.triton_tiles import (
+    KEY,
+    load_rows,
+    load_states,
+    store_rows,
+    sums_inside,
+)
 from rondo.kernels.triton_support import dot, narrow
 
 
@@ -52,6 +58,8 @@ def key_gradients_kernel(
     dscores,
     states,
     dstates,
+    last,
+    reach,
     g,
     ids,
     dq,
@@ -71,7 +79,8 @@ def key_gradients_kernel(
 ):
     """Gradients of q and k, `(BC, BK)` of one block of a chunk and group, summed over its heads;
     and of each head what is read at a position, less what is read of it, and what it writes to the
-    state, both times its gradient, as reads and writes `(B, T, H, K)`."""
+    state, both times its gradient, as reads and writes `(B, T, H, K)`. Dstates, last and reach: see
+    `load_states`."""
     program = tl.program_id(0).to(tl.int64)
     key_blocks, chunks, blocks = tl.cdiv(K, BK), tl.cdiv(T, C), C // BC
     keys = (program % key_blocks).to(tl.int32) * BK + tl.arange(0, BK)
@@ -127,7 +136,9 @@ def key_gradients_kernel(
             dos = load_rows(do + (first * H + head) * V, index, H * V, live, values, V)
             lines = (place * H + head) * K * V
             state = load_rows(states + lines, keys, V, live_keys, values, V)
-            dstate = load_rows(dstates + lines, keys, V, live_keys, values, V)
+            dstate = load_states(
+                dstates, last, reach, place, head, chunks, keys, values, H, K, V, KEY
+            )
             read += dot(dos, tl.trans(narrow(state, k.dtype.element_ty)))
             written += dot(vs, tl.trans(narrow(dstate, k.dtype.element_ty)))
             itself += tl.sum(dos.to(tl.float32) * vs.to(tl.float32), 1)

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from rondo.kernels.linear_attention.triton_tiles import (
+    KEY,
     load_rows,
+    load_states,
     stays_open,
     store_rows,
     sums_inside,
@@ -98,6 +100,8 @@ def gate_sums_kernel(
     writes,
     states,
     dstates,
+    last,
+    reach,
     g,
     ids,
     dg,
@@ -110,7 +114,8 @@ def gate_sums_kernel(
     BV: tl.constexpr,
 ):
     """Gradient of the log decay of each position: what is read at it or later, what was written
-    before it, and what passes the whole chunk. All `(B, T, H, K)`; states as in `walk_kernel`."""
+    before it, and what passes the whole chunk. All `(B, T, H, K)`; dstates, last and reach: see
+    `load_states`."""
     program = tl.program_id(0).to(tl.int64)
     key_blocks, chunks = tl.cdiv(K, BK), tl.cdiv(T, C)
     keys = (program % key_blocks).to(tl.int32) * BK + tl.arange(0, BK)
@@ -124,7 +129,8 @@ def gate_sums_kernel(
     for block in range(0, V, BV):
         values = block + tl.arange(0, BV)
         state = load_rows(states + tile, keys, V, keys < K, values, V)
-        passing += tl.sum(state * load_rows(dstates + tile, keys, V, keys < K, values, V), 1)
+        dstate = load_states(dstates, last, reach, place, head, chunks, keys, values, H, K, V, KEY)
+        passing += tl.sum(state * dstate, 1)
     base = ((row + start) * H + head) * K
     steps = load_rows(g + base, index, H * K, live, keys, K).to(tl.float32)
     passing *= tl.exp(tl.sum(steps, 0))

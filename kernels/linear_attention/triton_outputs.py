@@ -11,6 +11,7 @@ from rondo.kernels.linear_attention.triton_tiles import (
     KEY,
     key_factors,
     load_rows,
+    load_states,
     pair_factors,
     row_factors,
     stays_open,
@@ -26,6 +27,8 @@ def mix_kernel(
     y,
     z,
     states,
+    first,
+    reach,
     scores,
     g,
     ids,
@@ -45,6 +48,7 @@ def mix_kernel(
     """`scale * ((decayed x) S + P z)` for one chunk and a tile `(C, BV)`: o from x, y, z = q, k, v
     and the states before chunks. In reverse `(decayed x) S + scale * P^T z`: the gradient of v from
     k, q, the gradient of o and the gradients of the states after chunks. Without z, P z is 0.
+    States, first and reach: see `load_states`.
 
     With a decay a key channel P is given, scaled, as scores `(B, T, H, C)`; otherwise it is made
     from x and y.
@@ -64,7 +68,7 @@ def mix_kernel(
     for block in range(0, K, BK):
         keys = block + tl.arange(0, BK)
         xs = load_rows(x + (base * G + group) * K, index, G * K, live, keys, K)
-        state = load_rows(states + (place * H + head) * K * V, keys, V, keys < K, values, V)
+        state = load_states(states, first, reach, place, head, chunks, keys, values, H, K, V, GATE)
         state = narrow(state, x.dtype.element_ty)
         if GATE == KEY:
             by_key = key_factors(g, row, start, head, keys, T, H, K, C, REVERSE)
@@ -137,6 +141,8 @@ def gradients_kernel(
     dscores,
     states,
     dstates,
+    first,
+    reach,
     g,
     ids,
     dq,
@@ -156,7 +162,8 @@ def gradients_kernel(
 ):
     """Gradients of q and k, `(C, BK)` of one chunk and group summed over its heads, and of the
     log decay of each head: dg `(K / BK, B, T, H)`, the part of these key channels. Without do only
-    what comes through the state after the row; q, dq and dscores are not used."""
+    what comes through the state after the row; q, dq and dscores are not used. Dstates, first and
+    reach: see `load_states`."""
     program = tl.program_id(0).to(tl.int64)
     key_blocks, chunks = tl.cdiv(K, BK), tl.cdiv(T, C)
     key_block = program % key_blocks
@@ -181,7 +188,9 @@ def gradients_kernel(
             values = block + tl.arange(0, BV)
             vs = load_rows(v + (base * H + head) * V, index, H * V, live, values, V)
             tile = (place * H + head) * K * V
-            dstate = load_rows(dstates + tile, keys, V, live_keys, values, V)
+            dstate = load_states(
+                dstates, first, reach, place, head, chunks, keys, values, H, K, V, GATE
+            )
             written += dot(vs, tl.trans(narrow(dstate, k.dtype.element_ty)))
             if GATE == HEAD or do is not None:
                 state = load_rows(states + tile, keys, V, live_keys, values, V)

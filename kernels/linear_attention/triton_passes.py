@@ -12,6 +12,7 @@ from torch import Tensor
 from rondo.kernels.linear_attention.triton_calls import (
     Problem,
     Sizes,
+    States,
     head_gradients,
     mix,
     score_gradients,
@@ -26,19 +27,21 @@ LARGEST_CHUNK_FLOAT32 = 32
 """Of float32 numbers, twice as wide and multiplied without tensor cores."""
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """`x`, its numbers in order in memory, if it is there."""
     return None if x is None else x.contiguous()
 
 
-def _problem(
+def make_problem(
     k: Tensor, v: Tensor, log_decay: Tensor | None, segment_ids: Tensor | None, chunk_size: int
 ) -> Problem:
+    """Sizes of a call, its chunks among them, and its gates and documents."""
     batch, time, heads, value_dim = v.shape
     wide = v.dtype == torch.float32
     wanted = min(chunk_size, LARGEST_CHUNK_FLOAT32 if wide else LARGEST_CHUNK)
     chunk = max(16, 1 << (wanted.bit_length() - 1))
     sizes = Sizes(batch, time, k.shape[2], heads, k.shape[3], value_dim, chunk)
-    return Problem(sizes, log_decay, segment_ids)
+    return Problem(sizes, contiguous(log_decay), contiguous(segment_ids))
 
 
 def _fake_forward(
@@ -69,14 +72,14 @@ def forward_pass(
 ) -> tuple[Tensor, Tensor]:
     """Output `(B, T, H, V)` and state `(B, H, K, V)`, float32; without q, no output."""
     k, v = k.contiguous(), v.contiguous()
-    problem = _problem(k, v, _contiguous(log_decay), _contiguous(segment_ids), chunk_size)
-    initial_state = _contiguous(initial_state)
+    problem = make_problem(k, v, log_decay, segment_ids, chunk_size)
+    initial_state = contiguous(initial_state)
     states, last = walk(problem, k, v, initial_state, v, store=q is not None)
     if q is None:
         return v.new_empty(0), last
     q = q.contiguous()
     scores = key_scores(problem, q, k, scale) if problem.by_key else None
-    return mix(problem, q, k, v, states, scores, scale), last
+    return mix(problem, q, k, v, States(states), scores, scale), last
 
 
 def _fake_backward(
@@ -113,21 +116,12 @@ def backward_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and initial_state; without do, what comes from the state."""
     k, v, nothing = k.contiguous(), v.contiguous(), v.new_empty(0)
-    problem = _problem(k, v, _contiguous(log_decay), _contiguous(segment_ids), chunk_size)
-    do = _contiguous(do)
+    problem = make_problem(k, v, log_decay, segment_ids, chunk_size)
     queries = None if q is None or do is None else q.contiguous()
-    if problem.by_key and (queries is None or do is None):
-        queries, do = torch.zeros_like(k), torch.zeros_like(v)
-    states, _ = walk(problem, k, v, _contiguous(initial_state), v)
-    dstates, dfirst = walk(problem, queries, do, _contiguous(dlast), v, scale=scale, reverse=True)
-    dscores = None if do is None else score_gradients(problem, v, do, scale)
-    scores, between = None, (states, dstates)
-    if problem.by_key and queries is not None and do is not None and dscores is not None:
-        scores = key_scores(problem, queries, k, scale)
-        dq, dk, dg = key_gradients(problem, queries, k, v, do, dscores, between, scale)
-    else:
-        dq, dk, dg = head_gradients(problem, queries, k, v, do, dscores, between, scale)
-    dv = mix(problem, k, queries, do, dstates, scores, scale, reverse=True)
+    do = None if queries is None else contiguous(do)
+    states, _ = walk(problem, k, v, contiguous(initial_state), v)
+    dstates, dfirst = walk(problem, queries, do, contiguous(dlast), v, scale=scale, reverse=True)
+    dq, dk, dv, dg = gradients(problem, queries, k, v, do, (states, States(dstates)), scale)
     return (
         nothing if q is None else dq,
         dk,
@@ -135,6 +129,29 @@ def backward_pass(
         nothing if dg is None or log_decay is None else dg.to(log_decay.dtype),
         nothing if initial_state is None else dfirst.to(initial_state.dtype),
     )
+
+
+def gradients(
+    problem: Problem,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor | None,
+    states: tuple[Tensor, States],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of q, k, v and log_decay, from the states before chunks and the gradients of those after
+    them; without q and do, what comes from the latter."""
+    if problem.by_key and (q is None or do is None):
+        q, do = torch.zeros_like(k), torch.zeros_like(v)
+    dscores = None if do is None else score_gradients(problem, v, do, scale)
+    scores = None
+    if problem.by_key and q is not None and do is not None and dscores is not None:
+        scores = key_scores(problem, q, k, scale)
+        dq, dk, dg = key_gradients(problem, q, k, v, do, dscores, states, scale)
+    else:
+        dq, dk, dg = head_gradients(problem, q, k, v, do, dscores, states, scale)
+    return dq, dk, mix(problem, k, q, do, states[1], scores, scale, reverse=True), dg
 
 
 def one_position(
@@ -146,6 +163,6 @@ def one_position(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and state after a single position, without gradients."""
-    problem = _problem(k, v, _contiguous(log_decay), None, 16)
+    problem = make_problem(k, v, log_decay, None, 16)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return step(problem, q, k, v, _contiguous(initial_state), scale)
+    return step(problem, q, k, v, contiguous(initial_state), scale)

@@ -26,6 +26,7 @@ def walk_kernel(
     first,
     met,
     last,
+    reach,
     scale,
     T,
     G: tl.constexpr,
@@ -41,7 +42,8 @@ def walk_kernel(
     """`S <- decay of the chunk * S + scale * (decayed x)^T y` over the chunks of one row and head,
     for a tile `(BK, BV)` of S. Forward, x and y are k and v, decayed to the chunk's end; in
     reverse they are q and the gradient of o, decayed from its start, and S is the gradient of the
-    state; without x nothing is added. Stores S as each chunk meets it, and as it is at the end.
+    state; without x nothing is added. Stores S as each chunk meets it, and as it is at the end; and
+    as reach `(B, N + 1, H, 1 or K)` what the walk leaves by then of a state that it starts from.
 
     x `(B, T, G, K)`, y `(B, T, H, V)`, first and last `(B, H, K, V)`, met `(B, N, H, K, V)`.
     """
@@ -58,6 +60,9 @@ def walk_kernel(
     state = tl.zeros((BK, BV), tl.float32)
     if first is not None:
         state = load_rows(first + lane * K * V, keys, V, live_keys, values, V).to(tl.float32)
+    left = tl.full((BK,), 1.0, tl.float32)
+    width: tl.constexpr = K if GATE == KEY else 1
+    writes = keys < tl.where(program % value_blocks == 0, width, 0)
     for step in range(chunks):
         chunk = step
         if REVERSE:
@@ -66,15 +71,24 @@ def walk_kernel(
         if met is not None:
             place = (lane // H * chunks + chunk) * H + head
             store_rows(met + place * K * V, keys, V, live_keys, values, V, state)
+        if reach is not None:
+            place = (lane // H * (chunks + 1) + chunk) * H + head
+            tl.store(reach + place * width + keys, left, mask=writes)
         live, base = index < T - start, row + start
         if GATE == KEY:
             steps = load_rows(g + (base * H + head) * K, index, H * K, live, keys, K)
-            state = state * tl.exp(tl.sum(steps.to(tl.float32), 0))[:, None]
+            through = tl.exp(tl.sum(steps.to(tl.float32), 0))
+            state = state * through[:, None]
+            left = left * through
         elif GATE == HEAD:
             steps = tl.load(g + base * H + head + index * H, mask=live, other=0.0)
-            state = state * tl.exp(tl.sum(steps.to(tl.float32), 0))
+            through = tl.exp(tl.sum(steps.to(tl.float32), 0))
+            state = state * through
+            left = left * through
         if ids is not None:
-            state = tl.where(stays_open(ids, row, start, T, C), state, 0.0)
+            goes_on = stays_open(ids, row, start, T, C)
+            state = tl.where(goes_on, state, 0.0)
+            left = tl.where(goes_on, left, 0.0)
         if x is not None:
             xs = load_rows(x + (base * G + group) * K, index, G * K, live, keys, K)
             ys = load_rows(y + (base * H + head) * V, index, H * V, live, values, V)
@@ -86,6 +100,9 @@ def walk_kernel(
                 ys = narrow(ys.to(tl.float32) * factors[:, None], y.dtype.element_ty)
             state += dot(tl.trans(xs), ys)
     store_rows(last + lane * K * V, keys, V, live_keys, values, V, state)
+    if reach is not None:
+        place = (lane // H * (chunks + 1) + chunks) * H + head
+        tl.store(reach + place * width + keys, left, mask=writes)
 
 
 @triton.jit

@@ -173,3 +173,34 @@ def sums_before(x):
 @triton.jit
 def _join_sums(before1, sum1, before2, sum2):
     return sum1 + before2, sum1 + sum2
+
+
+@triton.jit
+def load_states(
+    states,
+    first,
+    reach,
+    place,
+    head,
+    chunks,
+    keys,
+    values,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """`(keys, values)` of the state that chunk `place` (batch * chunks + chunk) meets, of states
+    `(B, N, H, K, V)` float32: with first `(B, H, K, V)` they are those of a walk from zero, and
+    what reach (see `walk_kernel`) leaves of first is added."""
+    tile = load_rows(states + (place * H + head) * K * V, keys, V, keys < K, values, V)
+    if first is not None:
+        row = place // chunks
+        start = load_rows(first + (row * H + head) * K * V, keys, V, keys < K, values, V)
+        at = (place + row) * H + head
+        if GATE == KEY:
+            left = tl.load(reach + at * K + keys, mask=keys < K, other=0.0)
+            tile += left[:, None] * start
+        else:
+            tile += tl.load(reach + at) * start
+    return tile

@@ -172,9 +172,20 @@ def test_more_than_two_billion_elements() -> None:
     assert torch.equal(conv[0, -1], x[-1])
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
-def test_decoder_trains_and_generates(mixer: str) -> None:
-    config = ModelConfig(vocab_size=64, dim=64, num_layers=2, pattern=[mixer])
+ROUTERS = ("linear", "rmoe")
+PATTERNS = {name: (name, {}) for name in sorted(MIXERS)} | {
+    f"moe, {router}": (
+        "gated_deltanet+moe",
+        {"moe": {"num_experts": 8, "top_k": 2, "expert_dim": 64, "router": router}},
+    )
+    for router in ROUTERS
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_decoder_trains_and_generates(name: str) -> None:
+    pattern, ffns = PATTERNS[name]
+    config = ModelConfig(vocab_size=64, dim=64, num_layers=2, pattern=[pattern], ffns=ffns)
     tokens = torch.randint(0, 64, (2, 200), generator=torch.Generator().manual_seed(0))
     losses = []
     for device in ("cpu", "cuda"):
@@ -186,3 +197,23 @@ def test_decoder_trains_and_generates(mixer: str) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-7)
     model.to(torch.bfloat16)
     assert generate(model, tokens[:, :9].cuda(), max_tokens=5).shape == (2, 14)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_mixtures_in_bfloat16(router: str) -> None:
+    """By grouped products and the kernels that move rows: the loss of float32, and gradients."""
+    config = ModelConfig(
+        vocab_size=64, dim=64, num_layers=2, pattern=["attention+moe"],
+        ffns={"moe": {"num_experts": 8, "top_k": 2, "expert_dim": 64, "router": router}},
+        mixers={"attention": {"num_heads": 2}},
+    )  # fmt: skip
+    tokens = torch.randint(0, 64, (2, 200), generator=torch.Generator().manual_seed(0)).cuda()
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Decoder(config, seed=0).cuda()
+        model.activation_dtype = dtype
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:], reduction="mean")
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)

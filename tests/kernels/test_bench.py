@@ -35,7 +35,9 @@ def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"itself": lambda: case.run, "absent": missing, "broken": failing}
     case = cases.make_case(operator, "1.3b", 2, 6, CPU)
     if case.extra:  # a peer is given what ours has bound
-        found["itself"] = lambda: lambda targets, **inputs: case.run(**inputs)
+        found["itself"] = lambda: (
+            lambda **given: case.run(**{n: x for n, x in given.items() if n not in case.extra})
+        )
     monkeypatch.setitem(peers.PEERS, operator, found)
     forward, both = bench.measure(case, CPU, {"bytes": 1e6, "flops": 1e6})
     assert (forward["direction"], both["direction"]) == ("forward", "both")
@@ -47,6 +49,25 @@ def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert "itself 1.00x, absent -, broken -" in bench.line(both)
     assert json.loads(json.dumps(both)) == both
+
+
+@pytest.mark.parametrize(
+    ("operator", "peer"),
+    [("gather_rows", "torch"), ("combine_rows", "torch"), ("lstm", "torch"), ("slstm", "loop")],
+)
+def test_peers_from_torch_compute_the_same(operator: str, peer: str) -> None:
+    case = cases.make_case(operator, "1.3b", 2, 6, CPU)
+    inputs = {name: x.detach().float() for name, x in case.inputs.items()}
+    found = peers.PEERS[operator][peer]()(**inputs, **case.extra)
+    torch.testing.assert_close(found, case.run(**inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_loops_are_timed_on_short_rows_alone() -> None:
+    best, long = {"bytes": 1e6, "flops": 1e6}, 2 * cases.LONGEST["lstm"]
+    assert bench.run(["lstm"], ["1.3b"], ((1, long),), CPU, best, math.inf) == []
+    gates = torch.zeros(1, 1, 4, 1, 8).expand(1, peers.LONGEST_LOOP + 1, 4, 1, 8)
+    with pytest.raises(ValueError, match="not timed beyond 2048 positions"):
+        peers.PEERS["lstm"]["loop"]()(gates, torch.zeros(4, 1, 8, 8))
 
 
 def test_bytes_and_flops() -> None:

@@ -41,6 +41,27 @@ def test_halves_the_batch_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None
         fitting(CONFIG, 2, 24, CPU, 1, False)
 
 
+def test_figures_of_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a step takes part in: experts that a token does not go to are not counted."""
+    monkeypatch.setattr(bench_presets, "peak_flops", lambda device, dtype: 1e9)
+    figures = []
+    for experts in (4, 8):
+        ffn = {"num_experts": experts, "top_k": 2, "expert_dim": 16, "router": "rmoe"}
+        config = ModelConfig(
+            vocab_size=32, dim=16, num_layers=2, pattern=["attention+moe"], ffns={"moe": ffn},
+            mixers={"attention": {"num_heads": 2}},
+        )  # fmt: skip
+        row = measure(config, 2, 24, CPU, rounds=1, compiled=False)
+        figures.append(row["mfu"] / row["tokens_per_second"])
+        assert row["mfu"] > 0
+    assert figures[1] == pytest.approx(figures[0], rel=0.05)  # the router alone grows
+
+
+def test_the_default_presets_are_there() -> None:
+    for name in bench_presets.PRESETS:
+        assert bench_presets.from_preset(name).vocab_size > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refuses_without_a_gpu() -> None:
     with pytest.raises(UserError, match="needs a CUDA device"):
