@@ -145,15 +145,19 @@ def test_parameters_and_optimizer_state_on_a_disk(tmp_path: Path) -> None:
 
 
 def disk_reader_missing() -> str | None:
-    """Why DeepSpeed's reader cannot be used here; where nobody has compiled it yet it would take
-    minutes."""
+    """Why DeepSpeed's reader cannot be used here; where nobody has compiled it for this environment
+    it would take minutes."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from torch.utils.cpp_extension import _get_build_directory
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         return "libaio is not installed: apt-get install libaio-dev"
-    if not (Path(_get_build_directory("async_io", verbose=False)) / "async_io.so").is_file():
-        return "DeepSpeed's async_io is not compiled (parallel/README.md says how)"
+    folder = Path(_get_build_directory("async_io", verbose=False))
+    rules, here = folder / "build.ninja", str(Path(torch.__file__).parent)
+    if not (folder / "async_io.so").is_file() or here not in rules.read_text("utf-8"):
+        return "DeepSpeed's async_io is not compiled here (parallel/README.md says how)"
+    if (folder / "lock").exists():
+        return f"DeepSpeed's async_io is being compiled, or {folder}/lock was left behind"
     return None
 
 
