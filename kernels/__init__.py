@@ -15,7 +15,7 @@ from rondo.kernels.neural_memory import neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.nonlinear_rnn import nonlinear_rnn
 from rondo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
-from rondo.kernels.pointwise import swiglu
+from rondo.kernels.pointwise import soft_cap, swiglu
 from rondo.kernels.rope import rope
 from rondo.kernels.scan import linear_scan, linear_scan_summary
 from rondo.kernels.softmax_attention import attend_prefix, attention
@@ -51,5 +51,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "short_conv",
+    "soft_cap",
     "swiglu",
 ]

@@ -1,4 +1,4 @@
-"""Elementwise operators of channel mixers."""
+"""Elementwise operators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """`cap tanh(x / cap)`, between -cap and cap and close to x where that is small; x itself where
+    there is no cap (Gemma 2, arXiv 2408.00118; xLSTM 7B, arXiv 2503.13427). Computed in at least
+    float32, returned in the dtype of x."""
+    if cap is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (cap * torch.tanh(wide / cap)).to(x.dtype)
+
+
+def soft_cap_difference_(x: Tensor, shift: Tensor, cap: float | None) -> Tensor | None:
+    """Turns x in place into `soft_cap(x + shift) - soft_cap(shift)`, computed in the dtype of x.
+
+    Returns:
+        The derivative by x, `1 - tanh((x + shift) / cap)²`; None where there is no cap, and
+        nothing changes.
+    """
+    if cap is None:
+        return None
+    slope = x.add_(shift).div_(cap).tanh_().square().neg_().add_(1.0)
+    x.mul_(cap).sub_(soft_cap(shift.to(x.dtype), cap))
+    return slope
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

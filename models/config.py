@@ -69,6 +69,9 @@ class ModelConfig:
     Gemma do; norms with a gate, and those of recurrent cells, keep their weight."""
     tie_embeddings: bool = False
     """Use the embedding as output matrix."""
+    logit_cap: float | None = None
+    """Limit c of the output logits z: c tanh(z / c), before the loss and before sampling; null for
+    logits without a limit."""
     init_std: float = 0.02
     """Standard deviation of matrices at the start; those that write to the residual stream
     are divided by the square root of the number of residual branches."""
@@ -209,6 +212,10 @@ def problems(config: ModelConfig) -> list[str]:
         for key in ("norm_eps", "init_std", "lora_alpha")
         if not getattr(config, key) > 0
     ]
+    if config.logit_cap is not None and not 0 < config.logit_cap < math.inf:
+        found.append(
+            f"model.logit_cap: must be a finite number above 0, or null, got {config.logit_cap}"
+        )
     if config.lora_rank and not config.lora_targets:
         found.append("model.lora_targets: needs at least one name, as [q_proj], got []")
     try:

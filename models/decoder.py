@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rondo.errors import UserError
-from rondo.kernels import linear_cross_entropy
+from rondo.kernels import linear_cross_entropy, soft_cap
 from rondo.kernels.segments import document_positions, first_document
 from rondo.models.block import Block
 from rondo.models.config import ModelConfig, make_options, problems
@@ -164,8 +164,9 @@ class Decoder(nn.Module):
         return holder.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`(..., dim)` hidden states to `(..., vocab)` logits."""
-        return hidden @ self.output_weight.to(hidden.dtype).T
+        """`(..., dim)` hidden states to `(..., vocab)` logits, with the model's cap on them."""
+        logits = hidden @ self.output_weight.to(hidden.dtype).T
+        return soft_cap(logits, self.config.logit_cap)
 
     def loss(
         self,
@@ -184,7 +185,13 @@ class Decoder(nn.Module):
 
     def hidden_loss(self, hidden: Tensor, targets: Tensor, *, reduction: str = "sum") -> Tensor:
         """The loss of `loss`, from the model's `hidden` `(B, T, dim)`."""
-        return self.cross_entropy(hidden, self.output_weight, targets, reduction=reduction)
+        return self.cross_entropy(
+            hidden,
+            self.output_weight,
+            targets,
+            reduction=reduction,
+            logit_cap=self.config.logit_cap,
+        )
 
     def auxiliary_loss(self, aux: dict[str, Tensor]) -> Tensor | float:
         """The weighted sum of an output's `aux`, to be added to the summed cross-entropy. Where

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from rondo.kernels.pointwise import soft_cap_difference_
 from rondo.parallel.collectives import gather, gather_time, scatter_time
 
 CHUNK_BYTES = 16 * 2**20
@@ -54,6 +55,7 @@ class Vocabulary:
         *,
         ignore_index: int = -100,
         reduction: str = "none",
+        logit_cap: float | None = None,
     ) -> Tensor:
         """`kernels.linear_cross_entropy` of `hidden` `(B, T / P, D)`, divided along time, and a
         divided `weight`; `targets` `(B, T)` are whole. The same result on every rank."""
@@ -61,7 +63,7 @@ class Vocabulary:
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         flat = targets.flatten()
         valid = flat != ignore_index
-        losses = _Losses.apply(hidden, local, flat.where(valid, 0), self) * valid
+        losses = _Losses.apply(hidden, local, flat.where(valid, 0), self, logit_cap) * valid
         if reduction == "none":
             return losses.view(targets.shape)
         return losses.sum() if reduction == "sum" else losses.sum() / valid.sum().clamp(min=1)
@@ -76,7 +78,12 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocabulary: Vocabulary,
+        cap: float | None,
     ) -> Tensor:
         index, own = vocabulary.local(targets)
         head = weight.to(hidden.dtype)
@@ -86,10 +93,15 @@ class _Losses(torch.autograd.Function):
         shift = exact.to(hidden.dtype)
         sums = torch.empty_like(exact)
         for part in _chunks(hidden, head):
-            sums[part] = _logits(hidden, head, shift, part).to(kind).logsumexp(1)
+            logits = _logits(hidden, head, shift, part).to(kind)
+            soft_cap_difference_(logits, shift[part, None], cap)
+            sums[part] = logits.logsumexp(1)
         total = gather(sums, vocabulary.group).logsumexp(0)
         ctx.save_for_backward(hidden, weight, index, own, shift, total)
-        return total - (exact - shift)
+        ctx.cap = cap
+        rest = exact - shift
+        soft_cap_difference_(rest, shift, cap)
+        return total - rest
 
     @staticmethod
     @once_differentiable
@@ -100,12 +112,15 @@ class _Losses(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=total.dtype)
         for part in _chunks(hidden, head):
             slopes = _logits(hidden, head, shift, part).to(total.dtype)
+            cap_slopes = soft_cap_difference_(slopes, shift[part, None], ctx.cap)
             slopes.sub_(total[part, None]).exp_()
             slopes.scatter_add_(1, index[part, None], -own[part, None].to(total.dtype))
+            if cap_slopes is not None:
+                slopes.mul_(cap_slopes)
             slopes = slopes.mul_(grad[part, None]).to(hidden.dtype)
             torch.mm(slopes, head, out=grad_hidden[part])
             grad_weight += slopes.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(hidden: Tensor, head: Tensor) -> Iterator[slice]:

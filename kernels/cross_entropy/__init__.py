@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "none",
+    logit_cap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`logsumexp_v(hidden . weight_v) - hidden . weight_target`, in nats.
+    """`logsumexp_v(z_v) - z_target`, in nats, of the logits `z_v = hidden . weight_v`.
 
     Args:
         hidden: `(..., D)`.
@@ -41,14 +43,16 @@ def linear_cross_entropy(
         targets: `(...)` int64 in `[0, V)`, or `ignore_index` (loss 0, no gradient).
         reduction: "none" `(...)`; "sum"; "mean" over the targets that are not ignored, 0 when
             all are.
+        logit_cap: of `z_v = cap tanh(hidden . weight_v / cap)` (`kernels.soft_cap`); None for
+            logits without a cap.
         backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         float32 losses (float64 when `hidden` is).
 
     Raises:
-        ValueError: shapes, dtype, reduction or backend do not fit, or a target lies outside the
-            vocabulary (looked at on CPU, when the call is not being compiled).
+        ValueError: shapes, dtype, reduction, cap or backend do not fit, or a target lies outside
+            the vocabulary (looked at on CPU, when the call is not being compiled).
     """
     if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -67,14 +71,18 @@ def linear_cross_entropy(
             f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, "
             f"got {reduction!r}"
         )
+    if logit_cap is not None and not 0 < logit_cap < math.inf:
+        raise ValueError(
+            f"linear_cross_entropy: logit_cap must be a finite number above 0, or None, "
+            f"got {logit_cap}"
+        )
     _check_range(targets, weight.shape[0], ignore_index)
     refusal = triton_refusal(hidden, weight)
     run = choose("linear_cross_entropy", backend, IMPLEMENTATIONS, hidden.device, refusal)
     flat = targets.reshape(-1)
     valid = flat != ignore_index
-    losses = run(
-        hidden.reshape(-1, hidden.shape[-1]), weight, flat.where(valid, 0), valid, reduction
-    )
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    losses = run(tokens, weight, flat.where(valid, 0), valid, reduction, logit_cap)
     return losses.view(targets.shape) if reduction == "none" else losses
 
 

@@ -8,7 +8,9 @@ one buffer holds those of all tokens: then it is kept.
 
 Logits are taken relative to the target's own logit, inside the product (`beta` of addmm), before
 they are rounded: in bfloat16 the rounding error of a probability is then small exactly where
-probability is large, instead of growing with the size of the logits.
+probability is large, instead of growing with the size of the logits. A cap is put on them while
+their exponentials are taken, which are then multiplied by its slope: what the buffer holds at the
+end are gradients of the logits without it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.pointwise import soft_cap_difference_
 from rondo.kernels.tiles import stays_in_cache
 
 BUFFER_BYTES = 16 * 2**20
@@ -32,17 +35,22 @@ SCRATCH_BYTES = 4 * 2**20
 
 
 def chunked_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, reduction: str
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    reduction: str,
+    cap: float | None,
 ) -> Tensor:
     """See `linear_cross_entropy`; hidden is `(N, D)`, targets and valid `(N,)`, and targets that
     are not valid hold any index in range."""
     if hidden.dtype == torch.float16:  # has no room for sums of exponentials
         hidden = hidden.float()
     if reduction == "none":
-        return _TokenLosses.apply(hidden, weight, targets, valid)
+        return _TokenLosses.apply(hidden, weight, targets, valid, cap)
     needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     count = valid.sum().clamp(min=1) if reduction == "mean" else 1
-    return _TotalLoss.apply(hidden, weight, targets, valid, count, needs_gradients)
+    return _TotalLoss.apply(hidden, weight, targets, valid, count, cap, needs_gradients)
 
 
 class _TotalLoss(torch.autograd.Function):
@@ -56,11 +64,12 @@ class _TotalLoss(torch.autograd.Function):
         targets: Tensor,
         valid: Tensor,
         count: Tensor | int,
+        cap: float | None,
         needs_gradients: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         upstream = valid.to(wide) / count if needs_gradients else None
-        losses, *gradients = _losses(hidden, weight, targets, upstream)
+        losses, *gradients = _losses(hidden, weight, targets, upstream, cap)
         ctx.save_for_backward(*gradients)
         return (losses * valid).sum() / count
 
@@ -72,25 +81,33 @@ class _TotalLoss(torch.autograd.Function):
         if not (_can_look_at(grad) and float(grad) == 1.0):
             # The upstream gradient has no dims, so the products keep their dtypes.
             grad_hidden, grad_weight = grad_hidden * grad, grad_weight * grad
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
     """Loss of each token; the backward pass computes the logits again if they were not kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        cap: float | None,
+    ) -> Tensor:
+        ctx.cap = cap
         ctx.keeps = _can_be_kept(hidden, weight) and any(ctx.needs_input_grad)
         if ctx.keeps:
             losses, *_ = _results(hidden, weight, None)
             head, kept = weight.to(hidden.dtype), []
             for part in _parts(hidden, weight):
                 logits = hidden.new_empty(weight.shape[0], part.stop - part.start)
-                sums = _losses_into(losses[part], logits, hidden[part], head, targets[part])
+                sums = _losses_into(losses[part], logits, hidden[part], head, targets[part], cap)
                 kept += [logits, sums]
             ctx.save_for_backward(hidden, weight, valid, *kept)
         else:
-            losses, *_ = _losses(hidden, weight, targets, None)
+            losses, *_ = _losses(hidden, weight, targets, None, cap)
             ctx.save_for_backward(hidden, weight, valid, targets)
         return losses * valid
 
@@ -104,9 +121,9 @@ class _TokenLosses(torch.autograd.Function):
             parts = _parts(hidden, weight)
             for part, logits, sums in zip(parts, more[::2], more[1::2], strict=True):
                 gradients.add(part, logits, sums)
-            return *gradients.sums(), None, None
-        _, grad_hidden, grad_weight = _losses(hidden, weight, more[0], upstream)
-        return grad_hidden, grad_weight, None, None
+            return *gradients.sums(), None, None, None
+        _, grad_hidden, grad_weight = _losses(hidden, weight, more[0], upstream, ctx.cap)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _can_be_kept(hidden: Tensor, weight: Tensor) -> bool:
@@ -153,17 +170,25 @@ def _can_look_at(x: Tensor) -> bool:
 
 
 def _losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    upstream: Tensor | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `(N,)` and the gradients of hidden and weight when the losses have the gradients
     `upstream` `(N,)` (empty tensors when there is no `upstream`)."""
     # Compiled, this would be one long unrolled graph; as one operator it runs as it does here.
     run = _losses_operator if torch.compiler.is_compiling() else _walk
-    return run(hidden, weight, targets, upstream)
+    return run(hidden, weight, targets, upstream, cap)
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    upstream: Tensor | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `_losses`."""
     losses, *none = _results(hidden, weight, None)
@@ -173,7 +198,7 @@ def _walk(
     for part in parts:
         count = part.stop - part.start
         logits = buffer[: len(head) * count].view(len(head), count)
-        sums = _losses_into(losses[part], logits, hidden[part], head, targets[part])
+        sums = _losses_into(losses[part], logits, hidden[part], head, targets[part], cap)
         if gradients is not None:
             gradients.add(part, logits, sums)
     grad_hidden, grad_weight = none if gradients is None else gradients.sums()
@@ -194,20 +219,29 @@ def _results(
 
 _losses_operator = torch.library.custom_op(
     "rondo::linear_cross_entropy", _walk, mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? upstream) "
+    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? upstream, float? cap) "
     "-> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 
 @_losses_operator.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    upstream: Tensor | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(hidden, weight, upstream)
 
 
 def _losses_into(
-    losses: Tensor, logits: Tensor, hidden: Tensor, head: Tensor, targets: Tensor
+    losses: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    cap: float | None,
 ) -> Tensor:
     """Fills `losses`, and `logits` `(V, N)` with their gradients times sums `(N,)`, which it
     returns."""
@@ -216,29 +250,40 @@ def _losses_into(
     torch.addmm(shift, head, hidden.T, beta=-1, out=logits)
     at = targets, torch.arange(len(targets), device=targets.device)
     own, top = logits[at].to(losses.dtype), None
+    own_slope = soft_cap_difference_(own, shift, cap)
     sums = torch.empty_like(exact)
     if _can_look_at(sums):
         # The target's own logit is about 0, so that no sum is below about 1 and only large logits
         # make a maximum necessary. To look at the sums is cheaper than a pass for the maximum.
-        _exponentials(logits, sums, None)
+        _exponentials(logits, sums, None, shift, cap)
         if not float(sums.amax()) < torch.finfo(sums.dtype).max ** 0.5:
             torch.addmm(shift, head, hidden.T, beta=-1, out=logits)
             top = logits.amax(dim=0).to(sums.dtype)
     else:
         top = logits.amax(dim=0).to(sums.dtype)
     if top is not None:
-        _exponentials(logits, sums, top)
+        soft_cap_difference_(top, shift, cap)
+        _exponentials(logits, sums, top, shift, cap)
         own = own - top
     # Of a probability near 1 little is left: the target's is not rounded before.
-    logits[at] = (own.exp_() - sums).to(logits.dtype)
-    torch.sub(sums.log(), exact.sub_(shift), out=losses)
+    gradient = own.exp_() - sums
+    if own_slope is not None:
+        gradient *= own_slope
+    logits[at] = gradient.to(logits.dtype)
+    rest = exact - shift
+    soft_cap_difference_(rest, shift, cap)
+    torch.sub(sums.log(), rest, out=losses)
     if top is not None:
         losses += top
     return sums
 
 
-def _exponentials(logits: Tensor, sums: Tensor, top: Tensor | None) -> None:
-    """Turns `logits` into `exp(logits - top)`, and fills `sums` with those over words."""
+def _exponentials(
+    logits: Tensor, sums: Tensor, top: Tensor | None, shift: Tensor, cap: float | None
+) -> None:
+    """Fills `sums` with those over words of the exponentials of `logits`, which are relative to
+    `shift`, with a `cap` on them, less `top`; turns `logits` into the exponentials times the
+    slope of the cap."""
     words, tokens = logits.shape
     step = words
     if stays_in_cache(sums):
@@ -248,7 +293,10 @@ def _exponentials(logits: Tensor, sums: Tensor, top: Tensor | None) -> None:
     for start in range(0, words, step):
         part = logits[start : start + step]
         powers = scratch[: len(part)].copy_(part)
+        slope = soft_cap_difference_(powers, shift, cap)
         if top is not None:
             powers.sub_(top)
         sums += powers.exp_().sum(dim=0)
+        if slope is not None:
+            powers.mul_(slope)
         part.copy_(powers)

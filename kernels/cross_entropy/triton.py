@@ -27,17 +27,22 @@ MIN_CHUNK = 512
 
 
 def triton_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, reduction: str
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    reduction: str,
+    cap: float | None,
 ) -> Tensor:
     """See `linear_cross_entropy`; hidden is `(N, D)`, targets and valid `(N,)`, and targets that
     are not valid hold any index in range."""
     if hidden.dtype == torch.float16:  # has no room for gradients as small as probabilities
         hidden = hidden.float()
     if reduction == "none":
-        return _TokenLosses.apply(hidden, weight, targets, valid)
+        return _TokenLosses.apply(hidden, weight, targets, valid, cap)
     needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     count = valid.sum().clamp(min=1) if reduction == "mean" else 1
-    return _TotalLoss.apply(hidden, weight, targets, valid, count, needs_gradients)
+    return _TotalLoss.apply(hidden, weight, targets, valid, count, cap, needs_gradients)
 
 
 class _TotalLoss(torch.autograd.Function):
@@ -51,10 +56,11 @@ class _TotalLoss(torch.autograd.Function):
         targets: Tensor,
         valid: Tensor,
         count: Tensor | int,
+        cap: float | None,
         needs_gradients: bool,
     ) -> Tensor:
         upstream = valid.float() / count if needs_gradients else None
-        losses, *gradients = _losses(hidden, weight, targets, upstream)
+        losses, *gradients = _losses(hidden, weight, targets, upstream, cap)
         ctx.save_for_backward(*gradients)
         return (losses * valid).sum() / count
 
@@ -63,27 +69,39 @@ class _TotalLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The upstream gradient has no dims, so the products keep their dtypes.
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
     """Loss of each token; the backward pass computes the logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        cap: float | None,
+    ) -> Tensor:
+        ctx.cap = cap
         ctx.save_for_backward(hidden, weight, targets, valid)
-        return _losses(hidden, weight, targets, None)[0] * valid
+        return _losses(hidden, weight, targets, None, cap)[0] * valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, valid = ctx.saved_tensors
-        _, grad_hidden, grad_weight = _losses(hidden, weight, targets, grad * valid)
-        return grad_hidden, grad_weight, None, None
+        _, grad_hidden, grad_weight = _losses(hidden, weight, targets, grad * valid, ctx.cap)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _fake_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    upstream: Tensor | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if upstream is None:
@@ -93,11 +111,15 @@ def _fake_losses(
 
 @opaque("triton_linear_cross_entropy", _fake_losses)
 def _losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    upstream: Tensor | None,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `(N,)`, and the gradients of hidden and weight when the losses have the gradients
     `upstream` `(N,)` (empty tensors when there is no `upstream`)."""
-    losses, grad_hidden, grad_weight = _fake_losses(hidden, weight, targets, upstream)
+    losses, grad_hidden, grad_weight = _fake_losses(hidden, weight, targets, upstream, cap)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     if not tokens:
         return losses, grad_hidden, grad_weight.zero_()
@@ -110,7 +132,7 @@ def _losses(
             part = slice(start, min(start + chunk, tokens))
             logits = buffer[: part.stop - part.start]
             scale = None if upstream is None else upstream[part].float().contiguous()
-            _turn(losses[part], logits, hidden[part], head, targets[part], scale)
+            _turn(losses[part], logits, hidden[part], head, targets[part], scale, cap)
             if upstream is not None:
                 torch.mm(logits, head, out=grad_hidden[part])
                 update = logits.T @ hidden[part]
@@ -125,6 +147,7 @@ def _turn(
     head: Tensor,
     targets: Tensor,
     upstream: Tensor | None,
+    cap: float | None,
 ) -> None:
     """Fills `losses`, and `logits` with their gradients if there is an `upstream` one."""
     exact = torch.empty_like(losses)
@@ -140,14 +163,14 @@ def _turn(
 
     def start_losses(config: Config) -> None:
         losses_and_gradients[(len(hidden),)](
-            logits, exact, targets, upstream, losses, logits.shape[1], **config
+            logits, exact, targets, upstream, losses, logits.shape[1], cap, **config
         )
 
     launch("cross_entropy_losses", "*", hidden.device, start_losses)
 
 
 def ahead_of_time() -> list[Compilation]:
-    """A model of 2,048 channels in bfloat16, with and without gradients."""
+    """A model of 2,048 channels in bfloat16, with and without gradients, with and without a cap."""
     types = dict.fromkeys(("hidden", "weight"), "*bf16") | {"targets": "*i64", "logits": "*fp32"}
     types |= {"hidden_stride": "i32", "weight_stride": "i32"}
     listed = [
@@ -159,9 +182,9 @@ def ahead_of_time() -> list[Compilation]:
             multiples=("hidden_stride", "weight_stride"),
         )
     ]
-    types = {"logits": "*bf16", "targets": "*i64", "vocabulary": "i32"}
+    types = {"logits": "*bf16", "targets": "*i64", "vocabulary": "i32", "cap": "fp32"}
     types |= dict.fromkeys(("exact", "upstream", "losses"), "*fp32")
-    for constants in ({}, {"upstream": None}):
+    for constants in ({"cap": None}, {"cap": None, "upstream": None}, {}, {"upstream": None}):
         name = "cross_entropy_losses"
         listed.append(
             Compilation(name, losses_and_gradients, types, constants, multiples=("vocabulary",))

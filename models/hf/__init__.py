@@ -58,7 +58,7 @@ def choose(config: ModelConfig, name: str = "auto") -> str:
     """The architecture to write a model as. Raises UserError where it is not of the one named."""
     if name == RONDO:
         return RONDO
-    reasons = {one.name: one.unlike(config) for one in ARCHITECTURES.values()}
+    reasons = {one.name: _unlike(one, config) for one in ARCHITECTURES.values()}
     if name == "auto":
         return next((found for found, reason in reasons.items() if reason is None), RONDO)
     if name not in reasons:
@@ -67,6 +67,12 @@ def choose(config: ModelConfig, name: str = "auto") -> str:
     if reasons[name] is not None:
         raise UserError(f"architecture: {reasons[name]}; {RONDO} takes any model")
     return name
+
+
+def _unlike(one: Architecture, config: ModelConfig) -> str | None:
+    if config.logit_cap is not None:
+        return f"{one.name} has no cap on logits: it needs logit_cap null, not {config.logit_cap}"
+    return one.unlike(config)
 
 
 def write_folder(

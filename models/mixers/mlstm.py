@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rondo.kernels import mlstm, rms_norm, short_conv
+from rondo.kernels import mlstm, rms_norm, short_conv, soft_cap
 from rondo.kernels.mlstm import mlstm_state_size
 from rondo.models.config import ModelConfig
 from rondo.models.init import Initializer, constant, normal, parameter
@@ -219,8 +219,7 @@ class MLSTMFlat(Mixer):
         }
 
     def _capped(self, x: Tensor) -> Tensor:
-        cap = self.options.gate_cap
-        return cap * torch.tanh(at_least_float32(x) / cap)
+        return soft_cap(at_least_float32(x), self.options.gate_cap)
 
     def state_shapes(
         self, batch: int, length: int

@@ -37,6 +37,7 @@ def test_two_tensor_parallel_ranks_train_as_one_process() -> None:
                 ffn_dim=48,
                 init_std=0.1,
                 tie_embeddings=tied,
+                logit_cap=1.0 if tied else None,
             ),
             Layout(),
         )

@@ -101,13 +101,15 @@ def test_operator(name: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_cross_entropy(dtype: torch.dtype, reduction: str) -> None:
+def test_cross_entropy(dtype: torch.dtype, cap: float | None, reduction: str) -> None:
     hidden, table = random(700, 32, seed=11), random(5000, 32, seed=12)
     targets = torch.arange(700) * 7
 
     def run(h: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
-        return [linear_cross_entropy(h, w, targets.to(h.device), reduction=reduction).cpu()]
+        options = {"reduction": reduction, "logit_cap": cap}
+        return [linear_cross_entropy(h, w, targets.to(h.device), **options).cpu()]
 
     expected = gradients(run, [hidden, table])
     actual = gradients(run, [hidden.to("cuda", dtype), table.to("cuda", dtype)])

@@ -38,15 +38,19 @@ def make(*shape: int, dim: int = 6, vocabulary: int = 17, seed: int = 1) -> list
     return [hidden, weight, targets]
 
 
-def run(targets: Tensor, reduction: str, backend: str = "chunked"):
+def run(targets: Tensor, reduction: str, backend: str = "chunked", cap: float | None = None):
     return lambda hidden, weight: [
-        linear_cross_entropy(hidden, weight, targets, reduction=reduction, backend=backend)
+        linear_cross_entropy(
+            hidden, weight, targets, reduction=reduction, logit_cap=cap, backend=backend
+        )
     ]
 
 
-def dense(targets: Tensor, reduction: str):
+def dense(targets: Tensor, reduction: str, cap: float | None = None):
     def loss(hidden: Tensor, weight: Tensor) -> list[Tensor]:
         logits = (hidden @ weight.T).flatten(0, -2)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         losses = F.cross_entropy(logits, targets.flatten(), reduction=reduction)
         return [losses.view(targets.shape) if reduction == "none" else losses]
 
@@ -56,20 +60,24 @@ def dense(targets: Tensor, reduction: str):
 @pytest.mark.parametrize("backend", ("reference", "chunked"))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", ((1,), (3, 9), (2, 2, 4)))
-def test_matches_dense(chunk: None, backend: str, reduction: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("cap", (None, 2.0))
+def test_matches_dense(
+    chunk: None, backend: str, reduction: str, shape: tuple[int, ...], cap: float | None
+) -> None:
     *inputs, targets = make(*shape)
     targets.view(-1)[0] = 3
-    expected, expected_grads = gradients(dense(targets, reduction), inputs)
-    actual, actual_grads = gradients(run(targets, reduction, backend), inputs)
+    expected, expected_grads = gradients(dense(targets, reduction, cap), inputs)
+    actual, actual_grads = gradients(run(targets, reduction, backend, cap), inputs)
     torch.testing.assert_close(actual + actual_grads, expected + expected_grads)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(chunk: None, reduction: str) -> None:
+@pytest.mark.parametrize("cap", (None, 1.5))
+def test_gradcheck(chunk: None, reduction: str, cap: float | None) -> None:
     *inputs, targets = make(7, dim=3)
-    torch.autograd.gradcheck(
-        run(targets, reduction), [x.requires_grad_() for x in inputs], check_undefined_grad=False
-    )
+    function = run(targets, reduction, cap=cap)
+    inputs = [x.requires_grad_() for x in inputs]
+    torch.autograd.gradcheck(function, inputs, check_undefined_grad=False)
 
 
 @pytest.mark.parametrize("backend", ("reference", "chunked"))
@@ -90,12 +98,17 @@ def test_ignore_index_can_be_a_token(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("confident", (False, True))
+@pytest.mark.parametrize("cap", (None, 15.0))
 @pytest.mark.parametrize("reduction", ("none", "sum"))
 @pytest.mark.parametrize(
     "dtype,limits", [(torch.float32, (1e-5, 1e-5)), (torch.bfloat16, (2e-4, 5e-3))]
 )
 def test_low_precision(
-    dtype: torch.dtype, limits: tuple[float, float], reduction: str, confident: bool
+    dtype: torch.dtype,
+    limits: tuple[float, float],
+    reduction: str,
+    cap: float | None,
+    confident: bool,
 ) -> None:
     """A model at its start, and a confident one with logits of 8 and more, where rounding them
     to bfloat16 would cost several percent."""
@@ -104,9 +117,9 @@ def test_low_precision(
     if confident:
         targets = (hidden.float() @ weight.float().T).argmax(dim=1)
     expected, expected_grads = gradients(
-        dense(targets, reduction), [hidden.double(), weight.double()]
+        dense(targets, reduction, cap), [hidden.double(), weight.double()]
     )
-    actual, actual_grads = gradients(run(targets, reduction), [hidden, weight])
+    actual, actual_grads = gradients(run(targets, reduction, cap=cap), [hidden, weight])
     assert actual[0].dtype == torch.float32
     assert_ratio("loss", actual[0], expected[0], limits[0] if reduction == "sum" else 1e-2)
     for name, a, e in zip(("hidden", "weight"), actual_grads, expected_grads, strict=True):
@@ -127,11 +140,23 @@ def test_float32_weight_with_bfloat16_hidden(reduction: str) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_huge_logits_stay_finite(dtype: torch.dtype, reduction: str) -> None:
+@pytest.mark.parametrize("cap", (None, 30.0))
+def test_huge_logits_stay_finite(dtype: torch.dtype, reduction: str, cap: float | None) -> None:
     hidden, weight, targets = make(40)
     inputs = [(hidden * 1e4).to(dtype), (weight * 1e4).to(dtype)]
-    outputs, grads = gradients(run(targets, reduction), inputs)
+    outputs, grads = gradients(run(targets, reduction, cap=cap), inputs)
     assert all(y.isfinite().all() for y in outputs + grads)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_cap_bounds_the_loss(dtype: torch.dtype) -> None:
+    """Logits of 1e4: with a cap of 30 each is 30 or -30, and no loss above 60 + log 17."""
+    hidden, weight, targets = make(40)
+    inputs = [(hidden * 1e4).to(dtype), weight.to(dtype)]
+    losses = run(targets, "none", cap=30.0)(*inputs)[0]
+    expected = dense(targets, "none", 30.0)(*[x.double() for x in inputs])[0]
+    assert_ratio("loss", losses, expected, 1e-6 if dtype == torch.float32 else 1e-3)
+    assert 50 < losses.amax() < 63
 
 
 @pytest.mark.parametrize("reduction", ("sum", "mean"))
@@ -145,9 +170,14 @@ def test_without_gradients(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("looks", (True, False))
+@pytest.mark.parametrize("cap", (None, 200.0))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 def test_logits_far_above_the_target(
-    chunk: None, dtype: torch.dtype, looks: bool, monkeypatch: pytest.MonkeyPatch
+    chunk: None,
+    dtype: torch.dtype,
+    cap: float | None,
+    looks: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Differences up to 300: sums of their exponentials fit no float32. Whether values may be
     looked at (not on a GPU) changes nothing."""
@@ -155,8 +185,9 @@ def test_logits_far_above_the_target(
         monkeypatch.setattr(chunked, "_can_look_at", lambda x: False)
     hidden, weight, targets = make(40)
     inputs = [hidden.mul(30).to(dtype), weight.to(dtype)]
-    expected, expected_grads = gradients(dense(targets, "mean"), [x.double() for x in inputs])
-    actual, actual_grads = gradients(run(targets, "mean"), inputs)
+    exact = [x.double() for x in inputs]
+    expected, expected_grads = gradients(dense(targets, "mean", cap), exact)
+    actual, actual_grads = gradients(run(targets, "mean", cap=cap), inputs)
     assert (inputs[0].double() @ inputs[1].double().T).amax() > 150
     limit = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 2e-2)
     for a, e in zip(actual + actual_grads, expected + expected_grads, strict=True):
@@ -164,11 +195,12 @@ def test_logits_far_above_the_target(
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_traces_without_graph_breaks(reduction: str) -> None:
+@pytest.mark.parametrize("cap", (None, 2.0))
+def test_traces_without_graph_breaks(reduction: str, cap: float | None) -> None:
     torch.compiler.reset()
     *inputs, targets = make(2, 9)
     inputs = [x.requires_grad_() for x in inputs]
-    function = run(targets, reduction)
+    function = run(targets, reduction, cap=cap)
     expected = function(*inputs)[0]
     actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)[0]
     grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (actual, expected)]
@@ -248,6 +280,10 @@ def test_targets_outside_the_vocabulary(backend: str) -> None:
         ({"targets": torch.zeros(3, dtype=torch.int32)}, "must be int64, got torch.int32"),
         ({"reduction": "max"}, "one of none, sum, mean, got 'max'"),
         ({"backend": "flash"}, "backend 'flash' is not available"),
+        ({"logit_cap": 0.0}, r"logit_cap must be a finite number above 0, or None, got 0\.0"),
+        ({"logit_cap": -30.0}, r"logit_cap must be .* got -30\.0"),
+        ({"logit_cap": float("nan")}, "logit_cap must be .* got nan"),
+        ({"logit_cap": float("inf")}, "logit_cap must be .* got inf"),
     ],
 )
 def test_invalid_inputs(change: dict[str, object], message: str) -> None:

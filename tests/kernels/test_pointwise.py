@@ -1,4 +1,4 @@
-"""SwiGLU."""
+"""SwiGLU and the soft cap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rondo.kernels.pointwise import swiglu
+from rondo.kernels.pointwise import soft_cap, soft_cap_difference_, swiglu
 from rondo.tests.numerics import assert_ratio, gradients
 
 
@@ -65,3 +65,25 @@ def test_invalid_inputs() -> None:
         swiglu(x, torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"float32 and up \(2, 3\) torch.bfloat16"):
         swiglu(x, x.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+def test_soft_cap(dtype: torch.dtype) -> None:
+    x = torch.tensor([-1e4, -30.0, -1e-3, 0.0, 2.0, 1e4]).to(dtype)
+    actual, exact = soft_cap(x, 30.0), 30 * (x.double() / 30).tanh()
+    assert actual.dtype == dtype
+    assert_ratio("soft cap", actual, exact, torch.finfo(dtype).eps)
+    assert soft_cap(x, None) is x
+
+
+def test_soft_cap_difference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, shift = (5 * torch.randn(4, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    expected = soft_cap(leaf + shift, 3.0) - soft_cap(shift, 3.0)
+    wanted = torch.autograd.grad(expected.sum(), leaf)[0]
+    slope = soft_cap_difference_(x, shift, 3.0)
+    torch.testing.assert_close((x, slope), (expected.detach(), wanted))
+    before = x.clone()
+    assert soft_cap_difference_(x, shift, None) is None
+    assert torch.equal(x, before)

@@ -42,6 +42,10 @@ def test_entries_name_channel_mixers_and_aliases() -> None:
         ({"dim": 0}, ["model.dim", "0"]),
         ({"num_layers": 0}, ["model.num_layers", "0"]),
         ({"init_std": float("nan")}, ["model.init_std", "nan"]),
+        ({"logit_cap": 0.0}, ["model.logit_cap", "above 0, or null, got 0.0"]),
+        ({"logit_cap": -30.0}, ["model.logit_cap", "-30.0"]),
+        ({"logit_cap": float("nan")}, ["model.logit_cap", "nan"]),
+        ({"logit_cap": float("inf")}, ["model.logit_cap", "inf"]),
         ({"pattern": []}, ["model.pattern", "[]"]),
         ({"pattern": ["gated_deltanets"]}, ["gated_deltanets", "did you mean 'gated_deltanet'"]),
         ({"pattern": ["attention+swigl"]}, ["swigl", "did you mean 'swiglu'"]),
@@ -106,6 +110,10 @@ def test_presets_have_the_parameters_they_claim(name: str) -> None:
     size = name.rsplit("-", 1)[1]
     size = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert 0.9 < claimed / size < 1.2
+
+
+def test_xlstm_7b_caps_its_logits() -> None:
+    assert from_preset("xlstm-7b").logit_cap == 30.0
 
 
 def test_unknown_preset_names_the_nearest() -> None:

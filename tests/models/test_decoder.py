@@ -65,11 +65,15 @@ def test_streaming_equals_one_call() -> None:
         assert torch.equal(state.length, whole.state.length)
 
 
-def test_loss_is_the_cross_entropy_of_the_logits() -> None:
-    model, ids = every_mixer(tie_embeddings=True), tokens(time=40)
+@pytest.mark.parametrize("cap", (None, 0.5))
+def test_loss_is_the_cross_entropy_of_the_logits(cap: float | None) -> None:
+    model, ids = every_mixer(tie_embeddings=True, logit_cap=cap), tokens(time=40)
     targets = ids.roll(-1, 1)
     targets[:, ::7] = -100
-    logits = model.logits(model(ids).hidden)
+    hidden = model(ids).hidden
+    logits = model.logits(hidden)
+    plain = hidden @ model.embedding.weight.T
+    assert torch.equal(logits, plain if cap is None else cap * torch.tanh(plain / cap))
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     actual = model.loss(ids, targets)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
@@ -123,6 +127,19 @@ def test_generation_equals_running_the_whole_prefix_each_time() -> None:
         logits = model.logits(model(expected).hidden[:, -1])
         expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(out, expected)
+
+
+def test_generation_draws_from_capped_logits() -> None:
+    """Of 64 equal rows all draw one token where logits are far apart, many where a cap makes them
+    almost equal."""
+    drawn = []
+    for cap in (None, 1e-3):
+        model = every_mixer(num_layers=1, logit_cap=cap)
+        with torch.no_grad():
+            model.output_weight.mul_(1e4)
+        prompt = tokens(1, 4).expand(64, -1)
+        drawn.append(generate(model, prompt, max_tokens=1)[:, -1].unique().numel())
+    assert drawn[0] == 1 and drawn[1] > 20
 
 
 def test_generation_is_seeded_and_stops_at_eod() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ def test_any_model_is_a_model_of_transformers(tmp_path: Path) -> None:
             "mamba2": {"head_dim": 8, "state_dim": 4},
         },
         tie_embeddings=True,
+        logit_cap=0.1,
     )
     model = Decoder(config, seed=1)
     assert hf.write_folder(tmp_path / "a", config, model.state_dict()) == hf.RONDO
@@ -233,6 +235,17 @@ def test_decays_stay_float32_in_a_bfloat16_folder(tmp_path: Path) -> None:
             else:
                 assert found[key].dtype == (torch.bfloat16 if dtype == "auto" else dtype), key
         assert theirs(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_cap_on_logits_is_in_our_class_alone(name: str) -> None:
+    model = decoder(name)
+    assert hf.choose(model.config) != hf.RONDO
+    config = dataclasses.replace(model.config, logit_cap=30.0)
+    assert hf.choose(config) == hf.RONDO
+    theirs = OURS[name][0]
+    with pytest.raises(UserError, match=rf"{theirs} .* needs logit_cap null, not 30\.0"):
+        hf.choose(config, theirs)
 
 
 def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
