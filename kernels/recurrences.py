@@ -25,7 +25,7 @@ from rondo.kernels.mlstm import mlstm, mlstm_summary
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.nonlinear_rnn import nonlinear_rnn
-from rondo.kernels.scan import linear_scan, linear_scan_summary
+from rondo.kernels.scan import linear_scan, linear_scan_stretch, linear_scan_summary
 from rondo.kernels.summary import DiagonalSummary, LogSummary, MatrixSummary, Stretch
 
 Summarize = Callable[..., DiagonalSummary | MatrixSummary | LogSummary]
@@ -49,6 +49,7 @@ SUMMARIES: dict[Callable[..., tuple[Tensor, Tensor]], Summarize] = {
 """Operator -> function of the operator's own tensors and `segment_ids` that gives its summary."""
 
 STRETCHES: dict[Callable[..., tuple[Tensor, Tensor]], Callable[..., Stretch | None]] = {
+    linear_scan: linear_scan_stretch,
     gated_linear_attention: gated_linear_attention_stretch,
     gated_delta_rule: gated_delta_rule_stretch,
 }
