@@ -53,7 +53,11 @@ def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("operator", "peer"),
-    [("gather_rows", "torch"), ("combine_rows", "torch"), ("lstm", "torch"), ("slstm", "loop")],
+    [
+        *(("gather_rows", "torch"), ("combine_rows", "torch"), ("lstm", "torch")),
+        *(("slstm", "loop"), ("para_gru", "chunked"), ("para_lstm", "chunked")),
+        *(("fast_weights", "chunked"), ("neural_memory", "chunked")),
+    ],
 )
 def test_peers_from_torch_compute_the_same(operator: str, peer: str) -> None:
     case = cases.make_case(operator, "1.3b", 2, 6, CPU)
@@ -80,6 +84,29 @@ def test_bytes_and_flops() -> None:
     row = bench.measure(case, CPU, {"bytes": 2 * one / 1e-3, "flops": case.flops / 2e-3})[0]
     assert row["bandwidth"] == pytest.approx(1.0)
     assert row["compute"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "mixer", "options", "convolutions"),
+    [
+        ("para_gru", "para_gru", {"num_heads": 2, "conv_width": 1}, 2 * 16 * (3 * 8 + 1)),
+        ("para_lstm", "para_lstm", {"num_heads": 2, "conv_width": 1}, 2 * 16 * (3 * 8 + 1)),
+        ("fast_weights", "lact", {"num_heads": 1, "window": 1, "chunk_size": 3}, 4 * 16),
+        ("neural_memory", "titans_memory", {"head_dim": 16, "conv_width": 1}, 6 * 16),
+    ],
+)
+def test_flops_are_those_of_the_mixer(
+    operator: str, mixer: str, options: dict[str, int], convolutions: int
+) -> None:
+    """But for what the mixer adds: convolutions of one tap, the products that make gates, a window
+    of one key."""
+    from rondo.models import MIXERS, ModelConfig
+    from rondo.models.config import make_options
+
+    config = ModelConfig(dim=16, num_layers=1, pattern=[mixer], mixers={mixer: options})
+    layer = MIXERS[mixer](config, make_options(mixer, options), 0)
+    case = cases.make_case(operator, "1.3b", 2, 6, CPU)
+    assert case.flops / (2 * 6) == pytest.approx(layer.operator_flops(6) - convolutions)
 
 
 def test_stops_when_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
