@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,35 @@ def test_stops_when_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["shape"] for row in rows] == ["1 x 4"] * 2 + ["2 x 4"] * 2
     assert bench.run(["rms_norm"], ["1.3b"], shapes, CPU, best, -1.0) == []
     assert "2 of 2 cases left out" in capsys.readouterr().out
+
+
+def test_writes_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that `make gpu` does of it, but for the device."""
+    measured = bench.run
+
+    def on_cpu(operators: list[str], *others: Any) -> list[dict[str, Any]]:
+        return measured(operators, ["1.3b"], ((1, 4),), CPU, *others[3:])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Chip 9")
+    monkeypatch.setattr(bench, "ceilings", lambda device: {"bytes": 1e12, "flops": 1e14})
+    monkeypatch.setattr(bench, "run", on_cpu)
+    command = ["bench", "--operators", "para_gru", "rms_norm", "--out", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench.main() == 0
+    path = tmp_path / "new" / "kernels-some-chip-9"
+    found = json.loads(path.with_suffix(".json").read_text())
+    assert [row["operator"] for row in found["rows"]] == ["para_gru"] * 2 + ["rms_norm"] * 2
+    table = path.with_suffix(".md").read_text()
+    assert table.startswith("Some Chip 9, torch")
+    assert "1.00 TB/s, 100 TFLOP/s" in table
+    said = capsys.readouterr().out
+    lines = [text for text in table.splitlines() if text.startswith("| ")]
+    assert len(lines) == 6 and all(text in said for text in lines)
+    assert "chunked 1.00x |" in lines[2]
 
 
 def test_ceilings_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
