@@ -166,9 +166,11 @@ def _constants(dim: int, count: int, order: int, silu: bool) -> dict[str, Any]:
 
 
 def ahead_of_time() -> list[Compilation]:
-    """Norms of the 1.3B and 7B presets' channels, and of heads with gates."""
+    """Norms of the 1.3B and 7B presets' channels, of heads and small models, and with gates."""
     listed = []
-    for dim, order in ((2048, PLAIN), (4096, PLAIN), (128, NORM_THEN_GATE), (8192, GATE_THEN_NORM)):
+    plain, gated = (128, 1024, 2048, 4096), (128, 1024)
+    shapes = [*((dim, PLAIN) for dim in plain), *((dim, NORM_THEN_GATE) for dim in gated)]
+    for dim, order in (*shapes, (8192, GATE_THEN_NORM)):
         constants = _constants(dim, dim, order, True)
         if order == PLAIN:
             constants |= {"gate": None, "grad_gate": None}

@@ -21,11 +21,11 @@ from rondo.kernels.linear_attention import (
     gated_linear_attention_summary,
 )
 from rondo.kernels.memory_context import fresh_context, memory_context
-from rondo.kernels.mlstm import mlstm, mlstm_summary
+from rondo.kernels.mlstm import mlstm, mlstm_stretch, mlstm_summary
 from rondo.kernels.neural_memory import fresh_memory, neural_memory
 from rondo.kernels.newton_rnn import newton_rnn
 from rondo.kernels.nonlinear_rnn import nonlinear_rnn
-from rondo.kernels.scan import linear_scan, linear_scan_summary
+from rondo.kernels.scan import linear_scan, linear_scan_stretch, linear_scan_summary
 from rondo.kernels.summary import DiagonalSummary, LogSummary, MatrixSummary, Stretch
 
 Summarize = Callable[..., DiagonalSummary | MatrixSummary | LogSummary]
@@ -49,8 +49,10 @@ SUMMARIES: dict[Callable[..., tuple[Tensor, Tensor]], Summarize] = {
 """Operator -> function of the operator's own tensors and `segment_ids` that gives its summary."""
 
 STRETCHES: dict[Callable[..., tuple[Tensor, Tensor]], Callable[..., Stretch | None]] = {
+    linear_scan: linear_scan_stretch,
     gated_linear_attention: gated_linear_attention_stretch,
     gated_delta_rule: gated_delta_rule_stretch,
+    mlstm: mlstm_stretch,
 }
 """Operator of `SUMMARIES` -> function of its arguments, without the initial state, that begins it
 before that state is known; None where summary and outputs are best made apart."""

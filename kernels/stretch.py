@@ -33,7 +33,7 @@ class Steps(NamedTuple):
     """(S, *kept, *inputs, *options) -> outputs."""
     reverse: Callable[..., tuple[Tensor, ...]]
     """(S, gradient of outputs, *saved, *inputs, *options) -> gradient of S, and what `gradients` is
-    given of it."""
+    given of it. With `outputs` they come after their gradient."""
     gradients: Callable[..., tuple[Tensor | None, ...]]
     """(gradient of E or None, *given or None each, *inputs, *options) -> those of the inputs."""
     shapes: Callable[..., tuple[tuple[torch.Size, torch.dtype], ...]]
@@ -42,6 +42,8 @@ class Steps(NamedTuple):
     """How many tensors `begin` keeps."""
     saved: int
     """How many of the kept, first ones, `reverse` needs too."""
+    outputs: bool = False
+    """Whether `reverse` needs the outputs."""
 
 
 def stretch(
@@ -95,9 +97,11 @@ class _Finish(torch.autograd.Function):
         ctx: Any, steps: Steps, options: tuple[Any, ...], count: int, first: Tensor, *rest: Any
     ) -> Tensor:
         inputs, kept = rest[:count], rest[count : count + steps.kept]
-        ctx.save_for_backward(first, *kept[: steps.saved], *inputs)
+        o = steps.finish(first, *kept, *inputs, *options)
+        saved = (*((o,) if steps.outputs else ()), *kept[: steps.saved])
+        ctx.save_for_backward(first, *saved, *inputs)
         ctx.steps, ctx.options, ctx.others = steps, options, len(rest)
-        return steps.finish(first, *kept, *inputs, *options)
+        return o
 
     @staticmethod
     @once_differentiable

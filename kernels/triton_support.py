@@ -89,7 +89,10 @@ def cut(config: Config, key_dim: int, value_dim: int) -> Config:
 def configurations(name: str, shape: str, family: str) -> tuple[Config, ...]:
     """The row of the table for a kernel: the one to use, then alternatives worth measuring."""
     rows = CONFIGS[name]
-    return next(rows[key] for key in (f"{shape} {family}", shape, family, "*") if key in rows)
+    for key in (f"{shape} {family}", shape, family, "*"):
+        if key in rows:
+            return rows[key]
+    raise ValueError(f"{name} has no row for {shape} on {family}, only {', '.join(rows)}")
 
 
 @functools.cache

@@ -17,13 +17,14 @@ from rondo.kernels import (
     gated_linear_attention,
     gated_rms_norm,
     gather_rows,
-    l2_norm,
     linear_cross_entropy,
     linear_scan,
     nonlinear_rnn,
     rms_norm,
     short_conv,
 )
+from rondo.kernels.bench.learners import fast_case, memory_case, newton
+from rondo.kernels.bench.presets import PRESETS, Preset, draw, unit
 
 EXPERTS, TOP_K = 64, 4
 """Of the mixtures whose rows are moved: as in `models/presets/rmoe-hybrid-7b.yaml`."""
@@ -31,26 +32,6 @@ CELL_DIM = 128
 """Channels of a head whose gates see all of it: the most that a kernel holds."""
 CHUNK = 64
 """Tokens in a chunk: what a chunked form computes depends on it."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sizes of a model whose layers are timed."""
-
-    dim: int
-    vocabulary: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    attention_heads: int
-    attention_dim: int
-
-
-PRESETS = {
-    "1.3b": Preset(2048, 32000, 8, 256, 256, 32, 64),
-    "7b": Preset(3840, 100352, 32, 96, 192, 32, 128),
-}
-"""Those of `models/presets/gated-deltanet-{1.3b,7b}.yaml`."""
 SHAPES = ((32, 2048), (8, 8192), (2, 32768), (1, 131072))
 """Batch and time."""
 
@@ -80,31 +61,27 @@ class Case:
         return forward + inputs + forward if backward else forward
 
 
-def _draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
-
-
 def _norm(p: Preset, batch: int, time: int, device: torch.device) -> Any:
-    inputs = {"x": _draw(batch, time, p.dim, device=device), "weight": _draw(p.dim, device=device)}
+    inputs = {"x": draw(batch, time, p.dim, device=device), "weight": draw(p.dim, device=device)}
     return rms_norm, inputs, 0.0, 0.0
 
 
 def _gated_norm(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     shape = (batch, time, p.heads, p.value_dim)
-    inputs = {name: _draw(*shape, device=device) for name in ("x", "gate")}
-    return gated_rms_norm, inputs | {"weight": _draw(p.value_dim, device=device)}, 0.0, 0.0
+    inputs = {name: draw(*shape, device=device) for name in ("x", "gate")}
+    return gated_rms_norm, inputs | {"weight": draw(p.value_dim, device=device)}, 0.0, 0.0
 
 
 def _scan(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     gate = -torch.rand(batch, time, p.dim, device=device) / 8  # a logarithm, as the peers take it
-    inputs = {"g": gate.requires_grad_(), "x": _draw(batch, time, p.dim, device=device)}
+    inputs = {"g": gate.requires_grad_(), "x": draw(batch, time, p.dim, device=device)}
     return (lambda g, x: linear_scan(g.exp(), x)[0]), inputs, 0.0, 0.0
 
 
 def _conv(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     inputs = {
-        "x": _draw(batch, time, p.dim, device=device),
-        "weight": _draw(p.dim, 4, device=device),
+        "x": draw(batch, time, p.dim, device=device),
+        "weight": draw(p.dim, 4, device=device),
     }
     return (lambda x, weight: short_conv(x, weight, activation="silu")[0]), inputs, 0.0, 0.0
 
@@ -112,7 +89,7 @@ def _conv(p: Preset, batch: int, time: int, device: torch.device) -> Any:
 def _loss(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     targets = torch.randint(p.vocabulary, (batch * time,), device=device)
     inputs = {
-        "hidden": _draw(batch * time, p.dim, device=device),
+        "hidden": draw(batch * time, p.dim, device=device),
         "weight": (torch.randn(p.vocabulary, p.dim, device=device) / p.dim**0.5)
         .bfloat16()
         .requires_grad_(),
@@ -130,10 +107,10 @@ def _linear(decay: str, delta: bool) -> Callable[..., Any]:
 
     def make(p: Preset, batch: int, time: int, device: torch.device) -> Any:
         shape = (batch, time, p.heads)
-        inputs = {name: _draw(*shape, p.key_dim, device=device) for name in ("q", "k")}
+        inputs = {name: draw(*shape, p.key_dim, device=device) for name in ("q", "k")}
         if delta:  # keys of length 1, as everyone's must be
-            inputs["k"] = l2_norm(inputs["k"].detach()).requires_grad_()
-        inputs["v"] = _draw(*shape, p.value_dim, device=device)
+            inputs["k"] = unit(*shape, p.key_dim, device=device)
+        inputs["v"] = draw(*shape, p.value_dim, device=device)
         if delta:
             inputs["beta"] = torch.rand(shape, device=device).bfloat16().requires_grad_()
         if decay:
@@ -156,7 +133,7 @@ def _linear(decay: str, delta: bool) -> Callable[..., Any]:
 
 def _attention(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     shape = (batch, time, p.attention_heads, p.attention_dim)
-    inputs = {name: _draw(*shape, device=device) for name in ("q", "k", "v")}
+    inputs = {name: draw(*shape, device=device) for name in ("q", "k", "v")}
     flops = 2.0 * batch * time * time * p.attention_heads * p.attention_dim  # half is masked
     return (lambda q, k, v: attention(q, k, v)), inputs, flops, 2.5 * flops
 
@@ -175,7 +152,7 @@ def _routed(tokens: int, device: torch.device) -> dict[str, Tensor]:
 def _gather(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     way = _routed(batch * time, device)
     order, places = way["order"], way["places"]
-    inputs = {"x": _draw(batch * time, p.dim, device=device)}
+    inputs = {"x": draw(batch * time, p.dim, device=device)}
     return (lambda x: gather_rows(x, order, places)), inputs, 0.0, 0.0, way
 
 
@@ -183,7 +160,7 @@ def _combine(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     way = _routed(batch * time, device)
     order, places = way["order"], way["places"]
     inputs = {
-        "y": _draw(len(order), p.dim, device=device),
+        "y": draw(len(order), p.dim, device=device),
         "weights": torch.rand(places.shape, device=device).requires_grad_(),
     }
     return (lambda y, weights: combine_rows(y, order, places, weights)), inputs, 0.0, 0.0, way
@@ -197,7 +174,7 @@ def _cells(cell: str, one_head: bool) -> Callable[..., Any]:
         heads = 1 if one_head else p.dim // dim
         recurrent = torch.randn(4, heads, dim, dim, device=device) / dim
         inputs = {
-            "gates": _draw(batch, time, 4, heads, dim, device=device),
+            "gates": draw(batch, time, 4, heads, dim, device=device),
             "recurrent": recurrent.bfloat16().requires_grad_(),
         }
         flops = 8.0 * batch * time * heads * dim**2
@@ -228,9 +205,13 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "combine_rows": _combine,
     "lstm": _cells("lstm", True),
     "slstm": _cells("slstm", False),
+    "para_gru": newton("para_gru", 3),
+    "para_lstm": newton("para_lstm", 5),
+    "fast_weights": fast_case,
+    "neural_memory": memory_case,
 }
-LONGEST = {"lstm": 8192, "slstm": 8192}
-"""Positions up to which an operator that takes them one after another is timed."""
+LONGEST = {"lstm": 8192, "slstm": 8192, "neural_memory": 2048}
+"""Positions up to which operators are timed that take them, or short chunks, in turn."""
 
 
 def make_case(operator: str, preset: str, batch: int, time: int, device: torch.device) -> Case:

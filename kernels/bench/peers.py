@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rondo.kernels import nonlinear_rnn
+from rondo.kernels import newton_rnn, nonlinear_rnn
+from rondo.kernels.bench import learners
 
 Peer = Callable[..., Any]
 
@@ -190,6 +191,15 @@ def _flashrnn(cell: str) -> Callable[[], Peer]:
     return load
 
 
+def _chunked(run: Callable[..., Tensor]) -> Callable[[], Peer]:
+    """Our own form of torch's operators, where nobody else has the operator."""
+    return lambda: lambda **inputs: run(**inputs, backend="chunked")
+
+
+def _newton(cell: str, **inputs: Any) -> Tensor:
+    return newton_rnn(cell, **inputs).h
+
+
 PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "rms_norm": {"torch": _torch_norm, "fla": _fla_norm, "liger": _liger_norm},
     "gated_rms_norm": {"fla": _fla_gated_norm},
@@ -210,6 +220,10 @@ PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "combine_rows": {"torch": _torch_combine, "megablocks": _megablocks_combine},
     "lstm": {"torch": _torch_lstm, "loop": _loop("lstm"), "flashrnn": _flashrnn("lstm")},
     "slstm": {"loop": _loop("slstm"), "flashrnn": _flashrnn("slstm")},
+    "para_gru": {"chunked": _chunked(_newton)},
+    "para_lstm": {"chunked": _chunked(_newton)},
+    "fast_weights": {"chunked": _chunked(learners.fast)},
+    "neural_memory": {"chunked": _chunked(learners.memory)},
 }
 """Operator -> package -> function that imports it and returns what is called with our inputs, by
 their names here. An ImportError means that the package is not there."""

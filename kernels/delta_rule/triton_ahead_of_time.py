@@ -59,6 +59,7 @@ def ahead_of_time() -> list[Compilation]:
         _compilation("walk", walk_kernel, head, wide, **alone),
         _compilation("walk", walk_kernel, key, usual, **alone),
         _compilation("mix", mix_kernel, head, usual, REVERSE=False, scores=None),
+        _compilation("mix", mix_kernel, head, usual, "fp32", REVERSE=False, scores=None),
         _compilation("pairs", pairs_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual, "fp32"),

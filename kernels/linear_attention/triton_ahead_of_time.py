@@ -66,6 +66,7 @@ def compilations() -> list[Compilation]:
         _compilation("mix", mix_kernel, head, reads, REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, key, reads, REVERSE=True, y=None),
         _compilation("score_gradients", score_gradients_kernel, head, writes),
+        _compilation("score_gradients", score_gradients_kernel, head, writes, "fp32"),
         _compilation("gradients", gradients_kernel, head, writes),
         _compilation("gradients", gradients_kernel, head, writes, "fp32"),
         _compilation("key_scores", key_scores_kernel, None, writes),

@@ -132,7 +132,7 @@ def score_gradients_kernel(
     store_rows(dscores + (base * H + head) * C, index, H * C, live, index, C, scores)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["B", "T"])
 def gradients_kernel(
     q,
     k,

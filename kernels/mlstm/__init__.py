@@ -10,10 +10,12 @@ from torch import Tensor
 
 from rondo.kernels.backend import choose, full_precision
 from rondo.kernels.mlstm import chunked, reference
+from rondo.kernels.mlstm.stabiliser import peaks
+from rondo.kernels.mlstm.stretch import begin_stretch
 from rondo.kernels.mlstm.summary import summarize
-from rondo.kernels.summary import LogSummary
+from rondo.kernels.summary import LogSummary, Stretch
 
-__all__ = ["mlstm", "mlstm_state_size", "mlstm_summary"]
+__all__ = ["mlstm", "mlstm_state_size", "mlstm_stretch", "mlstm_summary"]
 
 _IMPLEMENTATIONS = {"chunked": chunked.mlstm, "reference": reference.mlstm}
 
@@ -70,8 +72,7 @@ def mlstm(
             f"initial_state has shape {tuple(initial_state.shape)}, expected "
             f"(B, H, K (V + 1) + 1) = {expected}"
         )
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps}, expected a finite number, 0 or more")
+    _check_eps(eps)
     run = choose("mlstm", backend, _IMPLEMENTATIONS, v.device)
     kind = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
@@ -81,9 +82,8 @@ def mlstm(
             q,
             k,
             v,
-            input_gate.to(kind),
-            torch.nn.functional.logsigmoid(forget_gate.to(kind)),
-            k.shape[-1] ** -0.5 if scale is None else scale,
+            *_gates(v, input_gate, forget_gate),
+            _scale(k, scale),
             eps,
             initial_state.to(kind),
             segment_ids,
@@ -112,15 +112,57 @@ def mlstm_summary(
         ValueError: a shape, dtype or size does not fit.
     """
     _check(k, v, input_gate, forget_gate)
-    kind = torch.promote_types(v.dtype, torch.float32)
     with full_precision(v.device):
-        forget = torch.nn.functional.logsigmoid(forget_gate.to(kind))
-        return summarize(k, v, input_gate.to(kind), forget, segment_ids, chunk_size)
+        gates = _gates(v, input_gate, forget_gate)
+        found = peaks(*gates, segment_ids)
+        return summarize(k, v, *gates, segment_ids, chunk_size, found)
+
+
+def mlstm_stretch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    segment_ids: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> Stretch | None:
+    """`mlstm` begun before its initial state is known: summary and outputs share one scan of the
+    stabiliser. None for the reference, which has no such form.
+
+    Args and Raises: as for `mlstm`.
+    """
+    _check(k, v, input_gate, forget_gate)
+    _check_eps(eps)
+    if choose("mlstm", backend, _IMPLEMENTATIONS, v.device) is not chunked.mlstm:
+        return None
+    with full_precision(v.device):
+        gates = _gates(v, input_gate, forget_gate)
+        return begin_stretch(q, k, v, *gates, _scale(k, scale), eps, segment_ids, chunk_size)
+
+
+def _scale(k: Tensor, scale: float | None) -> float:
+    return k.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _gates(v: Tensor, input_gate: Tensor, forget_gate: Tensor) -> tuple[Tensor, Tensor]:
+    """i~ and log σ(f~), in the dtype of sums."""
+    kind = torch.promote_types(v.dtype, torch.float32)
+    return input_gate.to(kind), torch.nn.functional.logsigmoid(forget_gate.to(kind))
 
 
 def mlstm_state_size(key_dim: int, value_dim: int) -> int:
     """Numbers in a head's state: (C, n) and m."""
     return key_dim * (value_dim + 1) + 1
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}, expected a finite number, 0 or more")
 
 
 def _check(k: Tensor, v: Tensor, input_gate: Tensor, forget_gate: Tensor) -> None:

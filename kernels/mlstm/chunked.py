@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rondo.kernels.linear_attention import gated_linear_attention
-from rondo.kernels.mlstm.stabiliser import peaks, relative, weighted_values
+from rondo.kernels.mlstm.stabiliser import Peaks, peaks, relative, weighted_values
 
 
 def mlstm(
@@ -21,6 +21,7 @@ def mlstm(
     first: Tensor,
     segment_ids: Tensor | None,
     chunk_size: int,
+    found: Peaks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, by matrix products.
 
@@ -33,12 +34,13 @@ def mlstm(
         first: `(B, H, K (V + 1) + 1)`, the state before position 0.
         segment_ids: `(B, T)` or None.
         chunk_size: positions handled by one product.
+        found: the stabiliser's peaks, where they are known.
 
     Returns:
         h `(B, T, H, V)` in the dtype of v and the state after the last position.
     """
     before = first[..., -1].detach()
-    a, b = peaks(write, forget, segment_ids)
+    a, b = peaks(write, forget, segment_ids) if found is None else found
     m = torch.maximum(a + before.unsqueeze(1), b)
     gate, decay = relative(write, forget, m, before, segment_ids)
     memory = first[..., :-1].unflatten(-1, (k.shape[3], v.shape[3] + 1))

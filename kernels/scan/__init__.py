@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from rondo.kernels.backend import choose, triton_refusal
-from rondo.kernels.scan import chunked, reference
-from rondo.kernels.summary import DiagonalSummary
+from rondo.kernels.scan import chunked, chunked_stretch, reference
+from rondo.kernels.summary import DiagonalSummary, Stretch
 
-__all__ = ["linear_scan", "linear_scan_summary"]
+__all__ = ["linear_scan", "linear_scan_stretch", "linear_scan_summary"]
 
 
 def _triton_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -25,12 +25,19 @@ def _triton_summary(*arguments: Any) -> tuple[Tensor, Tensor]:
     return triton.summarize(*arguments)
 
 
+def _triton_stretch(*arguments: Any) -> Stretch:
+    from rondo.kernels.scan import triton_stretch
+
+    return triton_stretch.begin_stretch(*arguments)
+
+
 _IMPLEMENTATIONS = {
     "chunked": chunked.linear_scan,
     "reference": reference.linear_scan,
     "triton": _triton_scan,
 }
 _SUMMARIES = {"chunked": chunked.summarize, "triton": _triton_summary}
+_STRETCHES = {chunked.linear_scan: chunked_stretch.begin_stretch, _triton_scan: _triton_stretch}
 
 
 def linear_scan(
@@ -83,6 +90,28 @@ def linear_scan_summary(
     refusal = triton_refusal(a, b)
     run = choose("linear_scan_summary", backend, _SUMMARIES, b.device, refusal)
     return DiagonalSummary(*run(a, b, segment_ids))
+
+
+def linear_scan_stretch(
+    a: Tensor, b: Tensor, *, segment_ids: Tensor | None = None, backend: str = "auto"
+) -> Stretch | None:
+    """`linear_scan` begun before its initial state is known: one scan from zero serves the summary
+    and the outputs. None for the reference, which has no such form.
+
+    Args and Raises: as for `linear_scan`.
+    """
+    _check(a, b, segment_ids)
+    run = choose("linear_scan", backend, _IMPLEMENTATIONS, b.device, triton_refusal(a, b))
+    begin = _STRETCHES.get(run)
+    if begin is None:
+        return None
+    flat, shape = begin(a, b, segment_ids), b[:, 0].shape
+
+    def finish(state: Tensor) -> tuple[Tensor, Tensor]:
+        h, last = flat.finish(state.reshape(shape[0], -1))
+        return h.view(b.shape), last.view(shape)
+
+    return Stretch(DiagonalSummary(*(x.view(shape) for x in flat.summary)), finish)
 
 
 def _check(a: Tensor, b: Tensor, segment_ids: Tensor | None) -> None:

@@ -2,7 +2,8 @@
 
 Within a chunk, states and running products of a are found as if the state before it were 0; the
 states at the borders follow, and every position then adds product times incoming state. Nothing is
-divided, so factors of 0 and of either sign are fine.
+divided, so factors of 0 and of either sign are fine. The last border says what the row does to any
+state: ranks learn of the state before their stretch between the two steps (`chunked_stretch.py`).
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ def linear_scan(
     a: Tensor, b: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The chunked form; see the package for the meaning of the arguments."""
-    batch, time = b.shape[:2]
-    first = None if initial_state is None else initial_state.reshape(batch, -1)
-    a, flat = (x.reshape(batch, time, -1) for x in (a, b))
+    first = None if initial_state is None else initial_state.reshape(b.shape[0], -1)
+    h, last = LinearScan.apply(*operands(a, b, segment_ids), first)
+    return h.view(b.shape), last.view(b[:, 0].shape)
+
+
+def operands(a: Tensor, b: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both as `(B, T, W)`; factors are 0 where documents start."""
+    a, b = (x.reshape(*b.shape[:2], -1) for x in (a, b))
     if segment_ids is not None:
         a = a.masked_fill(document_starts(segment_ids).unsqueeze(-1), 0.0)
-    h, last = LinearScan.apply(a, flat, first)
-    return h.view(b.shape), last.view(b[:, 0].shape)
+    return a, b
 
 
 def summarize(a: Tensor, b: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,13 +66,19 @@ class LinearScan(torch.autograd.Function):
         """The adjoint is the same recurrence backwards: `dh_t += a_{t+1} * dh_{t+1}`."""
         (a, h, first), (dh, dlast) = ctx.saved_tensors, grad_outputs
         states = scan(a, torch.zeros_like(h) if dh is None else dh, dlast, True)
-        da = torch.empty_like(a)
-        da[:, 1:].copy_(states[:, 1:] * h[:, :-1])
-        if first is None:
-            da[:, 0].zero_()
-            return da, states.to(h.dtype), None
+        dfirst = None if first is None else (states[:, 0] * a[:, 0]).to(first.dtype)
+        return *gradients(states, a, h, first), dfirst
+
+
+def gradients(states: Tensor, a: Tensor, h: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of a and b, from the states of the adjoint and what they meet."""
+    da = torch.empty_like(a)
+    da[:, 1:].copy_(states[:, 1:] * h[:, :-1])
+    if first is None:
+        da[:, 0].zero_()
+    else:
         da[:, 0].copy_(states[:, 0] * first)
-        return da, states.to(h.dtype), (states[:, 0] * a[:, 0]).to(first.dtype)
+    return da, states.to(h.dtype)
 
 
 @torch.library.custom_op("rondo::linear_scan", mutates_args=())
@@ -79,34 +90,103 @@ def scan(a: Tensor, b: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
     that a compiler does not unroll it.
     """
     batch, time, width = b.shape
+    if batch * width < WIDE and time > 3:
+        states, products = _local(a, b, reverse)
+        incoming = _incoming(states, products, first, reverse)
+        states.addcmul_(products, incoming.unsqueeze(2))
+        return states.flatten(1, 2)[:, :time].contiguous()
     accumulate = torch.promote_types(b.dtype, torch.float32)
-    chunks = 1 if batch * width >= WIDE else math.isqrt(time)
-    chunk = -(-time // chunks)
-    chunks = -(-time // chunk)
-    x = torch.empty(batch, chunks * chunk, width, dtype=accumulate, device=b.device)
-    x[:, :time].copy_(b)
-    x[:, time:].zero_()
+    x = b.to(accumulate, copy=True, memory_format=torch.contiguous_format)
     if first is not None and reverse:
-        x[:, time - 1].add_(first)
+        x[:, -1].add_(first)
     elif first is not None:
         x[:, 0].addcmul_(a[:, 0].to(accumulate), first.to(accumulate))
-    if chunks == 1:
-        factors = a.to(accumulate).unbind(1)
-        _steps(x.unbind(1), (*factors[1:], factors[0]) if reverse else factors, reverse)
-        return x
-    products = torch.zeros_like(x)
-    products[:, : time - reverse].copy_(a[:, 1:] if reverse else a)
-    x, products = (y.view(batch, chunks, chunk, width) for y in (x, products))
-    _steps(x.unbind(2), products.unbind(2), reverse, products=True)
-    _across(x, products, reverse)
-    return x.view(batch, -1, width)[:, :time].contiguous()
+    factors = a.to(accumulate).unbind(1)
+    _steps(x.unbind(1), (*factors[1:], factors[0]) if reverse else factors, reverse)
+    return x
 
 
 @scan.register_fake
 def _(a: Tensor, b: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
-    return torch.empty_like(
-        b, dtype=torch.promote_types(b.dtype, torch.float32), memory_format=torch.contiguous_format
-    )
+    return _like(b, b.shape)
+
+
+@torch.library.custom_op("rondo::linear_scan_local", mutates_args=())
+def local(a: Tensor, b: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All of `scan` that needs no `first`.
+
+    Returns:
+        `(B, N, C, W)`, positions in N chunks of C: the states from zero of each chunk, and the
+        running products of its factors; `(B, W)`: the product of all factors, and the state from
+        zero at the end of the row (in reverse: at position 0).
+    """
+    states, products = _local(a, b, reverse)
+    edge = 0 if reverse else -1
+    totals, factors = (x[:, :, edge].clone() for x in (states, products))
+    _steps(totals.unbind(1), factors.unbind(1), reverse, products=True)
+    return states, products, factors[:, edge].clone(), totals[:, edge].clone()
+
+
+@local.register_fake
+def _(a: Tensor, b: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states, products = _in_chunks(b)
+    return states, products, _like(b, b[:, 0].shape), _like(b, b[:, 0].shape)
+
+
+@torch.library.custom_op("rondo::linear_scan_enter", mutates_args=())
+def enter(
+    states: Tensor, products: Tensor, first: Tensor | None, time: int, reverse: bool
+) -> Tensor:
+    """What `scan` gives, from the states and products of `local`."""
+    incoming = _incoming(states, products, first, reverse)
+    x = torch.addcmul(states, products, incoming.unsqueeze(2))
+    return x.flatten(1, 2)[:, :time].contiguous()
+
+
+@enter.register_fake
+def _(states: Tensor, products: Tensor, first: Tensor | None, time: int, reverse: bool) -> Tensor:
+    return states.new_empty(states.shape[0], time, states.shape[3])
+
+
+def _like(b: Tensor, shape: Sequence[int]) -> Tensor:
+    """Without numbers, in the dtype of sums."""
+    return b.new_empty(shape, dtype=torch.promote_types(b.dtype, torch.float32))
+
+
+def _in_chunks(b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two `(B, N, C, W)` without numbers, N and C about √T."""
+    batch, time, width = b.shape
+    chunk = -(-time // math.isqrt(time))
+    shape = batch, -(-time // chunk), chunk, width
+    return _like(b, shape), _like(b, shape)
+
+
+def _local(a: Tensor, b: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The states from zero of every chunk and the running products of its factors."""
+    states, products = _in_chunks(b)
+    flat, factors, last = states.flatten(1, 2), products.flatten(1, 2), b.shape[1] - reverse
+    flat[:, : b.shape[1]].copy_(b)
+    flat[:, b.shape[1] :].zero_()
+    factors[:, :last].copy_(a[:, 1:] if reverse else a)
+    factors[:, last:].fill_(1.0)  # what enters behind the row reaches its last position as it is
+    _steps(states.unbind(2), products.unbind(2), reverse, products=True)
+    return states, products
+
+
+def _incoming(states: Tensor, products: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
+    """The state that enters every chunk, `(B, N, W)`."""
+    edge = 0 if reverse else -1
+    incoming = states.new_empty(states[:, :, edge].shape)
+    entering = incoming.unbind(1)
+    ends, factors = (x[:, :, edge].unbind(1) for x in (states, products))
+    order = list(range(len(entering)))[:: -1 if reverse else 1]
+    if first is None:
+        entering[order[0]].zero_()
+    else:
+        entering[order[0]].copy_(first)
+    for n, following in itertools.pairwise(order):
+        torch.addcmul(ends[n], factors[n], entering[n], out=entering[following])
+    return incoming
 
 
 def _steps(
@@ -119,12 +199,3 @@ def _steps(
         states[t].addcmul_(factors[t], states[previous])
         if products:
             factors[t].mul_(factors[previous])
-
-
-def _across(x: Tensor, products: Tensor, reverse: bool) -> None:
-    """Adds to every chunk of `(B, N, C, W)`, in place, what the state at its border brings."""
-    early, late = slice(None, -1), slice(1, None)
-    edge, inner, outer = (0, early, late) if reverse else (-1, late, early)
-    borders = x[:, :, edge].clone()
-    _steps(borders.unbind(1), products[:, :, edge].unbind(1), reverse)
-    x[:, inner].addcmul_(products[:, inner], borders[:, outer].unsqueeze(2))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rondo.kernels.scan.triton_scan import (
-    scan_backward,
-    scan_borders,
-    scan_chunks,
-    scan_forward,
+from rondo.kernels.scan.triton_calls import (
+    borders,
+    chunk_maps,
+    contiguous,
+    cut_rows,
+    enter,
+    maps_like,
+    scan_gradients,
+    scan_outputs,
 )
+from rondo.kernels.scan.triton_scan import scan_backward, scan_borders, scan_chunks, scan_forward
 from rondo.kernels.triton_configs import Config
-from rondo.kernels.triton_support import Compilation, launch, opaque, resident_programs
-
-LEAST_TILES = 4
-"""Tiles in a chunk: cutting rows further costs a second pass over the factors for little."""
+from rondo.kernels.triton_support import Compilation, launch, opaque
 
 
 def linear_scan(
@@ -48,7 +49,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         a, b, first, ids = arguments
-        h, last = _forward(a, b, first, ids)
+        h, last = forward_pass(a, b, first, ids)
         ctx.save_for_backward(a, h, first, ids)
         ctx.set_materialize_grads(False)
         return h, last
@@ -57,7 +58,7 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         a, h, first, ids = ctx.saved_tensors
-        grad_a, grad_b, grad_first = _backward(a, h, first, ids, *grads)
+        grad_a, grad_b, grad_first = backward_pass(a, h, first, ids, *grads)
         return grad_a, grad_b, None if first is None else grad_first, None
 
 
@@ -78,60 +79,14 @@ class _Summary(torch.autograd.Function):
         (a, b, ids), (grad_transition, grad_state) = ctx.saved_tensors, grads
         grad_a = grad_b = None
         if grad_state is not None:
-            h, _ = _forward(a, b, None, ids)
-            grad_a, grad_b, _ = _backward(a, h, None, ids, None, grad_state)
+            h, _ = forward_pass(a, b, None, ids)
+            grad_a, grad_b, _ = backward_pass(a, h, None, ids, None, grad_state)
         if grad_transition is not None:
             ones = torch.ones_like(grad_transition)
-            products, _ = _forward(a, None, ones, ids)
-            more, _, _ = _backward(a, products, ones, ids, None, grad_transition)
+            products, _ = forward_pass(a, None, ones, ids)
+            more, _, _ = backward_pass(a, products, ones, ids, None, grad_transition)
             grad_a = more if grad_a is None else grad_a + more
         return grad_a, grad_b, None
-
-
-class _Cut(NamedTuple):
-    """How rows are cut: chunks of `length` positions a row, blocks of channels, and programs."""
-
-    chunks: int
-    length: int
-    blocks: int
-    programs: int
-
-
-def _cut(a: Tensor, config: Config) -> _Cut:
-    """As many chunks as fill the chip."""
-    batch, time, width = a.shape
-    blocks = triton.cdiv(width, config["BLOCK"])
-    tiles = triton.cdiv(time, config["TIME"])
-    wanted = resident_programs(a.device) // (batch * blocks)
-    a_chunk = triton.cdiv(tiles, max(1, min(wanted, tiles // LEAST_TILES)))
-    chunks = triton.cdiv(tiles, a_chunk)
-    return _Cut(chunks, a_chunk * config["TIME"], blocks, batch * chunks * blocks)
-
-
-def _enter(
-    a: Tensor,
-    b: Tensor | None,
-    first: Tensor | None,
-    ids: Tensor | None,
-    reverse: bool,
-    cut: _Cut,
-    config: Config,
-) -> Tensor | None:
-    """The state that enters each chunk, `(B, N, W)`, or None for zeros."""
-    if cut.chunks == 1:
-        return first
-    batch, time, width = a.shape
-    products, states, incoming = a.new_empty(3, batch, cut.chunks, width, dtype=torch.float32)
-    scan_chunks[(cut.programs,)](
-        a, b, ids, products, states, time, cut.length, cut.chunks, cut.blocks, width,
-        REVERSE=reverse, **config,
-    )  # fmt: skip
-    borders = {name: value for name, value in config.items() if name != "TIME"}
-    scan_borders[(batch * cut.blocks,)](
-        products, states, first, incoming, None, None, cut.chunks, cut.blocks, width,
-        REVERSE=reverse, **borders,
-    )  # fmt: skip
-    return incoming
 
 
 def _fake_forward(
@@ -142,20 +97,17 @@ def _fake_forward(
 
 
 @opaque("triton_linear_scan", _fake_forward)
-def _forward(
+def forward_pass(
     a: Tensor, b: Tensor | None, first: Tensor | None, ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h and the last state; no b stands for zeros."""
     h, last = _fake_forward(a, b, first, ids)
-    a, b, first, ids = _contiguous(a, b, first, ids)
+    a, b, first, ids = contiguous(a, b, first, ids)
+    cut = cut_rows(a)
 
     def start(config: Config) -> None:
-        cut = _cut(a, config)
-        incoming = _enter(a, b, first, ids, False, cut, config)
-        scan_forward[(cut.programs,)](
-            a, b, ids, incoming, h, last, a.shape[1], cut.length, cut.chunks, cut.blocks,
-            a.shape[2], **config,
-        )  # fmt: skip
+        incoming = enter(a, b, first, ids, False, cut, config)
+        scan_outputs(a, b, ids, incoming, (h, last), cut, config)
 
     if h.numel():
         launch("linear_scan", "*", a.device, start)
@@ -175,7 +127,7 @@ def _fake_backward(
 
 
 @opaque("triton_linear_scan_backward", _fake_backward)
-def _backward(
+def backward_pass(
     a: Tensor,
     h: Tensor,
     first: Tensor | None,
@@ -185,17 +137,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and the first state (empty without one)."""
     results = _fake_backward(a, h, first, ids, grad, grad_last)
-    a, h, first, ids, grad, grad_last = _contiguous(a, h, first, ids, grad, grad_last)
+    grad_a, grad_b, grad_first = results
+    a, h, first, ids, grad, grad_last = contiguous(a, h, first, ids, grad, grad_last)
+    written, cut = (grad_a, grad_b, None if first is None else grad_first), cut_rows(a)
 
     def start(config: Config) -> None:
-        cut = _cut(a, config)
-        incoming = _enter(a, grad, grad_last, ids, True, cut, config)
-        grad_a, grad_b, grad_first = results
-        scan_backward[(cut.programs,)](
-            a, h, first, ids, grad, incoming, grad_a, grad_b,
-            None if first is None else grad_first, a.shape[1], cut.length, cut.chunks,
-            cut.blocks, a.shape[2], **config,
-        )  # fmt: skip
+        incoming = enter(a, grad, grad_last, ids, True, cut, config)
+        scan_gradients(a, h, first, ids, grad, incoming, written, cut, config)
 
     if h.numel():
         launch("linear_scan_backward", "*", a.device, start)
@@ -210,29 +158,17 @@ def _fake_summarize(a: Tensor, b: Tensor, ids: Tensor | None) -> tuple[Tensor, T
 @opaque("triton_linear_scan_summary", _fake_summarize)
 def _summarize(a: Tensor, b: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     results = _fake_summarize(a, b, ids)
-    a, b, ids = _contiguous(a, b, ids)
-    batch, time, width = a.shape
+    a, b, ids = contiguous(a, b, ids)
+    cut = cut_rows(a)
 
     def start(config: Config) -> None:
-        cut = _cut(a, config)
-        products, states = a.new_empty(2, batch, cut.chunks, width, dtype=torch.float32)
-        scan_chunks[(cut.programs,)](
-            a, b, ids, products, states, time, cut.length, cut.chunks, cut.blocks, width,
-            REVERSE=False, **config,
-        )  # fmt: skip
-        borders = {name: value for name, value in config.items() if name != "TIME"}
-        scan_borders[(batch * cut.blocks,)](
-            products, states, None, None, *results, cut.chunks, cut.blocks, width,
-            REVERSE=False, **borders,
-        )  # fmt: skip
+        maps = maps_like(a, cut)
+        chunk_maps(a, b, ids, False, cut, maps, config)
+        borders(maps, None, None, results, False, config)
 
     if a.numel():
         launch("linear_scan", "*", a.device, start)
     return results
-
-
-def _contiguous(*tensors: Tensor | None) -> Any:
-    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def ahead_of_time() -> list[Compilation]:

@@ -19,6 +19,7 @@ from rondo.kernels import (
     short_conv,
 )
 from rondo.kernels.segments import document_positions
+from rondo.kernels.summary import Stretch
 from rondo.models import MIXERS, ModelConfig
 from rondo.models.config import make_options
 from rondo.models.init import initial_values
@@ -118,21 +119,26 @@ def halves_and_whole(length: int) -> tuple[dict[str, float], list[str]]:
 
 @contextlib.contextmanager
 def recorded(run: Any) -> Iterator[list[str]]:
-    """Starts and ends of collectives, and passes through the operator of `run`."""
+    """Starts and ends of collectives, and the passes of `run` from the state to the outputs."""
     events: list[str] = []
-    operator, flight = run.operator, collectives._Flight
+    begin, flight = run._begin, collectives._Flight
     start, reduce, land = collectives._start_gathering, collectives._start_reducing, flight.land
 
     def told(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: events.append(event) or function(*arguments)
 
-    def passed(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        events.append("forward")
-        o, last = operator(*tensors, **options)
-        o.register_hook(lambda grad: events.append("backward"))
-        return o, last
+    def passed(*arguments: Any) -> Stretch:
+        summary, finish = begin(*arguments)
 
-    run.operator, flight.land = passed, told("end", land)
+        def finished(state: Tensor) -> tuple[Tensor, Tensor]:
+            events.append("forward")
+            o, last = finish(state)
+            o.register_hook(lambda grad: events.append("backward"))
+            return o, last
+
+        return Stretch(summary, finished)
+
+    run._begin, flight.land = passed, told("end", land)
     collectives._start_gathering = told("start", start)
     collectives._start_reducing = told("start", reduce)
     try:

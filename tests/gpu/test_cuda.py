@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+DEVICE = "cuda"
 B, T, H, K, V = 2, 300, 4, 32, 64
 
 
@@ -100,6 +101,30 @@ def test_operator(name: str, dtype: torch.dtype, backend: str) -> None:
         assert_ratio(name, got.cpu(), want, limit)
 
 
+HEADS = ("linear_attention_head", "linear_attention_key", "delta_rule_head", "delta_rule_key")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", HEADS)
+def test_wide_heads(name: str, dim: int) -> None:
+    """Compilers are known to make wrong gradients of keys and gates from tiles of 64 keys on Hopper
+    chips, where those of 32 and 128 are right."""
+    operator, (_, _, *others) = OPERATORS[name]
+    wide = [random(B, T, H, dim, seed=20 + i) for i in range(3)]
+    wide[1] = l2_norm(wide[1])
+    if name.endswith("key"):
+        others[-1] = -random(B, T, H, dim, seed=23).exp()
+    inputs = [x.to(DEVICE, torch.bfloat16) for x in (*wide, *others[1:])]
+
+    def run(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return operator(*args, segment_ids=segments().to(DEVICE))
+
+    expected = gradients(run, [x.double() for x in inputs])  # by the chunked form
+    actual = gradients(run, inputs)
+    for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        assert_ratio(name, got, want, 2e-2)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -138,6 +163,7 @@ LONG = {
     "linear_scan": lambda t: (linear_scan, [(1, t, 64)] * 2),
     "short_conv": lambda t: (short_conv, [(1, t, 64), (64, 4)]),
     "linear_attention": lambda t: (gated_linear_attention, [(1, t, 2, 64)] * 3),
+    "delta_rule": lambda t: (gated_delta_rule, [*[(1, t, 2, 64)] * 3, (1, t, 2)]),
 }
 
 
@@ -146,11 +172,13 @@ LONG = {
 def test_long_rows(name: str, time: int) -> None:
     """The end of a long row is what its end alone gives, since decays forget the rest."""
     operator, shapes = LONG[name](time)
-    inputs = [random(*shape, seed=i).to("cuda", torch.float32) for i, shape in enumerate(shapes)]
+    inputs = [random(*shape, seed=i).to(DEVICE, torch.float32) for i, shape in enumerate(shapes)]
     if name == "linear_scan":
         inputs[0] = inputs[0].sigmoid() / 2
-    if name == "linear_attention":
-        inputs.append(torch.full((1, time, 2), -1.0, device="cuda"))
+    if name == "delta_rule":
+        inputs[1], inputs[3] = l2_norm(inputs[1]), inputs[3].sigmoid()
+    if name in ("linear_attention", "delta_rule"):
+        inputs.append(torch.full((1, time, 2), -1.0, device=DEVICE))
 
     def ends(*arguments: torch.Tensor) -> list[torch.Tensor]:
         return [operator(*arguments)[0][:, -64:]]
@@ -161,6 +189,20 @@ def test_long_rows(name: str, time: int) -> None:
     for got, want in zip(actual[1], expected[1], strict=True):
         got = got[:, -512:] if got.ndim > 2 else got
         assert_ratio("gradient", got, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_more_heads_than_a_grid_has_rows(name: str) -> None:
+    """Of all rows together more than 65,535: the last ones are what they are alone."""
+    operator, inputs = OPERATORS[name]
+    inputs = [
+        x[:1, :20].to(DEVICE, torch.float32).repeat(16_400, *[1] * (x.ndim - 1)) for x in inputs
+    ]
+    assert len(inputs[0]) * H > 65_535
+    many, last = operator(*inputs)
+    alone, state = operator(*(x[-3:] for x in inputs))
+    assert_ratio("outputs", many[-3:], alone, 1e-5)
+    assert_ratio("states", last[-3:], state, 1e-5)
 
 
 def test_more_than_two_billion_elements() -> None:

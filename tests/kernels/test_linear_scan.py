@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from rondo.kernels.scan import chunked, linear_scan, linear_scan_summary
+from rondo.kernels.scan import chunked, linear_scan, linear_scan_stretch, linear_scan_summary
 from rondo.kernels.summary import combine
 from rondo.tests.numerics import assert_ratio, gradients
 
@@ -50,6 +52,24 @@ def check(inputs: list[Tensor], ids: Tensor | None) -> None:
     pairs = zip(actual[0] + actual[1], expected[0] + expected[1], strict=True)
     for name, (x, y) in zip(names, pairs, strict=False):
         assert_ratio(name, x, y, LIMITS[inputs[0].dtype])
+
+
+def in_two(
+    a: Tensor, b: Tensor, state: Tensor, ids: Tensor | None = None, cut: int = 1, **options: str
+) -> tuple[Tensor, Tensor]:
+    """As two ranks do: both stretches are begun before any state is known."""
+    parts = []
+    for here in (slice(None, cut), slice(cut, None)):
+        own = None if ids is None else ids[:, here]
+        parts.append(linear_scan_stretch(a[:, here], b[:, here], segment_ids=own, **options))
+    outputs = []
+    for i, part in enumerate(parts):
+        if i and ids is not None:
+            same = ids[:, cut - 1] == ids[:, cut]
+            state = torch.where(same.view(-1, *(1,) * (state.dim() - 1)), state, 0.0)
+        h, state = part.finish(state)
+        outputs.append(h)
+    return torch.cat(outputs, 1), state
 
 
 def assert_equal(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
@@ -203,22 +223,76 @@ def test_summary_gradients() -> None:
         assert_equal(x, y)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(("time", "cut"), [(2, 1), (7, 3), (40, 20), (67, 64)])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_two_stretches_are_one_row(dtype: torch.dtype, time: int, cut: int) -> None:
+    """Every gradient too, with documents that span the cut, end at it, and begin inside."""
+    for index, shape in enumerate(SHAPES):
+        inputs = make(time, shape, dtype)
+        ids = documents(time) if index else None
+        actual = gradients(functools.partial(in_two, ids=ids, cut=cut), inputs)
+        exact = [x.double() for x in inputs]
+        expected = gradients(functools.partial(run, ids=ids, backend="reference"), exact)
+        assert [x.dtype for x in actual[0]] == [inputs[1].dtype, inputs[2].dtype]
+        for x, y in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+            assert_ratio("stretches", x, y, LIMITS[dtype])
+
+
+def test_a_stretch_may_be_asked_for_its_last_state_alone() -> None:
+    inputs = make(20)[:2]
+    results = [
+        gradients(f, inputs)
+        for f in (
+            lambda *x: [linear_scan_stretch(*x).summary.state],
+            lambda *x: [run(*x, backend="reference")[1]],
+        )
+    ]
+    for x, y in zip(*(o + g for o, g in results), strict=True):
+        assert_equal(x, y)
+
+
+def test_a_stretch_scans_once_in_each_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A position is stepped over as often as in a whole row; borders between chunks are few."""
+    steps, counted = chunked._steps, []
+
+    def count(states: Any, *arguments: Any, **options: Any) -> None:
+        counted.append(sum(x.numel() for x in states))
+        steps(states, *arguments, **options)
+
+    monkeypatch.setattr(chunked, "_steps", count)
+    inputs = make(144)
+    gradients(lambda a, b, s: linear_scan_stretch(a, b).finish(s), inputs)
+    positions, borders = 144 * 2 * 5, 12 * 2 * 5
+    assert counted == [positions, borders] * 2
+    counted.clear()
+    gradients(run, inputs)
+    assert counted == [positions] * 2
+
+
+def test_the_reference_has_no_stretch() -> None:
+    assert linear_scan_stretch(*make(3)[:2], backend="reference") is None
+
+
 def test_unwritten_memory_is_never_read(width: str) -> None:
     inputs, ids = make(70), documents(70)
-    plain = gradients(functools.partial(run, ids=ids), inputs)
+    functions = [functools.partial(f, ids=ids) for f in (run, in_two)]
+    plain = [gradients(f, inputs) for f in functions]
     torch.use_deterministic_algorithms(True)
     try:
         if not deterministic.fill_uninitialized_memory:
             raise AssertionError("torch.empty is not filled with NaN")
-        poisoned = gradients(functools.partial(run, ids=ids), inputs)
+        poisoned = [gradients(f, inputs) for f in functions]
     finally:
         torch.use_deterministic_algorithms(False)
-    for x, y in zip(plain[0] + plain[1], poisoned[0] + poisoned[1], strict=True):
-        assert_equal(x, y, 0)
+    for before, after in zip(plain, poisoned, strict=True):
+        for x, y in zip(before[0] + before[1], after[0] + after[1], strict=True):
+            assert_equal(x, y, 0)
 
 
-def test_traces_without_graph_breaks() -> None:
-    inputs, function = make(20), functools.partial(run, ids=documents(20))
+@pytest.mark.parametrize("form", (run, in_two))
+def test_traces_without_graph_breaks(form: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    inputs, function = make(20), functools.partial(form, ids=documents(20))
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = [gradients(f, inputs) for f in (compiled, function)]
     for x, y in zip(*(o + g for o, g in results), strict=True):

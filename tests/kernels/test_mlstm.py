@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.kernels import combine, mlstm, mlstm_summary
+from rondo.kernels.mlstm import chunked, mlstm_stretch, stretch
+from rondo.kernels.mlstm.stabiliser import peaks
 from rondo.tests.numerics import assert_ratio, gradients
 
 pytestmark = pytest.mark.quick
@@ -132,6 +134,43 @@ def test_two_stretches_are_one(cut: int) -> None:
         for found in (parts[1].apply(parts[0].apply(first)), combine(*parts).apply(first)):
             true = [x[..., :-1] * x[..., -1:].exp() for x in (found, last)]
             assert_ratio("state", *true, 1e-11)
+
+
+@pytest.mark.parametrize("size", (2.0, 200.0))
+def test_stretches_begun_before_their_state_is_known(size: float) -> None:
+    """Outputs, the last state and every gradient; gates of 200 let one stretch outweigh another by
+    more than float32 holds."""
+    inputs, cut = [*operands(40, size, groups=1), some_state()], 17
+
+    def halves(*x: Tensor) -> list[Tensor]:
+        first, second = (
+            mlstm_stretch(*(y[:, s] for y in x[:5]), chunk_size=16)
+            for s in (slice(cut), slice(cut, None))
+        )
+        early, state = first.finish(x[5])
+        late, last = second.finish(state)
+        torch.testing.assert_close(first.summary.apply(x[5])[..., -1], state[..., -1])
+        return [torch.cat((early, late), 1), last]
+
+    for found, expected in zip(gradients(halves, inputs), gradients(run(), inputs), strict=True):
+        for x, y in zip(found, expected, strict=True):
+            assert_ratio("halves", x, y, 1e-10)
+
+
+def test_a_stretch_scans_its_stabiliser_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scans, state = [], some_state()
+
+    def counted(*gates: Any) -> Any:
+        scans.append(1)
+        return peaks(*gates)
+
+    for module in (chunked, stretch):
+        monkeypatch.setattr(module, "peaks", counted)
+    mlstm_stretch(*operands(9)).finish(state)
+    assert scans == [1]
+    assert mlstm_stretch(*operands(9), backend="reference") is None
+    with pytest.raises(ValueError, match="eps is -1"):
+        mlstm_stretch(*operands(9), eps=-1.0)
 
 
 @pytest.mark.parametrize("backend", ("chunked", "reference"))

@@ -30,6 +30,12 @@ def test_nothing_overflows_32_bits(lines: list[dict[str, Any]]) -> None:
     kernels = [line for line in lines if "kernel" in line]
     assert {line["kernel"] for line in kernels} == set(CONFIGS)
     assert [line for line in kernels if line["found"]] == []
+    forms = {line["kernel"] for line in kernels if line["forms"]}
+    assert forms >= {"linear_attention_walk", "linear_attention_mix", "delta_rule_walk"}
+
+
+def test_a_new_batch_or_length_compiles_nothing(lines: list[dict[str, Any]]) -> None:
+    assert [line for line in lines if line.get("specialised")] == []
 
 
 def test_what_would_overflow_is_found(lines: list[dict[str, Any]]) -> None:

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 
 from triton.runtime.interpreter import ScanOps
 
-from rondo.kernels.scan import linear_scan, linear_scan_summary, triton
+from rondo.kernels.scan import linear_scan, linear_scan_stretch, linear_scan_summary, triton_calls
 from rondo.kernels.triton_configs import CONFIGS
-from rondo.tests.kernels.test_linear_scan import documents, make, run
+from rondo.tests.kernels.test_linear_scan import documents, in_two, make, run
 from rondo.tests.numerics import assert_ratio, gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,9 +33,9 @@ def make_small(monkeypatch: pytest.MonkeyPatch, rows: str) -> None:
     for name in ("linear_scan", "linear_scan_backward"):
         monkeypatch.setitem(CONFIGS, name, {"*": ({"TIME": 8, "BLOCK": 4},)})
     monkeypatch.setattr(ScanOps, "generic_scan", scan_by_rows)
-    monkeypatch.setattr(triton, "LEAST_TILES", 1)
+    monkeypatch.setattr(triton_calls, "PIECE", 8)
     programs = 1 if rows == "whole" else 1000
-    monkeypatch.setattr(triton, "resident_programs", lambda device: programs)
+    monkeypatch.setattr(triton_calls, "resident_programs", lambda device: programs)
 
 
 def scan_by_rows(self: ScanOps, inputs: list[Any]) -> list[Any]:
@@ -114,12 +114,57 @@ def test_summary(documented: bool) -> None:
         assert_ratio("summary", x, y, 1e-5)
 
 
+@pytest.mark.parametrize("documented", (False, True))
+def test_two_stretches_are_one_row(documented: bool) -> None:
+    inputs = [x.to(DEVICE) for x in make(35, (3,), torch.float32)]
+    ids = documents(35, 0.05).to(DEVICE) if documented else None
+    actual = gradients(functools.partial(in_two, ids=ids, cut=18, backend="triton"), inputs)
+    exact = [x.double() for x in inputs]
+    expected = gradients(functools.partial(run, ids=ids, backend="reference"), exact)
+    for x, y in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        assert_ratio("stretches", x, y, 1e-5)
+
+
+def test_the_last_state_of_a_stretch_alone() -> None:
+    inputs = [x.to(DEVICE) for x in make(17, (3,), torch.float32)[:2]]
+    actual = gradients(lambda *x: [linear_scan_stretch(*x, backend="triton").summary.state], inputs)
+    expected = gradients(lambda *x: [run(*x, backend="reference")[1]], [x.double() for x in inputs])
+    for x, y in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        assert_ratio("state", x, y, 1e-5)
+
+
+@pytest.mark.parametrize("small", ("chunks",), indirect=True)
+def test_a_stretch_launches_what_a_row_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass over the positions once; the kernel over chunks alone runs for the summary too."""
+    launched: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("scan_chunks", "scan_borders", "scan_forward", "scan_backward"):
+        monkeypatch.setattr(triton_calls, name, Counted(name, getattr(triton_calls, name)))
+    inputs = [x.to(DEVICE) for x in make(19, (3,), torch.float32)]
+    whole = ["scan_chunks", "scan_borders", "scan_forward"]
+    gradients(functools.partial(run, backend="triton"), inputs)
+    assert launched == [*whole, *whole[:2], "scan_backward"]
+    launched.clear()
+    gradients(lambda a, b, s: linear_scan_stretch(a, b, backend="triton").finish(s), inputs)
+    whole.insert(1, "scan_borders")
+    assert launched == [*whole, *whole[:3], "scan_backward"]
+
+
+@pytest.mark.parametrize("form", (run, in_two))
 @pytest.mark.parametrize("small", ("whole",), indirect=True)
-def test_traces_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_without_graph_breaks(monkeypatch: pytest.MonkeyPatch, form: Any) -> None:
     monkeypatch.undo()  # a compiler makes tensors without values of its own
     make_small(monkeypatch, "whole")
     inputs = [x.float().to(DEVICE).requires_grad_() for x in make(3, (2,))]
-    call = functools.partial(run, backend="triton")
+    call = functools.partial(form, backend="triton")
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     (h, last), expected = compiled(*inputs), call(*inputs)
     torch.testing.assert_close((h, last), expected)

@@ -22,6 +22,7 @@ from rondo.kernels.triton_support import chip_family, configurations, dot, launc
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
+SIZES = {"half", "float32"}
 pytestmark = pytest.mark.quick
 
 
@@ -39,6 +40,28 @@ def test_dot_and_narrow(dtype: torch.dtype) -> None:
     product[(1,)](a, b, out, 16)
     expected = a.double() @ b.double().T
     torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@triton.jit
+def shift(x, y, SIZE: tl.constexpr, BY: tl.constexpr, INTO: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y + at + INTO, tl.load(x + at + BY, mask=at < SIZE - 1, other=0.0))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter checks, a GPU does not")
+@pytest.mark.parametrize(
+    ("by", "into", "message"),
+    [(1, 0, None), (2, 0, "would read"), (-1, 0, "would read"), (0, 1, "would write")],
+)
+def test_tests_see_what_is_outside(by: int, into: int, message: str | None) -> None:
+    """By the fixture of `conftest.py` that all tests of kernels run with; in the middle of their
+    memory no other tensor is hit."""
+    x, y = (torch.zeros(24)[8:16] for _ in range(2))
+    if message is None:
+        shift[(1,)](x, y, 8, by, into)
+    else:
+        with pytest.raises(Exception, match=f"a kernel {message}"):
+            shift[(1,)](x, y, 8, by, into)
 
 
 def test_narrow_keeps_infinity() -> None:
@@ -100,6 +123,32 @@ def test_rows_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert sizes == [0, 1, 1, 3, 2, 3]
     assert chip_family(CPU) == "sm80"
+
+
+def test_a_class_without_a_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIGS, "op", {"half": ({"SIZE": 1},), "float32 sm90": ({"SIZE": 2},)})
+    with pytest.raises(
+        ValueError, match=r"op has no row for float32 on sm80, only half, float32 sm"
+    ):
+        configurations("op", "float32", "sm80")
+
+
+def test_every_row_is_compiled_for_a_chip() -> None:
+    """A row of a class that no launch names, or that is never compiled, is one that nobody has
+    tried; what has no row for all has one for each size of numbers."""
+    compiled = {
+        (kernel.name, row_of(kernel.name, kernel.shape, family))
+        for kernel in triton_support.all_compilations()
+        for family in triton_support.SHARED_BYTES
+    }
+    assert compiled == {(name, key) for name, rows in CONFIGS.items() for key in rows}
+    for name, rows in CONFIGS.items():
+        assert "*" in rows or {*rows} >= SIZES, name
+
+
+def row_of(name: str, shape: str, family: str) -> str:
+    found = configurations(name, shape, family)
+    return next(key for key, row in CONFIGS[name].items() if row is found)
 
 
 def test_measured_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ of the offset alone would miss one that overflowed before it was widened.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import triton
@@ -20,6 +23,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+from triton.compiler.errors import CompilationError
 
 from rondo.kernels.triton_support import Compilation, all_compilations, configurations
 
@@ -160,6 +164,37 @@ def overflows(kernel: Compilation) -> list[str]:
     return Overflows(module.str_nodebug(), [n for n in names if n not in constants]).found
 
 
+def other_forms(kernel: Compilation) -> Iterator[Compilation]:
+    """The kernel in every direction and with every kind of gate."""
+    choices = {"REVERSE": (False, True), "GATE": (0, 1, 2)}
+    open_ = {name: x for name, x in choices.items() if name in kernel.kernel.arg_names}
+    for values in itertools.product(*open_.values()):
+        constants = {**kernel.constants, **dict(zip(open_, values, strict=True))}
+        if constants != kernel.constants:
+            yield replace(kernel, constants=constants)
+
+
+def found_in_forms(kernel: Compilation) -> tuple[int, list[str]]:
+    """How many other forms there are (some gates need other tensors), and what is found in them."""
+    count, found = 0, []
+    for form in other_forms(kernel):
+        try:
+            found += overflows(form)
+        except CompilationError:
+            continue
+        count += 1
+    return count, found
+
+
+def specialised(kernel: Compilation) -> list[str]:
+    """Integer arguments of a call whose value, where it is 1 or a multiple of 16, makes another
+    program of the kernel: all but blocks and tiles, which follow from a width, and widths that are
+    multiples in every call of this size."""
+    free = {*kernel.kernel.do_not_specialize, *kernel.multiples, "blocks", "tiles"}
+    names = set(kernel.kernel.arg_names) - set(kernel.constants) - free
+    return sorted(n for n in names if kernel.signature.get(n) in ("i32", "i64"))
+
+
 @triton.jit
 def narrow_program(x, SIZE: tl.constexpr):
     """Widened after the product."""
@@ -216,8 +251,14 @@ def main() -> None:
     """Prints, of each control and kernel, what was found in it."""
     for kernel in CONTROLS:
         print(json.dumps({"control": kernel.__name__, "found": control(kernel)}))
+    known = set()
     for kernel in all_compilations():
-        print(json.dumps({"kernel": kernel.name, "found": overflows(kernel)}))
+        absent = tuple(name for name, value in kernel.constants.items() if value is None)
+        new = (kernel.kernel, absent) not in known  # other sizes have the same forms
+        known.add((kernel.kernel, absent))
+        forms, others = found_in_forms(kernel) if new else (0, [])
+        line = {"kernel": kernel.name, "found": overflows(kernel) + others, "forms": forms}
+        print(json.dumps(line | {"specialised": specialised(kernel)}))
 
 
 if __name__ == "__main__":
