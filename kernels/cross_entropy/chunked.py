@@ -8,11 +8,13 @@ one buffer holds those of all tokens: then it is kept.
 
 Logits are taken relative to the target's own logit, inside the product (`beta` of addmm), before
 they are rounded: in bfloat16 the rounding error of a probability is then small exactly where
-probability is large, instead of growing with the size of the logits.
+probability is large, instead of growing with the size of the logits. The product also takes them
+to base 2 (`alpha`), whose exponentials cost a CPU a quarter of those of base e.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ KEPT_BYTES = 128 * 2**20
 """Logits that a loss of each token keeps for the backward pass at most; more are made again."""
 MIN_CHUNK = 512
 """Tokens in a chunk at least: below, accumulating the weight gradient outweighs the products."""
+LOG2E = 1 / math.log(2)
 SCRATCH_BYTES = 4 * 2**20
 """Size of the float32 buffer in which exponentials of a few words at a time are taken."""
 
@@ -213,7 +216,7 @@ def _losses_into(
     returns."""
     exact = (hidden.to(losses.dtype) * head[targets]).sum(dim=1)
     shift = exact.to(hidden.dtype)
-    torch.addmm(shift, head, hidden.T, beta=-1, out=logits)
+    _relative_logits(logits, hidden, head, shift)
     at = targets, torch.arange(len(targets), device=targets.device)
     own, top = logits[at].to(losses.dtype), None
     sums = torch.empty_like(exact)
@@ -222,7 +225,7 @@ def _losses_into(
         # make a maximum necessary. To look at the sums is cheaper than a pass for the maximum.
         _exponentials(logits, sums, None)
         if not float(sums.amax()) < torch.finfo(sums.dtype).max ** 0.5:
-            torch.addmm(shift, head, hidden.T, beta=-1, out=logits)
+            _relative_logits(logits, hidden, head, shift)
             top = logits.amax(dim=0).to(sums.dtype)
     else:
         top = logits.amax(dim=0).to(sums.dtype)
@@ -230,15 +233,20 @@ def _losses_into(
         _exponentials(logits, sums, top)
         own = own - top
     # Of a probability near 1 little is left: the target's is not rounded before.
-    logits[at] = (own.exp_() - sums).to(logits.dtype)
+    logits[at] = (own.exp2_() - sums).to(logits.dtype)
     torch.sub(sums.log(), exact.sub_(shift), out=losses)
     if top is not None:
-        losses += top
+        losses.add_(top, alpha=1 / LOG2E)
     return sums
 
 
+def _relative_logits(logits: Tensor, hidden: Tensor, head: Tensor, shift: Tensor) -> None:
+    """Fills `logits` `(V, N)` with those of `hidden` `(N, D)` less `shift` `(N,)`, in base 2."""
+    torch.addmm(shift, head, hidden.T, beta=-LOG2E, alpha=LOG2E, out=logits)
+
+
 def _exponentials(logits: Tensor, sums: Tensor, top: Tensor | None) -> None:
-    """Turns `logits` into `exp(logits - top)`, and fills `sums` with those over words."""
+    """Turns `logits` into `exp2(logits - top)`, and fills `sums` with those over words."""
     words, tokens = logits.shape
     step = words
     if stays_in_cache(sums):
@@ -250,5 +258,5 @@ def _exponentials(logits: Tensor, sums: Tensor, top: Tensor | None) -> None:
         powers = scratch[: len(part)].copy_(part)
         if top is not None:
             powers.sub_(top)
-        sums += powers.exp_().sum(dim=0)
+        sums += powers.exp2_().sum(dim=0)
         part.copy_(powers)
