@@ -13,12 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rondo.kernels.tiles import tiles
-
-TILE = 2**16
-"""Elements whose float32 products with the inputs under each tap are summed at a time."""
-MIN_TILE_TIME = 64
-
 
 def library_serves(x: Tensor, segment_ids: Tensor | None) -> bool:
     """Whether `library_conv` is there for these inputs, and the fastest."""
@@ -44,6 +38,11 @@ def library_conv(
     if ids is not None:
         raise ValueError("short_conv: backend 'library' takes no segment_ids")
     return _LibraryConv.apply(x, weight, bias, initial_state, silu)
+
+
+def _as_image(rows: Tensor) -> Tensor:
+    """`(N, C)` as the library reads it without a copy: an image of one row, channels last."""
+    return rows.T[None, :, None]
 
 
 def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -89,7 +88,7 @@ class _LibraryConv(torch.autograd.Function):
         grad_state = grad[:, :0]
         if history and ctx.needs_input_grad[3]:
             grad_state = _convolve(F.pad(later[:, :history], (0, 0, history, 0)), flipped)
-        sums = _sums(own, padded, history + 1)
+        sums = _sums(later, padded, history + 1)
         return (
             _convolve(later, flipped) if ctx.needs_input_grad[0] else None,
             sums[:, :-1].to(weight.dtype),
@@ -99,20 +98,22 @@ class _LibraryConv(torch.autograd.Function):
         )
 
 
-def _sums(grad: Tensor, padded: Tensor, width: int) -> Tensor:
+def _sums(later: Tensor, padded: Tensor, width: int) -> Tensor:
     """`(C, W + 1)`, at least float32: sums over rows and times of `grad_t * padded_{t + j}` for
-    each tap j, and of `grad_t`."""
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    first, *rest = tiles(grad.shape, TILE, MIN_TILE_TIME)
-    totals = grad.new_zeros(width + 1, *grad[first.rows, first.times].shape, dtype=dtype)
-    for rows, times in (first, *rest):
-        part = grad[rows, times].to(dtype)
-        inputs = padded[rows, times.start : times.stop + width - 1].to(dtype)
-        shape = part.shape
-        # Summed tile upon tile, in cache, and over the tile itself only at the end.
-        for tap, total in enumerate(totals[:, : shape[0], : shape[1]]):
-            if tap < width:
-                total.addcmul_(part, inputs[:, tap : tap + shape[1]])
-            else:
-                total.add_(part)
-    return totals.sum(dim=(1, 2)).T
+    each tap j, and of `grad_t`; `later` is the gradient with `W - 1` zeros after each row.
+
+    The gradient of batch norm's weight is such a sum, in one pass over the dtype as it is, when
+    means are 0 and deviations 1. Rows follow one another: what one takes in of the next meets
+    zeros.
+    """
+    dtype = torch.promote_types(later.dtype, torch.float32)
+    grads, inputs = later.flatten(0, 1), padded.flatten(0, 1)
+    zeros, ones = (grads.new_full((grads.shape[1],), x, dtype=dtype) for x in (0, 1))
+    sums: list[Tensor] = []
+    for tap in range(width):
+        pair = (_as_image(x) for x in (grads[: len(grads) - tap], inputs[tap:]))
+        _, product, total = torch.ops.aten.native_batch_norm_backward(
+            *pair, ones, None, None, zeros, ones, True, 0.0, [False, True, True]
+        )
+        sums.append(product)
+    return torch.stack([*sums, total], dim=1)
