@@ -32,6 +32,7 @@ from rondo.pretrain.data import (
     prefetch,
 )
 from rondo.pretrain.data.seen import NAME as SAMPLES
+from rondo.pretrain.domains import learnt_metrics
 from rondo.pretrain.eval_jobs import EvalJobs
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.observe import Observer, Tables, due
@@ -274,12 +275,15 @@ class Trainer:
             )
 
     def _look_first(self, start: int) -> dict[str, float]:
-        """Validation before the first step; what the row of that step tells of it."""
+        """Validation before the first step; what the row of that step tells of it, or else of what
+        the run that is gone on with had learnt."""
         first = self.observer.first(start, self.state)
         if first:
             self.metrics.say(f"validation before training: {scores(first)}")
         if not self.recipe.stages:
             return {}
+        if not first and self.metrics.fresh:
+            return learnt_metrics(self.state.get("learnt", {}))
         return {name.replace("validation", "validation_before", 1): first[name] for name in first}
 
     def _look(
