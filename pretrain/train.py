@@ -39,7 +39,7 @@ from rondo.pretrain.observe import Observer, Tables, due
 from rondo.pretrain.optim import set_learning_rate, updates_of
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting, SampleWeights
-from rondo.pretrain.run_data import describe_run, open_data
+from rondo.pretrain.run_data import describe_run, open_data, require_same_seen
 from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.stages import Stage, rate, stage_at, stages_of
 from rondo.pretrain.start import Origin, begin, enter, find_origin, saved_streams
@@ -72,6 +72,7 @@ def train(recipe: Recipe) -> int:
     training, held_out = open_data(recipe, folder, saved_streams(folder, origin))
     check_vocabulary(recipe, training.vocab_size)
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
+        require_same_seen(training.seen)
         trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
         try:
             return trainer.run(origin)
