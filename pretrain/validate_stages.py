@@ -13,7 +13,7 @@ from rondo.pretrain.data.mixture import Mixture
 from rondo.pretrain.data.replay import Share, groups
 from rondo.pretrain.plain import show
 from rondo.pretrain.recipe import Recipe, ReplayConfig, SourceConfig
-from rondo.pretrain.stages import EARLIER, Stage, all_sources, source_keys, stages_of
+from rondo.pretrain.stages import EARLIER, Stage, all_sources, run_folder, source_keys, stages_of
 from rondo.pretrain.validate_schedule import LARGEST, length_problems, schedule_problems
 
 _LONGEST_NAME = 64
@@ -175,8 +175,12 @@ def _replay_sources(
     earlier = {other.name for other in stages[: stage.number]}
     if not replay.sources:
         yield f"{key}.source: must name a stage or a run"
-    if len({*replay.sources}) < len(replay.sources):
-        yield f"{key}.source: names one twice, {show(replay.source)}; none is replayed twice"
+    named = {each if each in earlier else run_folder(each).resolve() for each in replay.sources}
+    if len(named) < len(replay.sources):
+        yield (
+            f"{key}.source: names one twice, {show(replay.source)}; none is replayed twice (a run "
+            "and its checkpoints have seen the same)"
+        )
     for source in replay.sources:
         if source == EARLIER and not earlier:
             yield f"{key}.source: there is no stage before the first; name another run's folder"
