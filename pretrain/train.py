@@ -229,6 +229,7 @@ class Trainer:
             "grad_norm": norm,
             "lr": scale * recipe.optimizer.lr,
             "tokens": (step + 1) * self.tokens_per_step,
+            "targets": valid,
             "tokens_per_second": speed,
             "mfu": speed * self.flops_per_token / self.peak_flops,
             "memory_bytes": peak_memory(ranks.device),
