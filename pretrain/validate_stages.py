@@ -163,7 +163,7 @@ def _replay_numbers(replay: ReplayConfig, key: str) -> Iterator[str]:
     offsets = replay.offset if isinstance(replay.offset, list) else [replay.offset]
     for name, values in (("offset", offsets), ("seed", [replay.seed])):
         for value in values:
-            if not 0 <= value <= LARGEST:
+            if value is not None and not 0 <= value <= LARGEST:
                 got = show(getattr(replay, name))
                 yield f"{key}.{name}: must be at least 0 and at most {LARGEST}, got {got}"
 
@@ -220,7 +220,7 @@ def _supply(recipe: Recipe, stages: list[Stage], stage: Stage) -> Iterator[str]:
             if {other.name, EARLIER} & {*group.sources}
         )
         names = " and ".join(group.sources)
-        if group.offset >= size:
+        if group.offset is not None and group.offset >= size:
             yield f"{key}.offset: must be below the {size} samples of {names}, got {group.offset}"
         if needed > size:
             yield (
