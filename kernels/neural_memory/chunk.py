@@ -186,7 +186,8 @@ def read_backward(at: Reads, to_o: Tensor) -> Reads:
 
     def reads(tensors: list[Tensor]) -> Reads:
         lists = [tensors[i : i + layers] for i in range(4, len(tensors), layers)]
-        return Reads(*tensors[:4], *lists)
+        q, spread, reading, rate = tensors[:4]
+        return Reads(q, spread, reading, rate, lists[0], lists[1], lists[2])
 
     flat = [*at[:4], *at.inputs, *at.errors, *at.states]
     leaves = [x.detach().requires_grad_() for x in flat]
