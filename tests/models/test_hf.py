@@ -27,6 +27,7 @@ from rondo.tests.models.hf_cases import (  # noqa: E402
     WINDOWS,
     decoder,
     difference,
+    layers,
     our_logits,
     read,
     their_model,
@@ -51,7 +52,7 @@ def test_written_folders_give_the_same_logits(name: str, tmp_path: Path) -> None
     assert torch.equal(continued(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
     theirs.save_pretrained(tmp_path / "again")
     config, tensors = hf.read_folder(tmp_path / "again")
-    assert config.layers() == hf.read_folder(tmp_path)[0].layers()
+    assert layers(config) == layers(hf.read_folder(tmp_path)[0]) == layers(model.config)
     wanted = model.state_dict()
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
@@ -83,6 +84,11 @@ def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert torch.equal(after[key], value), key
+    assert hf.read_folder(tmp_path / "again")[0].layers() == model.config.layers()
+    if type(theirs).__name__ == hf.choose(model.config):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+        with torch.no_grad():
+            assert torch.equal(again(tokens()).logits, theirs(tokens()).logits)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +99,18 @@ def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
         ("llama3", "rope_scaling", None),
         ("llama3", "rope_scaling", {**SLOWER, "factor": 4.0}),
         ("llama3", "rope_scaling", {**SLOWER, "low_freq_factor": 0.6}),
+        ("qwen3_next", "rope_fraction", 1.0),
+        ("qwen3_next, half turned", "rope_fraction", 0.25),
+        ("qwen3_next, all turned", "rope_fraction", 0.25),
     ],
 )
 def test_options_show_in_logits(name: str, option: str, other: Any, tmp_path: Path) -> None:
     """So that one read or written wrongly would have shown above: a window by one key, too."""
     theirs = their_model(name)
     model = read(theirs, tmp_path)
-    for options in model.config.mixers.values():
-        options[option] = other
+    for kind, options in model.config.mixers.items():
+        if kind != "gated_deltanet":
+            options[option] = other
     changed = Decoder(model.config)
     changed.load_state_dict(model.state_dict())
     assert difference(changed, theirs) > 2e-4
