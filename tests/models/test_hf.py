@@ -264,6 +264,11 @@ def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
         hf.write_folder(tmp_path, model.config, model.state_dict(), architecture="LlamaForCausalLM")
     with pytest.raises(UserError, match=r"unknown 'Llama' .*LlamaForCausalLM"):
         hf.write_folder(tmp_path, model.config, model.state_dict(), architecture="Llama")
+    for name in ("llama", "mamba2"):
+        centred = dataclasses.replace(decoder(name).config, zero_centered_norms=True)
+        assert hf.choose(centred) == hf.RONDO
+        with pytest.raises(UserError, match=f"{OURS[name][0]} needs zero_centered_norms False"):
+            hf.choose(centred, OURS[name][0])
     config = transformers.LlamaConfig(**GROUPED, vocab_size=VOCAB, hidden_size=DIM)
     config.num_hidden_layers, config.attention_bias = 1, True
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "bias")
