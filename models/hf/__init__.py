@@ -3,7 +3,8 @@
 A folder has config.json and safetensors files. Architectures that transformers knows are written
 in its own names (`ARCHITECTURES`); any other model as `RondoForCausalLM` (`models/hf/modeling.py`),
 which transformers loads once `rondo.models.hf.modeling` is imported. Tensors are copied and
-reordered; where theirs are norms that multiply by 1 + weight and ours are not, moved by one.
+reordered; where theirs are norms that multiply by 1 + weight and ours are not, moved by one, in
+float64 so that nothing is rounded.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def write_folder(
         config: the model.
         tensors: its parameters, whole, by name; adapters are merged into their matrices.
         architecture: one of `ARCHITECTURES`, "RondoForCausalLM", or "auto": the first that fits.
-        dtype: type of the floating-point tensors that may be cast.
+        dtype: type of the floating-point tensors that may be cast. With float32, those that are
+            exact in float64 alone have that.
         values: further keys of config.json, such as eos_token_id.
 
     Returns:
@@ -117,6 +119,8 @@ def write_folder(
         theirs = to_theirs(bonds, {k: v.float() for k, v in tensors.items()})
         described = {"model_type": one.model_type, **one.write(config)}
         kept = {bond.theirs for bond in bonds if whole.issuperset(bond.ours)}
+        if dtype == torch.float32:
+            kept |= {key for key, value in theirs.items() if value.dtype == torch.float64}
     for key, value in theirs.items():
         if value.is_floating_point() and key not in kept:
             theirs[key] = value.to(dtype)

@@ -25,7 +25,7 @@ from rondo.models.mixers.gated_deltanet import GatedDeltaNet
 
 ZERO_CENTERED = "rondo_zero_centered_norms"
 """A key of ours in their config.json: how our norms say what theirs do. Without it they are
-zero-centred, and nothing is rounded."""
+zero-centred."""
 FRACTION, DEFAULT_FRACTION = "partial_rotary_factor", 0.25
 """The share of a head's channels that RoPE turns, and that of transformers, where config.json does
 not say it."""
@@ -156,11 +156,12 @@ def _attention_values(config: ModelConfig, spec: LayerSpec) -> dict[str, Any]:
 
 
 def _norm(config: ModelConfig, theirs: str, ours: str) -> Bond:
-    """Theirs multiply by 1 + weight, as zero-centred ones of ours do."""
+    """Theirs multiply by 1 + weight, as zero-centred ones of ours do. Others are written less one
+    in float64: exact for a weight of 0 and for all from 2^-30 on, which float32 is from 1/2 on."""
     if config.zero_centered_norms:
         return same(f"{theirs}.weight", f"{ours}.offset")
     names = f"{theirs}.weight", (f"{ours}.weight",)
-    return Bond(*names, lambda parts: parts[0] - 1, lambda x: [x + 1])
+    return Bond(*names, lambda parts: parts[0].double() - 1, lambda x: [x.double() + 1])
 
 
 def _interleaved(theirs: str, ours: Sequence[str], heads: int, rows: Sequence[int]) -> Bond:

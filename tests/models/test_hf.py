@@ -73,6 +73,31 @@ def test_round_trips_are_exact(name: str, tmp_path: Path) -> None:
         assert torch.equal(our_logits(again, tokens()), our_logits(model, tokens()))
 
 
+def test_norms_of_any_size_come_back_as_they_were(tmp_path: Path) -> None:
+    """Those of Qwen3-Next are stored less one, which float32 rounds for weights below 1/2."""
+    model = decoder("qwen3_next")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith("norm.weight"):
+                param.copy_(0.01 * 400 ** torch.rand(param.shape, generator=generator))
+        norm = model.get_parameter("norm.weight")
+        norm[:5] = torch.tensor([0.01, 4.0, 0.0, -0.3, 2**-30 * (1 + 2**-23)])
+    wanted = model.state_dict()
+    small = [x for key, x in wanted.items() if key.endswith("norm.weight") and (x < 0.5).any()]
+    assert len(small) > 6 and not torch.equal((norm - 1) + 1, norm)
+    theirs = written(model, tmp_path)
+    assert {param.dtype for param in theirs.parameters()} == {torch.float32}
+    assert difference(model, theirs) <= 1e-4
+    found = hf.read_folder(tmp_path)[1]
+    assert all(torch.equal(found[key], x) for key, x in wanted.items())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)  # the type config.json says
+    assert {param.dtype for param in plain.parameters()} == {torch.float32}
+    hf.write_folder(tmp_path / "half", model.config, wanted, dtype=torch.bfloat16)
+    kinds = {key: value.dtype for key, value in read_tensors(tmp_path / "half").items()}
+    assert kinds["model.norm.weight"] == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     theirs = their_model(name)
