@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rondo.errors import UserError
 from rondo.models import Decoder, ModelConfig, generate, hf
@@ -281,6 +282,23 @@ def test_a_cap_on_logits_is_in_our_class_alone(name: str) -> None:
     theirs = OURS[name][0]
     with pytest.raises(UserError, match=rf"{theirs} .* needs logit_cap null, not 30\.0"):
         hf.choose(config, theirs)
+
+
+def test_second_copies_of_tensors_are_left_alone(tmp_path: Path) -> None:
+    """Mistral's folders have `consolidated.safetensors` beside what the index names."""
+    theirs = their_model("mistral")
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    wanted = hf.read_folder(tmp_path / "one")[1]
+    assert len([*(tmp_path / "many").glob("*.safetensors")]) > 2
+    for name in ("one", "many"):
+        save_file({"output.weight": torch.ones(2)}, tmp_path / name / "consolidated.safetensors")
+        found = hf.read_folder(tmp_path / name)[1]
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], x) for key, x in wanted.items())
+    (tmp_path / "many" / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(UserError, match="weight_map: expected names of files, got 1"):
+        hf.read_folder(tmp_path / "many")
 
 
 def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
