@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,13 +139,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of the safetensors files in a folder, each read, whole, when it is asked for.
+    """The tensors of safetensors files, each read, whole, when it is asked for.
 
     Raises UserError as `tensor_index`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.index = tensor_index(folder)
+    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
+        self.index = _index(folder, files)
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open
@@ -173,8 +173,12 @@ def tensor_index(folder: Path) -> dict[str, Entry]:
     Raises:
         UserError: a file is no safetensors file, or the slices of a tensor do not make it up.
     """
+    return _index(folder, sorted(folder.glob("*.safetensors")))
+
+
+def _index(folder: Path, files: Iterable[Path]) -> dict[str, Entry]:
     index: dict[str, Entry] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         for name, (dtype, part) in _file_index(file).items():
             entry = index.setdefault(name, Entry(dtype, (0,) * len(part.sizes), []))
             if entry.dtype != dtype or len(entry.shape) != len(part.sizes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +22,16 @@ from rondo.models.hf.linearize import linearize, shortest
 from rondo.models.loading import difference, find_checkpoint, load, tensor_index
 from rondo.parallel.checkpoint import STATE
 from rondo.pretrain.data import Tokenizer, load_tokenizer
-from rondo.pretrain.data.tokenizer_json import to_json
+from rondo.pretrain.data.tokenizer_json import json_vocabulary, to_json
+from rondo.pretrain.imported import read_source, write_source
 from rondo.pretrain.plain import write_yaml
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 1 << 30
 """Of a file that `rondo import` writes."""
 _RECIPE = "recipe.yaml"
+_NO_SOURCE = {"max_position_embeddings": 8192, "bos_token_id": None, "pad_token_id": None}
+"""In config.json of a model that was not imported."""
 
 
 @dataclass
@@ -47,8 +50,9 @@ class ExportConfig:
     first that fits."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the tensors."""
-    max_positions: int = 8192
-    """The longest sequence that config.json tells libraries of."""
+    max_positions: int | None = None
+    """The longest sequence that config.json tells libraries of; None: as the folder said that the
+    checkpoint was imported from, else 8192."""
 
 
 @dataclass
@@ -71,7 +75,9 @@ def export_checkpoint(config: ExportConfig) -> Path:
     folder, output = find_checkpoint(Path(config.checkpoint)), Path(config.output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty")
-    model = load(folder)
+    model, source = load(folder), read_source(folder)
+    longest = config.max_positions
+    given = {} if longest is None else {"max_position_embeddings": longest}
     tokenizer = load_tokenizer(folder / "tokenizer")
     tensors = {name: param.detach() for name, param in model.named_parameters()}
     tensors |= {k: v for k, v in model.state_dict().items() if k not in tensors}
@@ -81,12 +87,9 @@ def export_checkpoint(config: ExportConfig) -> Path:
         tensors,
         architecture=config.architecture,
         dtype=DTYPES[config.dtype],
-        max_position_embeddings=config.max_positions,
-        eos_token_id=tokenizer.eod,
-        bos_token_id=None,
-        pad_token_id=None,
+        **{**_NO_SOURCE, "eos_token_id": tokenizer.eod, **source["config"], **given},
     )
-    read_by = _write_tokenizer(tokenizer, output)
+    read_by = _write_tokenizer(tokenizer, output, source["tokens"])
     print(f"{folder} -> {output}: {name}, {config.dtype}; tokenizer: {read_by}")
     if name == hf.RONDO:
         print("transformers loads it after `import rondo.models.hf.modeling`")
@@ -113,7 +116,7 @@ def import_folder(config: ImportConfig) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as parent:
         written = Path(parent) / output.name
-        _write_checkpoint(written, output, model, seen, tokenizer)
+        _write_checkpoint(written, output, model, seen, tokenizer, folder)
         problem = difference(tensor_index(written / "model"), wanted, wanted.keys())
         if problem:
             raise UserError(f"{folder}: {problem}")
@@ -131,8 +134,10 @@ def _write_checkpoint(
     model: ModelConfig,
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer: Tokenizer,
+    source: Path,
 ) -> None:
-    """Writes a checkpoint into `folder`, and the recipe that begins with it when it is `output`."""
+    """Writes a checkpoint into `folder`, of what was read from `source`, and the recipe that begins
+    with it when it is `output`."""
     for part in ("model", "tokenizer"):
         (folder / part).mkdir(parents=True)
     _write_shards(folder / "model", tensors)
@@ -147,6 +152,7 @@ def _write_checkpoint(
     }
     (folder / _RECIPE).write_text(write_yaml(recipe))
     (folder / STATE).write_text(json.dumps({"step": 0, "data": None}))  # of no run
+    write_source(folder, source)
     names = [path for path in folder.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): manifest.record(path) for path in names}
     manifest.write(folder, 0, files)
@@ -183,8 +189,9 @@ def _find_tokenizer(folder: Path, given: str | None) -> Tokenizer:
     )
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
-    """Writes it so that transformers reads it, if it can; says what it did."""
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path, tokens: Mapping[str, str]) -> str:
+    """Writes it so that transformers reads it, if it can, with the special `tokens` that it has;
+    says what it did."""
     found = to_json(tokenizer)
     if found is None:
         tokenizer.save(folder)
@@ -194,7 +201,9 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
         )
     content, end = found
     (folder / "tokenizer.json").write_text(content)
+    known = json_vocabulary(content)
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    values |= {name: text for name, text in tokens.items() if text in known}
     # A document cannot smuggle in its own end, nor does decoding touch its spaces.
     values |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")

@@ -3,7 +3,8 @@
 A folder has config.json and safetensors files. Architectures that transformers knows are written
 in its own names (`ARCHITECTURES`); any other model as `RondoForCausalLM` (`models/hf/modeling.py`),
 which transformers loads once `rondo.models.hf.modeling` is imported. Tensors are copied and
-reordered; where theirs are norms that multiply by 1 + weight and ours are not, moved by one.
+reordered; where theirs are norms that multiply by 1 + weight and ours are not, moved by one, in
+float64 so that nothing is rounded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rondo.errors import UserError
+from rondo.models import manifest
 from rondo.models.config import ModelConfig
 from rondo.models.decoder import Decoder
 from rondo.models.hf.bonds import Bond, to_ours, to_theirs
@@ -27,12 +29,21 @@ from rondo.models.hf.qwen3_next import Qwen3Next
 from rondo.models.loading import StoredTensors, read_json
 from rondo.models.lora import merged
 
-__all__ = ["ARCHITECTURES", "RONDO", "choose", "open_folder", "read_folder", "write_folder"]
+__all__ = [
+    "ARCHITECTURES",
+    "RONDO",
+    "choose",
+    "open_folder",
+    "read_folder",
+    "weight_files",
+    "write_folder",
+]
 
 RONDO = "RondoForCausalLM"
 PREFIX = "decoder."
 """Before our names in a `RondoForCausalLM`."""
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_INDEX_BYTES = 64 << 20
 _MAX_SHARD = "5GB"
 
 
@@ -91,7 +102,8 @@ def write_folder(
         config: the model.
         tensors: its parameters, whole, by name; adapters are merged into their matrices.
         architecture: one of `ARCHITECTURES`, "RondoForCausalLM", or "auto": the first that fits.
-        dtype: type of the floating-point tensors that may be cast.
+        dtype: type of the floating-point tensors that may be cast. With float32, those that are
+            exact in float64 alone have that.
         values: further keys of config.json, such as eos_token_id.
 
     Returns:
@@ -117,6 +129,8 @@ def write_folder(
         theirs = to_theirs(bonds, {k: v.float() for k, v in tensors.items()})
         described = {"model_type": one.model_type, **one.write(config)}
         kept = {bond.theirs for bond in bonds if whole.issuperset(bond.ours)}
+        if dtype == torch.float32:
+            kept |= {key for key, value in theirs.items() if value.dtype == torch.float64}
     for key, value in theirs.items():
         if value.is_floating_point() and key not in kept:
             theirs[key] = value.to(dtype)
@@ -144,7 +158,7 @@ def open_folder(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
     values = read_json(path, _MAX_CONFIG_BYTES)
     name = (values.get("architectures") or [None])[0]
-    theirs = StoredTensors(folder)
+    theirs = StoredTensors(folder, weight_files(folder))
     if not theirs:
         raise UserError(f"{folder}: no safetensors files")
     if name == RONDO:
@@ -164,6 +178,22 @@ def open_folder(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]
         return config, to_ours(one.bonds(config), theirs)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads: those that `model.safetensors.index.json`
+    names, else `model.safetensors`, else all there are. Raises UserError where the index is none.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        named = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
+        names = {*named.values()} if isinstance(named, dict) else {None}
+        if wrong := [
+            name for name in names if not (isinstance(name, str) and manifest.valid_name(name))
+        ]:
+            raise UserError(f"{index}: weight_map: expected names of files, got {wrong[0]!r}")
+        return [folder / name for name in sorted(names)]
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def rondo_values(config: ModelConfig) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def to_ours(bonds: Sequence[Bond], theirs: Mapping[str, Tensor]) -> Iterator[tup
 
 def _unpacked(bonds: Iterable[Bond], theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for bond in bonds:
-        parts = bond.unpack(theirs[bond.theirs].float())
-        yield from zip(bond.ours, (part.contiguous() for part in parts), strict=True)
+        parts = bond.unpack(theirs[bond.theirs])
+        yield from zip(bond.ours, (part.float().contiguous() for part in parts), strict=True)
 
 
 def _names(names: set[str]) -> str:

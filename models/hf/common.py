@@ -30,8 +30,6 @@ def attention_values(config: ModelConfig, spec: LayerSpec) -> dict[str, Any]:
     options = make_options(spec.mixer, spec.options, spec.name)
     heads = options.num_heads or max(1, config.dim // 64)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": options.rope_theta}
-    if options.rope_fraction != 1.0:
-        rope["partial_rotary_factor"] = options.rope_fraction
     if options.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **dataclasses.asdict(options.rope_scaling)}
     return {
@@ -46,10 +44,15 @@ def attention_values(config: ModelConfig, spec: LayerSpec) -> dict[str, Any]:
     }
 
 
+def rope_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of rotary frequencies."""
+    # Where both are given, transformers takes the older one.
+    return values.get("rope_scaling") or values.get("rope_parameters") or {}
+
+
 def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of rotary frequencies. Raises UserError for a kind that attention has not."""
-    # Where both are given, transformers takes the older one.
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope = rope_values(values)
     theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -32,6 +32,8 @@ class Llama:
 
     def unlike(self, config: ModelConfig) -> str | None:
         """Why a model of ours is none of these; None if it is one."""
+        if config.zero_centered_norms:
+            return f"{self.name} needs zero_centered_norms False, not True"
         specs = config.layers()
         for spec in specs:
             if problem := _unlike_layer(spec, self.attention):

@@ -22,6 +22,8 @@ class Mamba2Architecture:
 
     def unlike(self, config: ModelConfig) -> str | None:
         """Why a model of ours is none of these; None if it is one."""
+        if config.zero_centered_norms:
+            return f"{self.name} needs zero_centered_norms False, not True"
         specs = config.layers()
         for spec in specs:
             if (spec.mixer, spec.ffn) != ("mamba2", "none"):

@@ -16,6 +16,7 @@ from rondo.models.hf.common import (
     matrices,
     read_rope,
     refuse,
+    rope_values,
     sizes,
     swiglu_bonds,
 )
@@ -24,7 +25,10 @@ from rondo.models.mixers.gated_deltanet import GatedDeltaNet
 
 ZERO_CENTERED = "rondo_zero_centered_norms"
 """A key of ours in their config.json: how our norms say what theirs do. Without it they are
-zero-centred, and nothing is rounded."""
+zero-centred."""
+FRACTION, DEFAULT_FRACTION = "partial_rotary_factor", 0.25
+"""The share of a head's channels that RoPE turns, and that of transformers, where config.json does
+not say it."""
 KINDS = {"gated_deltanet": "linear_attention", "attention": "full_attention"}
 _ATTENTION = {
     "rope": True,
@@ -69,7 +73,7 @@ class Qwen3Next:
         deltanet = make_options("gated_deltanet", _spec(specs, "gated_deltanet").options)
         return {
             **sizes(config),
-            **attention_values(config, attention),
+            **_attention_values(config, attention),
             ZERO_CENTERED: config.zero_centered_norms,
             "layer_types": [KINDS[spec.mixer] for spec in specs],
             "linear_num_key_heads": heads,
@@ -96,8 +100,7 @@ class Qwen3Next:
                 f"linear_num_value_heads {heads}, which has no counterpart"
             )
         keys, width = int(values["linear_key_head_dim"]), int(values["linear_value_head_dim"])
-        rope = values.get("rope_parameters") or {}
-        fraction = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 0.25))
+        fraction = rope_values(values).get(FRACTION, values.get(FRACTION, DEFAULT_FRACTION))
         kinds = {theirs: ours for ours, theirs in KINDS.items()}
         every = values.get("full_attention_interval", 4)
         types = values.get("layer_types") or [
@@ -143,12 +146,22 @@ class Qwen3Next:
         return found
 
 
+def _attention_values(config: ModelConfig, spec: LayerSpec) -> dict[str, Any]:
+    values = attention_values(config, spec)
+    fraction = make_options(spec.mixer, spec.options, spec.name).rope_fraction
+    for key in ("rope_parameters", "rope_scaling"):
+        if values[key] is not None:
+            values[key] = {**values[key], FRACTION: fraction}
+    return {**values, FRACTION: fraction}  # libraries before transformers 5 read it there
+
+
 def _norm(config: ModelConfig, theirs: str, ours: str) -> Bond:
-    """Theirs multiply by 1 + weight, as zero-centred ones of ours do."""
+    """Theirs multiply by 1 + weight, as zero-centred ones of ours do. Others are written less one
+    in float64: exact for a weight of 0 and for all from 2^-30 on, which float32 is from 1/2 on."""
     if config.zero_centered_norms:
         return same(f"{theirs}.weight", f"{ours}.offset")
     names = f"{theirs}.weight", (f"{ours}.weight",)
-    return Bond(*names, lambda parts: parts[0] - 1, lambda x: [x + 1])
+    return Bond(*names, lambda parts: parts[0].double() - 1, lambda x: [x.double() + 1])
 
 
 def _interleaved(theirs: str, ours: Sequence[str], heads: int, rows: Sequence[int]) -> Bond:

@@ -48,6 +48,13 @@ def to_json(tokenizer: Tokenizer) -> tuple[str, str] | None:
     return fast.to_str(), end
 
 
+def json_vocabulary(content: str) -> dict[str, int]:
+    """Ids by token of a `tokenizer.json`, added tokens included."""
+    from tokenizers import Tokenizer as Fast
+
+    return Fast.from_str(content).get_vocab(with_added_tokens=True)
+
+
 def _of_bytes(tokenizer: ByteTokenizer) -> Any:
     """Without merges, so that every byte is a token."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers

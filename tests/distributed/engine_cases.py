@@ -43,6 +43,9 @@ OFFLOAD = {
     ],
 }
 """What is kept in host memory, by the stage of ZeRO."""
+SMALL_STEPS = ["--steps=6", "--optimizer.eps=0.01", "--optimizer.lr=0.03"]
+"""AdamW's steps are then as long as gradients are, and say whether these were clipped; with its
+usual eps they have one length."""
 Rows = list[dict[str, Any]]
 
 
@@ -154,6 +157,11 @@ def scenarios(folder: str) -> dict[str, Rows]:
         found[f"spoiled {stage}"] = run(folder, *words, kind=SpoiledTrainer)
     for name in ("native", "1", "2", "3"):
         assert (Path(folder) / f"runs/spoiled{name}/checkpoints/step-000000005").is_dir()
+    clipped = [*SMALL_STEPS, "--optimizer.clip_norm=0.05"]
+    found["native unclipped"] = run(folder, "native-unclipped", *SMALL_STEPS)
+    found["native clipped"] = run(folder, "native-clipped", *clipped)
+    for stage in (1, 2, 3):
+        found[f"clipped {stage}"] = run(folder, f"clipped{stage}", *clipped, *zero(stage))
     half = "--precision=bfloat16"
     found["native bf16"] = run(folder, "native-bf16", half, kind=ShortTrainer)
     for stage in (1, 2, 3):

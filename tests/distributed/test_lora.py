@@ -40,6 +40,9 @@ IMPORTED = dataclasses.replace(
     },
     zero_centered_norms=True,
 )
+GATED = dataclasses.replace(
+    IMPORTED, mixers={"attention": {"num_heads": 4, "output_gate": True, "rope_fraction": 0.5}}
+)
 LAYOUTS = [
     (Layout(tp=2), "selective"),
     (Layout(dp_shard=2), "full"),
@@ -51,12 +54,15 @@ LAYOUTS = [
 def test_training_equals_one_process() -> None:
     runs = [Run(CONFIG, layout, checkpointing=mode) for layout, mode in LAYOUTS]
     runs += [Run(IMPORTED, layout) for layout in (Layout(tp=2), Layout(cp=2))]
-    adapted, imported = (train(Run(config, Layout())) for config in (CONFIG, IMPORTED))
+    runs.append(Run(GATED, Layout(tp=2)))
+    adapted, imported, gated = (train(Run(c, Layout())) for c in (CONFIG, IMPORTED, GATED))
     assert any(name.endswith("lora_a.weight") for name in adapted["gradients"])
     assert all(".lora_" in name for name in adapted["gradients"])
     assert {"blocks.0.mixer.q_proj.bias", "norm.offset"} <= imported["gradients"].keys()
+    assert "blocks.0.mixer.gate_proj.weight" in gated["gradients"]
     results = run_ranks(train_all, 2, runs, timeout=200)
     for number, run in enumerate(runs):
-        expected = adapted if run.config is CONFIG else imported
+        kinds = ((CONFIG, adapted), (IMPORTED, imported), (GATED, gated))
+        expected = next(one for config, one in kinds if config is run.config)
         wrong = compare([of_rank[number] for of_rank in results], expected, 1e-10)
         assert not wrong, f"{run.layout}: {wrong[:5]}"

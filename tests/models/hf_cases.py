@@ -13,10 +13,12 @@ import torch
 import transformers
 
 from rondo.models import Decoder, ModelConfig, hf
+from rondo.models.config import make_options
 
 VOCAB, DIM = 40, 32
 GATED = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "output_gate": True}
-GATED["rope_fraction"] = 0.25
+DELTA = {"num_heads": 4, "head_dim": 8, "expand_v": 2}
+HYBRID = {"pattern": ["gated_deltanet", "attention"]}
 SLOWER = {"factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0}
 SLOWER["original_max_position_embeddings"] = 40  # of 4 frequencies 1 stays, 1 is between
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,17 +76,47 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": (
         "Qwen3NextForCausalLM",
         {
-            "pattern": ["gated_deltanet", "attention"],
+            **HYBRID,
+            "mixers": {"attention": {**GATED, "rope_fraction": 0.25}, "gated_deltanet": DELTA},
+        },
+    ),
+    "qwen3_next, half turned": (
+        "Qwen3NextForCausalLM",
+        {
+            **HYBRID,
             "mixers": {
-                "attention": GATED,
-                "gated_deltanet": {"num_heads": 4, "head_dim": 8, "expand_v": 2},
+                "attention": {**GATED, "rope_fraction": 0.5, "rope_scaling": SLOWER},
+                "gated_deltanet": DELTA,
             },
         },
+    ),
+    "qwen3_next, all turned": (
+        "Qwen3NextForCausalLM",
+        {**HYBRID, "mixers": {"attention": GATED, "gated_deltanet": DELTA}},
     ),
 }
 GROUPED = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 3}
 WINDOWS["layer_types"] = ["sliding_attention", "full_attention"]
+NEXT = {
+    **GROUPED,
+    "head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "num_experts": 0,
+    "mlp_only_layers": [0, 1, 2, 3],
+    "num_hidden_layers": 4,
+}
+
+
+def turned(fraction: float) -> dict[str, Any]:
+    """What config.json says where RoPE turns this share of a head's channels."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": fraction}
+    return {"rope_parameters": rope}
+
+
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", GROUPED),
     "llama3": (
@@ -103,21 +135,22 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "Mamba2",
         {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 2, "chunk_size": 4},
     ),
-    "qwen3_next": (
-        "Qwen3Next",
-        {
-            **GROUPED,
-            "head_dim": 16,
-            "linear_num_key_heads": 4,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 16,
-            "num_experts": 0,
-            "mlp_only_layers": [0, 1, 2, 3],
-            "num_hidden_layers": 4,
-        },
-    ),
+    "qwen3_next": ("Qwen3Next", NEXT),
+    "qwen3_next, half turned": ("Qwen3Next", {**NEXT, **turned(0.5)}),
+    "qwen3_next, all turned": ("Qwen3Next", {**NEXT, **turned(1.0)}),
 }
+
+
+def layers(config: ModelConfig) -> list[dict[str, Any]]:
+    """All that is computed in each layer, whether the configuration says it or it is a default."""
+    found = []
+    for spec in config.layers():
+        options = vars(make_options(spec.mixer, spec.options, spec.name)).copy()
+        if spec.mixer == "attention":
+            options["num_kv_heads"] = options["num_kv_heads"] or options["num_heads"]
+            options["head_dim"] = options["head_dim"] or config.dim // options["num_heads"]
+        found.append({"mixer": spec.mixer, "ffn": spec.ffn, **options})
+    return found
 
 
 def decoder(name: str) -> Decoder:

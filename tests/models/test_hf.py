@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rondo.errors import UserError
 from rondo.models import Decoder, ModelConfig, generate, hf
@@ -27,6 +28,7 @@ from rondo.tests.models.hf_cases import (  # noqa: E402
     WINDOWS,
     decoder,
     difference,
+    layers,
     our_logits,
     read,
     their_model,
@@ -51,7 +53,7 @@ def test_written_folders_give_the_same_logits(name: str, tmp_path: Path) -> None
     assert torch.equal(continued(theirs), generate(model, tokens(), max_tokens=8, temperature=0))
     theirs.save_pretrained(tmp_path / "again")
     config, tensors = hf.read_folder(tmp_path / "again")
-    assert config.layers() == hf.read_folder(tmp_path)[0].layers()
+    assert layers(config) == layers(hf.read_folder(tmp_path)[0]) == layers(model.config)
     wanted = model.state_dict()
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
@@ -72,6 +74,31 @@ def test_round_trips_are_exact(name: str, tmp_path: Path) -> None:
         assert torch.equal(our_logits(again, tokens()), our_logits(model, tokens()))
 
 
+def test_norms_of_any_size_come_back_as_they_were(tmp_path: Path) -> None:
+    """Those of Qwen3-Next are stored less one, which float32 rounds for weights below 1/2."""
+    model = decoder("qwen3_next")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith("norm.weight"):
+                param.copy_(0.01 * 400 ** torch.rand(param.shape, generator=generator))
+        norm = model.get_parameter("norm.weight")
+        norm[:5] = torch.tensor([0.01, 4.0, 0.0, -0.3, 2**-30 * (1 + 2**-23)])
+    wanted = model.state_dict()
+    small = [x for key, x in wanted.items() if key.endswith("norm.weight") and (x < 0.5).any()]
+    assert len(small) > 6 and not torch.equal((norm - 1) + 1, norm)
+    theirs = written(model, tmp_path)
+    assert {param.dtype for param in theirs.parameters()} == {torch.float32}
+    assert difference(model, theirs) <= 1e-4
+    found = hf.read_folder(tmp_path)[1]
+    assert all(torch.equal(found[key], x) for key, x in wanted.items())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)  # the type config.json says
+    assert {param.dtype for param in plain.parameters()} == {torch.float32}
+    hf.write_folder(tmp_path / "half", model.config, wanted, dtype=torch.bfloat16)
+    kinds = {key: value.dtype for key, value in read_tensors(tmp_path / "half").items()}
+    assert kinds["model.norm.weight"] == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     theirs = their_model(name)
@@ -83,6 +110,11 @@ def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert torch.equal(after[key], value), key
+    assert hf.read_folder(tmp_path / "again")[0].layers() == model.config.layers()
+    if type(theirs).__name__ == hf.choose(model.config):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+        with torch.no_grad():
+            assert torch.equal(again(tokens()).logits, theirs(tokens()).logits)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +125,18 @@ def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
         ("llama3", "rope_scaling", None),
         ("llama3", "rope_scaling", {**SLOWER, "factor": 4.0}),
         ("llama3", "rope_scaling", {**SLOWER, "low_freq_factor": 0.6}),
+        ("qwen3_next", "rope_fraction", 1.0),
+        ("qwen3_next, half turned", "rope_fraction", 0.25),
+        ("qwen3_next, all turned", "rope_fraction", 0.25),
     ],
 )
 def test_options_show_in_logits(name: str, option: str, other: Any, tmp_path: Path) -> None:
     """So that one read or written wrongly would have shown above: a window by one key, too."""
     theirs = their_model(name)
     model = read(theirs, tmp_path)
-    for options in model.config.mixers.values():
-        options[option] = other
+    for kind, options in model.config.mixers.items():
+        if kind != "gated_deltanet":
+            options[option] = other
     changed = Decoder(model.config)
     changed.load_state_dict(model.state_dict())
     assert difference(changed, theirs) > 2e-4
@@ -248,12 +284,34 @@ def test_a_cap_on_logits_is_in_our_class_alone(name: str) -> None:
         hf.choose(config, theirs)
 
 
+def test_second_copies_of_tensors_are_left_alone(tmp_path: Path) -> None:
+    """Mistral's folders have `consolidated.safetensors` beside what the index names."""
+    theirs = their_model("mistral")
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    wanted = hf.read_folder(tmp_path / "one")[1]
+    assert len([*(tmp_path / "many").glob("*.safetensors")]) > 2
+    for name in ("one", "many"):
+        save_file({"output.weight": torch.ones(2)}, tmp_path / name / "consolidated.safetensors")
+        found = hf.read_folder(tmp_path / name)[1]
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], x) for key, x in wanted.items())
+    (tmp_path / "many" / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(UserError, match="weight_map: expected names of files, got 1"):
+        hf.read_folder(tmp_path / "many")
+
+
 def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
     model = decoder("qwen3")
     with pytest.raises(UserError, match="LlamaForCausalLM needs qk_norm False, not True"):
         hf.write_folder(tmp_path, model.config, model.state_dict(), architecture="LlamaForCausalLM")
     with pytest.raises(UserError, match=r"unknown 'Llama' .*LlamaForCausalLM"):
         hf.write_folder(tmp_path, model.config, model.state_dict(), architecture="Llama")
+    for name in ("llama", "mamba2"):
+        centred = dataclasses.replace(decoder(name).config, zero_centered_norms=True)
+        assert hf.choose(centred) == hf.RONDO
+        with pytest.raises(UserError, match=f"{OURS[name][0]} needs zero_centered_norms False"):
+            hf.choose(centred, OURS[name][0])
     config = transformers.LlamaConfig(**GROUPED, vocab_size=VOCAB, hidden_size=DIM)
     config.num_hidden_layers, config.attention_bias = 1, True
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -14,12 +15,14 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as Fast
 
 from rondo.launch.cli import main
 from rondo.models import Decoder, ModelConfig, load, manifest
 from rondo.pretrain import interchange
 from rondo.pretrain.data import Tokenizer, load_tokenizer
 from rondo.pretrain.data.tokenizer import SentencePieceTokenizer
+from rondo.pretrain.data.tokenizer_json import to_json
 from rondo.pretrain.data.train_tokenizer import train_sentencepiece
 
 transformers = pytest.importorskip("transformers")
@@ -81,6 +84,40 @@ def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["import", str(there), "--output", str(start)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_import_says_its_source_and_an_export_gives_it_back(tmp_path: Path) -> None:
+    """Special tokens and the longest sequence, which our configuration has not."""
+    there, back, again = (tmp_path / name for name in ("there", "back", "again"))
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    ends = {"bos_token_id": 257, "eos_token_id": [256, 258], "pad_token_id": 259}
+    config = transformers.LlamaConfig(
+        **small, **ends, vocab_size=260, num_hidden_layers=1, max_position_embeddings=77
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(there)
+    fast = Fast.from_str(to_json(load_tokenizer("bytes"))[0])
+    fast.add_special_tokens(["<begin>", "<turn>", "<pad>"])
+    names = {"bos_token": "<begin>", "eos_token": "<turn>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **names).save_pretrained(there)
+    assert main(["import", str(there), "--output", str(back)]) == 0
+    assert manifest.damage(back) is None and "source.json" in manifest.read(back).files
+    source = json.loads((back / "source.json").read_text())
+    assert source["folder"] == "there"
+    for name in ("config.json", "model.safetensors"):
+        digest = hashlib.sha256((there / name).read_bytes()).hexdigest()
+        assert source["files"][name]["sha256"] == digest
+    assert main(["export", str(back), "--output", str(again)]) == 0
+    found = transformers.AutoConfig.from_pretrained(again)
+    for key, value in {**ends, "max_position_embeddings": 77}.items():
+        assert getattr(found, key) == value, key
+    tokenizer = transformers.AutoTokenizer.from_pretrained(again)
+    assert {name: getattr(tokenizer, name) for name in names} == names
+    assert len(tokenizer) == 260
+    words = ["export", str(back), "--output", str(tmp_path / "given"), "--max_positions", "99"]
+    assert main(words) == 0
+    given = transformers.AutoConfig.from_pretrained(tmp_path / "given")
+    assert given.max_position_embeddings == 99 and given.bos_token_id == 257
 
 
 def live_bytes() -> int:

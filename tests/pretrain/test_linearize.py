@@ -103,28 +103,41 @@ def test_liger_is_its_equations(tmp_path: Path) -> None:
         torch.testing.assert_close(mixer(x, ctx)[0][0], expected)
 
 
-def test_window_alone_is_the_model_that_was_read(tmp_path: Path) -> None:
-    """Grouped heads, tied embeddings; norms of queries and keys with Qwen3, and windows there."""
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Mistral", {"head_dim": 16, "sliding_window": 9}),
+        ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    ],
+)
+def test_window_alone_is_the_model_that_was_read(
+    tmp_path: Path, kind: str, others: dict[str, Any]
+) -> None:
+    """Grouped heads; biases with Qwen2, windows with Mistral, norms of q and k with Qwen3."""
     torch.manual_seed(3)
     sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-    qwen = transformers.Qwen3Config(**sizes, head_dim=8, tie_word_embeddings=True)
-    folder = tmp_path / "qwen"
-    theirs = transformers.Qwen3ForCausalLM(qwen).eval()
-    theirs.save_pretrained(folder)
-    cases = [(folder, theirs), (tmp_path / "llama", llama(tmp_path / "llama"))]
+    described = getattr(transformers, f"{kind}Config")(**sizes, **others)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(described).eval()
+    with torch.no_grad():
+        for param in theirs.parameters():
+            param += 0.1 * torch.randn_like(param)
+    theirs.save_pretrained(tmp_path)
     from rondo.models import hf
 
-    for there, other in cases:
-        config, tensors = hf.read_folder(there)
-        config = linearize(config, ["liger"])
-        alone = {"window": None, "recurrent_share": 0.0, "window_share": 1.0}
-        config.mixers["liger"] |= alone
-        model = Decoder(config)
-        model.load_state_dict(tensors)
-        with torch.no_grad():
-            expected = other(rows()).logits
-        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    config, tensors = hf.read_folder(tmp_path)
+    config = linearize(config, ["liger"])
+    alone = {"recurrent_share": 0.0, "window_share": 1.0, "window": others.get("sliding_window")}
+    for options in config.mixers.values():
+        options |= alone
+    model = Decoder(config)
+    model.load_state_dict(tensors)
+    assert {spec.mixer for spec in config.layers()} == {"liger"}
+    with torch.no_grad():
+        expected = theirs(rows()).logits
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [[], ["--model.lora_rank=4"]], ids=["all", "lora"])
