@@ -1,9 +1,13 @@
 """`rondo forgetting`: what runs in stages have learnt and forgotten.
 
 With L_d(k) the validation loss on domain d at the end of stage k (row 0: before the first step),
-and k_d the last stage on d so far (0 for another run that is replayed), the forgetting of d in row
-k is L_d(k) - L_d(k_d): how much worse d is than when it was left (arXiv 2403.08763, in nats a
-token and in bits per byte). The adaptation of stage k is the loss on its own domain.
+and k_d the last stage on d so far, the forgetting of d in row k is L_d(k) - L_d(k_d): how much
+worse d is than when it was left (arXiv 2403.08763, in nats a token and in bits per byte). Another
+run that is replayed was left where it was first looked at. The adaptation of stage k is the loss
+on its own domain.
+
+A run that goes on with another, or from before it had stages, has rows of the stages that ended
+there too: with what was known or measured when it began.
 
 `forgetting.json` in the run folder holds the matrices (stage x domain), `forgetting.html` shows
 the curves, and TensorBoard gets the matrix as a heat map.
@@ -12,7 +16,7 @@ the curves, and TensorBoard gets the matrix as a heat map.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -54,40 +58,34 @@ class Matrix:
         described = json.loads(plan.read_text())
         self.stages: list[dict[str, Any]] = described["stages"]
         self.steps: int = described["steps"]
-        found = rows(folder / "metrics.jsonl", before=self.steps)
-        self.measured = [row for row in found if "validation/loss" in row]
-        if not self.measured:
-            raise UserError(f"{folder}: nothing was validated yet (evals.batches)")
         owned = [stage["domain"] for stage in self.stages]
         self.domains = [*dict.fromkeys([*owned, *described["replayed_runs"]])]
-        before = next((row for row in found if "validation_before/loss" in row), {})
-        self.began = int(before.get("step", 0))
-        self.before = {
-            kind: [before.get(f"validation_before/{name}/{kind}") for name in self.domains]
-            for kind in KINDS
-        }
-        self.reached = [stage for stage in self.stages if self._last(stage) is not None]
+        self.points = _points(rows(folder / "metrics.jsonl", before=self.steps), self.domains)
+        reached = [(stage, done) for stage in self.stages if (done := self._last(stage))]
+        self.reached = [stage for stage, _ in reached]
+        self.after = [done for _, done in reached]
+        """Steps done at the last measurement of each stage that was reached."""
+        if not reached:
+            raise UserError(f"{folder}: nothing was validated yet (evals.batches)")
 
-    def _last(self, stage: dict[str, Any]) -> dict[str, Any] | None:
-        """The last row of a stage with a validation."""
+    def _last(self, stage: dict[str, Any]) -> int:
+        """Steps done at the last measurement of a stage; 0 where there is none."""
         begin, end = stage["start"], stage["start"] + stage["steps"]
-        within = [row for row in self.measured if begin <= row["step"] < end]
-        return within[-1] if within else None
+        return max((done for done in self.points if begin < done <= end), default=0)
 
     def values(self, kind: str) -> list[list[float | None]]:
         """`kind` by row (before, then stages that were reached) and domain; None where it was not
         measured."""
-        lasts = (self._last(stage) for stage in self.reached)
-        found = [[(row or {}).get(f"validation/{d}/{kind}") for d in self.domains] for row in lasts]
-        return [self.before[kind], *found]
+        points = [self.points.get(done, {}) for done in (0, *self.after)]
+        return [[point.get(f"{name}/{kind}") for name in self.domains] for point in points]
 
     def forgetting(self, kind: str) -> list[list[float | None]]:
         """By stage that was reached and domain; None for domains that were not left yet."""
         values = self.values(kind)
-        others = {*self.domains} - {stage["domain"] for stage in self.stages}
-        left: dict[str, float | None] = {
-            name: values[0][i] for i, name in enumerate(self.domains) if name in others
-        }
+        left: dict[str, float | None] = {}
+        for name in {*self.domains} - {stage["domain"] for stage in self.stages}:
+            first = (point for _, point in sorted(self.points.items()) if f"{name}/{kind}" in point)
+            left[name] = next(first, {}).get(f"{name}/{kind}")
         found = []
         for stage, row in zip(self.reached, values[1:], strict=True):
             named = dict(zip(self.domains, row, strict=True))
@@ -99,39 +97,51 @@ class Matrix:
 
     def data(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        lasts = [self._last(stage) or {} for stage in self.reached]
-        return {
+        own = [self.domains.index(stage["domain"]) for stage in self.reached]
+        found: dict[str, Any] = {
             "domains": self.domains,
             "stages": [stage["name"] for stage in self.reached],
-            "after_steps": [row["step"] + 1 for row in lasts],
+            "after_steps": self.after,
             "finished": [
-                row["step"] + 1 == stage["start"] + stage["steps"]
-                for stage, row in zip(self.reached, lasts, strict=True)
+                done == stage["start"] + stage["steps"]
+                for stage, done in zip(self.reached, self.after, strict=True)
             ],
-            **{
-                kind: {
-                    "before": self.before[kind],
-                    "matrix": self.values(kind)[1:],
-                    "forgetting": self.forgetting(kind),
-                    "adaptation": [
-                        row.get(f"validation/{stage['domain']}/{kind}")
-                        for stage, row in zip(self.reached, lasts, strict=True)
-                    ],
-                }
-                for kind in KINDS
-            },
         }
+        for kind in KINDS:
+            before, *matrix = self.values(kind)
+            found[kind] = {
+                "before": before,
+                "matrix": matrix,
+                "forgetting": self.forgetting(kind),
+                "adaptation": [row[i] for row, i in zip(matrix, own, strict=True)],
+            }
+        return found
 
     def curves(self, prefix: str = "") -> dict[str, list[tuple[int, float]]]:
         """Bits per byte by domain, over steps done."""
         found: dict[str, list[tuple[int, float]]] = {}
-        for i, name in enumerate(self.domains):
-            key, first = f"validation/{name}/bits_per_byte", self.before["bits_per_byte"][i]
-            start = [] if first is None else [(self.began, first)]
-            later = [(row["step"] + 1, row[key]) for row in self.measured if row.get(key)]
-            if start or later:
-                found[prefix + name] = start + later
+        for name in self.domains:
+            key = f"{name}/bits_per_byte"
+            line = [(done, at[key]) for done, at in sorted(self.points.items()) if at.get(key)]
+            if line:
+                found[prefix + name] = line
         return found
+
+
+def _points(
+    found: Sequence[Mapping[str, Any]], domains: Sequence[str]
+) -> dict[int, dict[str, float]]:
+    """What rows of metrics tell of `domains`: by steps done, values by `domain/kind`."""
+    points: dict[int, dict[str, float]] = {}
+    for row in found:
+        when = {"validation_before": row["step"], "validation": row["step"] + 1}
+        for key, value in row.items():
+            group, _, name = key.partition("/")
+            domain = name.rpartition("/")[0]
+            done = row.get(f"learnt/{domain}/step") if group == "learnt" else when.get(group)
+            if domain in domains and done is not None:
+                points.setdefault(done, {})[name] = value
+    return points
 
 
 def _minus(value: float | None, left: float | None, own: bool) -> float | None:
@@ -165,13 +175,15 @@ def _table(matrix: Matrix) -> Table:
 
 
 def _cells(matrix: Matrix) -> list[list[str]]:
+    """Rows of the table; one of what was before the first step only where that was measured."""
     values, lost = matrix.values("bits_per_byte"), matrix.forgetting("bits_per_byte")
     names = ["(before)", *(stage["name"] for stage in matrix.reached)]
     nothing: list[float | None] = [None] * len(matrix.domains)
-    return [
+    found = [
         [name, *(_cell(*pair) for pair in zip(row, gone, strict=True))]
         for name, row, gone in zip(names, values, [nothing, *lost], strict=True)
     ]
+    return found if 0 in matrix.points else found[1:]
 
 
 def _cell(value: float | None, lost: float | None) -> str:
@@ -213,7 +225,7 @@ def _write_event(matrix: Matrix) -> None:
 
     with SummaryWriter(str(matrix.folder / "tensorboard")) as events:
         writer: Any = events._get_file_writer()
-        step = int(matrix.measured[-1]["step"])
+        step = max(matrix.points) - 1
         writer.add_summary(heat_map("forgetting/matrix", matrix.values("loss")[1:], cell=32), step)
 
 

@@ -118,12 +118,20 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
+def hits(model: Decoder, texts: Rows, batch_size: int = 128) -> Tensor:
+    """Where the likeliest word is the answer `(N, T)`."""
+    model.eval()
+    parts = zip(*(x.split(batch_size) for x in texts), strict=True)
+    return torch.cat(
+        [
+            model.logits(model(words, return_state=False).hidden).argmax(-1) == answers
+            for words, answers in parts
+        ]
+    )
+
+
 def score(model: Decoder, texts: Rows, batch_size: int = 128) -> Score:
     """How often the likeliest word is the answer."""
-    model.eval()
-    right, asked, last = 0, 0, 0
-    for words, answers in zip(*(x.split(batch_size) for x in texts), strict=True):
-        hit = model.logits(model(words, return_state=False).hidden).argmax(-1) == answers
-        right, asked = right + int(hit.sum()), asked + int((answers != NO_ANSWER).sum())
-        last += int(hit[:, -1].sum())
-    return Score(right / asked, last / len(texts.words))
+    right = hits(model, texts, batch_size)
+    asked = int((texts.answers != NO_ANSWER).sum())
+    return Score(int(right.sum()) / asked, int(right[:, -1].sum()) / len(texts.words))

@@ -2,7 +2,9 @@
 
 Small models learn the task from scratch and are scored on longer texts. A text is filler with a few
 needles at random depths, each one word that stands for a key with its value; a question is a word
-that stands for a key, and the answer, not in the text, is the value (`labelling.py`).
+that stands for a key, and the answer, not in the text, is the value (`labelling.py`). Among the
+needles is a passkey: three words in a row, each one of 16 for its place. The end of a text asks for
+it by one word; the answer is the same three words, of which each is read before the next is given.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 
 from rondo.errors import UserError, run_command
-from rondo.evals.labelling import NO_ANSWER, Fit, Rows, fit, score
+from rondo.evals.labelling import NO_ANSWER, Fit, Rows, fit, hits
 from rondo.models import Decoder, ModelConfig
 from rondo.pretrain.options import parse_command
 
@@ -23,7 +27,13 @@ USAGE = "python -m rondo.evals.needle_training [--option value]..."
 KEYS, VALUES, FILLER = 8, 16, 16
 QUESTION = KEYS * VALUES
 """The first question; before it are needles, `key * VALUES + value`."""
-ANSWER = QUESTION + KEYS
+PLACES = 3
+"""Words of a passkey."""
+PASSKEY = QUESTION + KEYS
+"""The first of them, `place * VALUES + value`."""
+ASK = PASSKEY + PLACES * VALUES
+"""Asks for the passkey."""
+ANSWER = ASK + 1
 """The first answer; filler comes after the last one."""
 WORDS = ANSWER + VALUES + FILLER
 NEEDLES = 4
@@ -79,23 +89,25 @@ class NeedleTrainingConfig:
 
 
 def texts(count: int, length: int, ask: float, seed: int) -> Rows:
-    """Random texts with `NEEDLES` needles of different keys.
+    """Random texts with `NEEDLES` needles of different keys and a passkey, which is asked for in
+    the last `PLACES` positions.
 
     `ask` is the share of words after the first needle that are questions for one before them; 0: a
-    question for each needle, in random order, at the end of the text.
+    question for each needle, in random order, before the one for the passkey.
     """
     draw = torch.Generator().manual_seed(seed)
-    room = length if ask else length - NEEDLES
+    end = length - PLACES
+    room = end if ask else end - NEEDLES
     words = ANSWER + VALUES + torch.randint(FILLER, (count, length), generator=draw)
     answers = torch.full((count, length), NO_ANSWER)
+    depths = _hide_passkeys(words, answers, room, draw)
     keys = torch.rand(count, KEYS, generator=draw).argsort(1)[:, :NEEDLES]
     values = torch.randint(VALUES, (count, NEEDLES), generator=draw)
-    depths = torch.rand(count, room, generator=draw).argsort(1)[:, :NEEDLES].sort(1).values
     words.scatter_(1, depths, keys * VALUES + values)
     if not ask:
         order = torch.rand(count, NEEDLES, generator=draw).argsort(1)
-        words[:, room:] = QUESTION + keys.gather(1, order)
-        answers[:, room:] = ANSWER + values.gather(1, order)
+        words[:, room:end] = QUESTION + keys.gather(1, order)
+        answers[:, room:end] = ANSWER + values.gather(1, order)
         return Rows(words, answers)
     before = (depths[:, None] < torch.arange(length)[:, None]).sum(-1)
     chosen = (torch.rand(count, length, generator=draw) * before).long()
@@ -105,6 +117,21 @@ def texts(count: int, length: int, ask: float, seed: int) -> Rows:
     return Rows(words, torch.where(asked, ANSWER + values.gather(1, chosen), answers))
 
 
+def _hide_passkeys(words: Tensor, answers: Tensor, room: int, draw: torch.Generator) -> Tensor:
+    """Puts a passkey somewhere in the first `room` words of each text and the question at its end;
+    returns depths for needles beside it `(N, NEEDLES)`, in order."""
+    count = len(words)
+    values = torch.randint(VALUES, (count, PLACES), generator=draw)
+    passkeys = PASSKEY + VALUES * torch.arange(PLACES) + values
+    # Places where the passkey counts as one word.
+    places = torch.rand(count, room - PLACES + 1, generator=draw).argsort(1)
+    start, depths = places[:, :1], places[:, 1 : NEEDLES + 1].sort(1).values
+    words.scatter_(1, start + torch.arange(PLACES), passkeys)
+    words[:, -PLACES:] = F.pad(passkeys[:, :-1], (1, 0), value=ASK)
+    answers[:, -PLACES:] = passkeys
+    return depths + (PLACES - 1) * (depths > start)
+
+
 def model(name: str) -> ModelConfig:
     """The model of a row: two layers of 64, four for MAL."""
     layers = MODELS[name]
@@ -112,8 +139,25 @@ def model(name: str) -> ModelConfig:
     return ModelConfig(vocab_size=WORDS, dim=64, mixers=mixers, init_std=0.125, **layers._asdict())
 
 
-def accuracies(name: str, config: NeedleTrainingConfig, console: Console) -> dict[int, float]:
-    """Share of right answers by length, after training."""
+class Found(NamedTuple):
+    """What a model finds in texts of one length."""
+
+    needles: float
+    """Share of needles."""
+    passkeys: float
+    """Share of passkeys, right in all words. Each is asked for with the right words before it,
+    which is greedy decoding as far as the first wrong one."""
+
+
+def found(trained: Decoder, asked: Rows) -> Found:
+    """Scores `texts` that ask at their end."""
+    right = hits(trained, asked, 32)
+    passkeys, needles = right[:, -PLACES:], right[:, -PLACES - NEEDLES : -PLACES]
+    return Found(needles.double().mean().item(), passkeys.all(1).double().mean().item())
+
+
+def accuracies(name: str, config: NeedleTrainingConfig, console: Console) -> list[Found]:
+    """What a model finds after training, for each of `FACTORS`."""
     pools = [texts(POOL, length, 0.25, length) for length in TRAINED]
 
     def say(step: int, loss: float) -> None:
@@ -122,22 +166,29 @@ def accuracies(name: str, config: NeedleTrainingConfig, console: Console) -> dic
 
     plan = Fit(config.steps, batch_size=32, lr=config.lr)
     trained = fit(model(name), pools, plan, config.seed, say)
-    lengths = [factor * TRAINED[-1] for factor in FACTORS]
-    return {n: score(trained, texts(config.samples, n, 0, n + 1), 32).mean for n in lengths}
+    return [found(trained, texts(config.samples, n, 0, n + 1)) for n in _lengths()]
+
+
+def _lengths() -> list[int]:
+    return [factor * TRAINED[-1] for factor in FACTORS]
 
 
 def table(config: NeedleTrainingConfig) -> None:
-    """Trains, scores and prints a row of the table after the other."""
-    lengths = [str(factor * TRAINED[-1]) for factor in FACTORS]
-    lines = [["model", "parameters", *lengths], ["---"] * (2 + len(lengths))]
-    lines.append(["chance", "", *([f"{1 / VALUES:.3f}"] * len(lengths))])
-    for line in lines:
-        print(f"| {' | '.join(line)} |", flush=True)
+    """Trains, scores and prints two rows of the table for each model, one after the other."""
+    count = len(FACTORS)
+    _print("model", "parameters", "asked for", *map(str, _lengths()))
+    _print(*["---"] * (3 + count))
+    _print("chance", "", "needles", *[f"{1 / VALUES:.3f}"] * count)
+    _print("chance", "", "passkey", *[f"{VALUES**-PLACES:.3f}"] * count)
     for name in config.models.split(","):
         size = sum(p.numel() for p in Decoder(model(name), seed=0).parameters())
-        found = accuracies(name, config, Console(stderr=True))
-        shown = [name, f"{size:,}", *(f"{share:.3f}" for share in found.values())]
-        print(f"| {' | '.join(shown)} |", flush=True)
+        scores = accuracies(name, config, Console(stderr=True))
+        _print(name, f"{size:,}", "needles", *(f"{each.needles:.3f}" for each in scores))
+        _print(name, f"{size:,}", "passkey", *(f"{each.passkeys:.3f}" for each in scores))
+
+
+def _print(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main(words: list[str]) -> int:

@@ -2,8 +2,9 @@
 
 What a stretch of tokens does to any state cannot be told in advance, so that ranks work one after
 another; but rows, and heads, know nothing of each other. They are taken in parts: while a rank
-works on one, the rank before it works on the next. With P ranks and 2 P parts, a pass takes 3 P - 1
-turns, of which a rank is idle for P - 1; more parts would idle less, but are smaller.
+works on one, the rank before it works on the next. With P ranks and n parts, a pass takes
+n + P - 1 turns, of which a rank is idle for P - 1. Parts are at most 2 P (more would idle less, but
+are smaller), and no more than rows times heads: one row of 8 heads over 8 ranks idles for 7 of 15.
 """
 
 from __future__ import annotations
@@ -35,21 +36,22 @@ class ChainOverRanks:
         **options: Any,
     ) -> Any:
         numbers, counts = (None, None) if initial_state is None else initial_state
-        by_rows, by_heads = _parts(tensors[0].shape, 2 * dist.get_world_size(self.group))
-        rows = zip(
+        rows, heads = tensors[0].shape[0], tensors[0].shape[2]
+        by_rows, by_heads = parts(rows, heads, dist.get_world_size(self.group))
+        stretches = zip(
             zip(*(_cut(x, by_rows, 0) for x in tensors), strict=True),
             *(_cut(x, by_rows, 0) for x in (numbers, counts, segment_ids)),
             strict=True,
         )
         found = []
-        for x, n, c, ids in rows:
-            heads = zip(
+        for x, n, c, ids in stretches:
+            by_head = zip(
                 zip(*(_cut(y, by_heads, 2) for y in x), strict=True),
                 _cut(n, by_heads, 1),
                 strict=True,
             )
-            parts = [self._run(y, m, c, ids, **options) for y, m in heads]
-            found.append(_joined(parts, heads=True))
+            done = [self._run(y, m, c, ids, **options) for y, m in by_head]
+            found.append(_joined(done, heads=True))
         return _joined(found, heads=False)
 
     def _run(
@@ -89,10 +91,10 @@ class ChainOverRanks:
         return _where(as_ids(flat[:, -1:])[:, 0] == segment_ids[:, 0], state, fresh)
 
 
-def _parts(shape: torch.Size, wanted: int) -> tuple[int, int]:
-    """Parts of rows and of heads, together about as many as wanted; `(B, T, H, ...)`."""
-    rows = min(wanted, shape[0])
-    return rows, min(-(-wanted // rows), shape[2])
+def parts(rows: int, heads: int, ranks: int) -> tuple[int, int]:
+    """Parts of rows and of heads, together about twice as many as ranks where there are so many."""
+    by_rows = min(2 * ranks, rows)
+    return by_rows, min(-(-2 * ranks // by_rows), heads)
 
 
 def _joined(parts: list[Any], *, heads: bool) -> Any:

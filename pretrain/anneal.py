@@ -205,10 +205,17 @@ def _going_on(stages: list[Stage], stage: Stage, checkpoint: Path) -> ReplayConf
     if not found:
         return replay
     record = read_seen(str(checkpoint)).record["stages"][-1]["replay"]
-    sizes, counts = (record[key] if len(found) > 1 else [record[key]] for key in ("of", "samples"))
+    sizes, counts, begun = (
+        record[key] if isinstance(record[key], list) else [record[key]] * len(found)
+        for key in ("of", "samples", "offset")
+    )
+    offsets = (
+        begin if group.offset is None else group.offset
+        for group, begin in zip(found, begun, strict=False)
+    )
     starts = {
-        group.sources[0]: (group.offset + count) % size
-        for group, count, size in zip(found, counts, sizes, strict=True)
+        group.sources[0]: (offset + count) % size
+        for group, offset, count, size in zip(found, offsets, counts, sizes, strict=True)
     }
     each = [starts.get(source, 0) for source in replay.sources]
     return dataclasses.replace(replay, offset=each if isinstance(replay.share, list) else each[0])

@@ -21,6 +21,10 @@ from rondo.pretrain.stages import (
     stages_of,
 )
 
+Scores = Mapping[str, Mapping[str, float]]
+"""Loss and bits per byte, by domain."""
+Learnt = dict[str, dict[str, float]]
+
 
 def open_held_out(
     recipe: Recipe, sources: Sources, training: Curriculum
@@ -44,31 +48,41 @@ def open_held_out(
 
 
 class Domains:
-    """What is known of a run's domains; the losses they were learnt to are kept by the caller."""
+    """What is known of a run's domains. What they were learnt to is kept by the caller: by domain
+    the loss and the bits per byte, and the `step` after which these were measured."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._stages = stages_of(recipe)
         self._runs = {*replayed_runs(self._stages).values()}
 
-    def begin(self, step: int, losses: Mapping[str, float]) -> dict[str, float]:
-        """What the domains of earlier stages and runs were learnt to, from the `losses` before
+    def begin(self, step: int, scores: Scores) -> Learnt:
+        """What the domains of earlier stages and runs were learnt to, from the `scores` before
         `step`, where nothing is known of earlier ones."""
         past = {domain_of(self._stages, stage) for stage in self._stages if stage.end <= step}
-        return {name: loss for name, loss in losses.items() if name in past | self._runs}
+        known = past | self._runs
+        return {name: {**each, "step": step} for name, each in scores.items() if name in known}
 
-    def observe(
-        self, step: int, losses: Mapping[str, float], learnt: dict[str, float]
-    ) -> dict[str, float]:
-        """Metrics after `step`, whose `losses` these are; at the end of a stage, `learnt` takes
-        the loss of its domain."""
+    def observe(self, step: int, scores: Scores, learnt: Learnt) -> dict[str, float]:
+        """Metrics after `step`, whose `scores` these are; at the end of a stage, `learnt` takes
+        those of its domain."""
         stage = stage_at(self._stages, step)
         own = domain_of(self._stages, stage)
         found = {
-            f"forgetting/{name}": losses[name] - loss
-            for name, loss in learnt.items()
-            if name != own and name in losses
+            f"forgetting/{name}": scores[name]["loss"] - left["loss"]
+            for name, left in learnt.items()
+            if name != own and name in scores
         }
-        found[f"adaptation/{own}"] = losses[own]
+        found[f"adaptation/{own}"] = scores[own]["loss"]
         if step + 1 == stage.end:
-            learnt[own] = losses[own]
+            learnt[own] = {**scores[own], "step": step + 1}
         return found
+
+
+def learnt_metrics(learnt: Learnt) -> dict[str, float]:
+    """`learnt/<domain>/...`: what forgetting is counted from, for the first row of a run that goes
+    on with another."""
+    return {
+        f"learnt/{name}/{key}": value
+        for name, left in learnt.items()
+        for key, value in left.items()
+    }

@@ -36,6 +36,8 @@ class Metrics:
         self, folder: Path, *, start: int, steps: int, every: int, tensorboard: bool, active: bool
     ) -> None:
         self.active, self.every, self.steps = active, every, steps
+        self.fresh = False
+        """Whether there are no rows before `start`."""
         self._events = None
         self._stage: str | None = None
         if not active:
@@ -43,6 +45,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = rows(path, before=start)
+        self.fresh = not kept
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         beside.replace(path)

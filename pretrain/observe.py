@@ -79,13 +79,16 @@ class Observer:
         """Validation before the first step of a run, or of stages that go on from a run without;
         nothing elsewhere. Notes in `state` what later validation is compared with."""
         staged = bool(self.recipe.stages)
+        if "learnt" in state:  # an older rondo kept losses alone
+            known = state["learnt"].items()
+            state["learnt"] = {d: v if isinstance(v, dict) else {"loss": v} for d, v in known}
         if not self.held_out or ("learnt" in state if staged else start > 0):
             return {}
         found = self.validate()
         if start == 0:
             state["first_bits_per_byte"] = found["validation/bits_per_byte"]
         if staged:
-            state["learnt"] = self.domains.begin(start, self._losses(found))
+            state["learnt"] = self.domains.begin(start, self._scores(found))
         return found
 
     def after(
@@ -112,7 +115,7 @@ class Observer:
         if self.held_out and (last or due(step, self.recipe.evals.every)):
             extra |= self.validate()
             if batches and self.recipe.stages:
-                extra |= self.domains.observe(step, self._losses(extra), state["learnt"])
+                extra |= self.domains.observe(step, self._scores(extra), state["learnt"])
         if batches and due(step, self.recipe.logging.norms_every):
             extra |= layer_norms(self.model, batches)
             if loads:
@@ -126,9 +129,13 @@ class Observer:
             take_gauges(self.model.parts, self.ranks)
         return extra, tables
 
-    def _losses(self, validation: Mapping[str, float]) -> dict[str, float]:
-        """Loss by domain."""
-        return {name: validation[f"validation/{name}/loss"] for name in self.held_out}
+    def _scores(self, validation: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Loss and bits per byte by domain."""
+        kinds = ("loss", "bits_per_byte")
+        return {
+            name: {kind: validation[f"validation/{name}/{kind}"] for kind in kinds}
+            for name in self.held_out
+        }
 
     def _routing(
         self, batches: list[MicroBatch], sources: Sequence[Sequence[int]]

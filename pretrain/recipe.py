@@ -129,8 +129,9 @@ class ReplayConfig:
     folder (what its newest checkpoint has seen) or that of one of its checkpoints; or a list."""
     order: Literal["original", "reshuffled"] = "original"
     """As they were seen, or shuffled by `seed`."""
-    offset: int | list[int] = 0
-    """Samples to pass over at first; they come after the last. A list where `share` is one."""
+    offset: int | list[int] | None = None
+    """Samples to pass over at first; they come after the last. A list where `share` is one. None:
+    go on behind what the stage before has replayed of the same source, in the same order."""
     seed: int = 0
     """Of the shuffle."""
 

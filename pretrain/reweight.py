@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rondo.kernels.cross_entropy.chunked import KEPT_BYTES
+from rondo.parallel.build import PRECISIONS
 from rondo.parallel.collectives import gather
 from rondo.parallel.mesh import DATA, Ranks
 from rondo.parallel.pipeline import MicroBatch
@@ -80,6 +82,9 @@ class Reweighting:
         self._warmup = in_steps(self.config.warmup_steps, self.steps, step_tokens, up=True)
         sequences = data.micro_batch_size * ranks.layout.data_size
         self._sequences = min(sequences, data.global_batch_size)
+        self._rows = data.micro_batch_size
+        length = data.sequence_length // ranks.layout.cp
+        self._sequence_bytes = length * PRECISIONS[recipe.precision].itemsize
         if self.config.scope == "global_batch":
             self._sequences = data.global_batch_size
 
@@ -90,14 +95,25 @@ class Reweighting:
             return None
         return temperature(step, self._warmup, config)
 
-    def note(self) -> str | None:
-        """A warning where few sequences share weights."""
-        if self.config.strategy == "uniform" or self._sequences >= FEW:
-            return None
-        return (
-            f"reweight.scope: {self._sequences} sequences share each {self.config.scope}'s "
-            f"weights, which are noisy below {FEW}"
-        )
+    def notes(self, vocab_size: int) -> Iterator[str]:
+        """Warnings: where few sequences share weights, and, on a CPU, where the logits of a
+        micro-batch of `vocab_size` words are too large to be kept until these are known."""
+        if self.config.strategy == "uniform":
+            return
+        if self._sequences < FEW:
+            yield (
+                f"reweight.scope: {self._sequences} sequences share each {self.config.scope}'s "
+                f"weights, which are noisy below {FEW}"
+            )
+        kept = KEPT_BYTES // (self._sequence_bytes * vocab_size)
+        if self.ranks.device.type == "cpu" and self._rows > kept:
+            size = self._rows * self._sequence_bytes * vocab_size / 2**20
+            fits = f"data.micro_batch_size {kept}" if kept else "a shorter sequence"
+            yield (
+                f"reweight: a micro-batch's logits take {size:,.0f} MiB and are made twice, above "
+                f"{KEPT_BYTES >> 20} MiB; a small model's steps took a fifth longer so; {fits} "
+                "spares it"
+            )
 
 
 def temperature(step: int, warmup: int, config: ReweightConfig) -> float | None:

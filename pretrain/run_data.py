@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from rondo.errors import UserError
-from rondo.pretrain.data import Curriculum, TokenDataset, prepare_sources, read_seen
+from rondo.pretrain.data import Curriculum, Seen, TokenDataset, prepare_sources, read_seen
 from rondo.pretrain.domains import open_held_out
 from rondo.pretrain.parse import dump_recipe, recipe_differences
 from rondo.pretrain.recipe import Recipe
@@ -36,6 +38,26 @@ def open_data(
     training = Curriculum(recipe, sources, recipe.model.vocab_size, seen)
     held_out = open_held_out(recipe, sources, training) if recipe.evals.batches else {}
     return training, held_out
+
+
+def require_same_seen(seen: Mapping[tuple[str, str], Seen]) -> None:
+    """Raises UserError, on all ranks, where they have read different records of what another run
+    had `seen` (by stage and source): that run may save while the ranks of this one begin, each at
+    its own time. Collective."""
+    if not seen or not dist.is_initialized():
+        return
+    own = {key: f"step {each.record['step']} ({each.digest()[:8]})" for key, each in seen.items()}
+    of_ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    for rank, there in enumerate(of_ranks):
+        for (stage, source), found in there.items():
+            first = of_ranks[0][stage, source]
+            if found != first:
+                raise UserError(
+                    f"replay.source: {source} had come to {first} where rank 0 read it, and to "
+                    f"{found} where rank {rank} did: it has saved meanwhile; start again, or name "
+                    "one of its checkpoints instead"
+                )
 
 
 def describe_run(recipe: Recipe, folder: Path, training: Curriculum) -> None:

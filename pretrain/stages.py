@@ -126,6 +126,12 @@ def domain_of(stages: Sequence[Stage], stage: Stage) -> str:
     return next(other.name for other in stages if other.sources == stage.sources)
 
 
+def run_folder(source: str) -> Path:
+    """The folder of the run that a `replay.source` names by itself or by one of its checkpoints."""
+    path = Path(source)
+    return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
 def replayed_runs(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
     """By name of the stage and `replay.source`, a name for each other run that is replayed: that of
     its folder, numbered where it is another's."""
@@ -136,8 +142,7 @@ def replayed_runs(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
         for source in stage.replay.sources if stage.replay else ():
             if source in {*names, EARLIER}:
                 continue
-            path = Path(source)
-            run = path.parents[1] if path.parent.name == "checkpoints" else path
+            run = run_folder(source)
             if run not in runs:
                 name = f"run {run.name}" if run.name in names else run.name
                 runs[run] = name if name not in runs.values() else f"{name} {len(runs) + 1}"

@@ -93,7 +93,8 @@ def begin(
         origin = Origin(own, True)
     if origin is None:
         return state, []
-    path = origin.path
+    at = origin.path
+    path = checkpointer.found(lambda: at)
     if not origin.whole:
         lines = take(checkpointer, engine, tokenizer, path, optimizer=origin.optimizer)
         return state, lines
@@ -145,7 +146,8 @@ def enter(
     if stage.reset_optimizer:
         reset(engine)
     if stage.init_from is not None:
-        path, keep = find_checkpoint(Path(stage.init_from)), not stage.reset_optimizer
+        there, keep = Path(stage.init_from), not stage.reset_optimizer
+        path = checkpointer.found(lambda: find_checkpoint(there))
         lines += take(checkpointer, engine, tokenizer, path, optimizer=keep)
     return lines
 

@@ -32,13 +32,14 @@ from rondo.pretrain.data import (
     prefetch,
 )
 from rondo.pretrain.data.seen import NAME as SAMPLES
+from rondo.pretrain.domains import learnt_metrics
 from rondo.pretrain.eval_jobs import EvalJobs
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.observe import Observer, Tables, due
 from rondo.pretrain.optim import set_learning_rate, updates_of
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.reweight import Reweighting, SampleWeights
-from rondo.pretrain.run_data import describe_run, open_data
+from rondo.pretrain.run_data import describe_run, open_data, require_same_seen
 from rondo.pretrain.stage_costs import stage_costs
 from rondo.pretrain.stages import Stage, rate, stage_at, stages_of
 from rondo.pretrain.start import Origin, begin, enter, find_origin, saved_streams
@@ -71,6 +72,7 @@ def train(recipe: Recipe) -> int:
     training, held_out = open_data(recipe, folder, saved_streams(folder, origin))
     check_vocabulary(recipe, training.vocab_size)
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
+        require_same_seen(training.seen)
         trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
         try:
             return trainer.run(origin)
@@ -227,6 +229,7 @@ class Trainer:
             "grad_norm": norm,
             "lr": scale * recipe.optimizer.lr,
             "tokens": (step + 1) * self.tokens_per_step,
+            "targets": valid,
             "tokens_per_second": speed,
             "mfu": speed * self.flops_per_token / self.peak_flops,
             "memory_bytes": peak_memory(ranks.device),
@@ -274,12 +277,15 @@ class Trainer:
             )
 
     def _look_first(self, start: int) -> dict[str, float]:
-        """Validation before the first step; what the row of that step tells of it."""
+        """Validation before the first step; what the row of that step tells of it, or else of what
+        the run that is gone on with had learnt."""
         first = self.observer.first(start, self.state)
         if first:
             self.metrics.say(f"validation before training: {scores(first)}")
         if not self.recipe.stages:
             return {}
+        if not first and self.metrics.fresh:
+            return learnt_metrics(self.state.get("learnt", {}))
         return {name.replace("validation", "validation_before", 1): first[name] for name in first}
 
     def _look(

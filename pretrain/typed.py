@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
+import operator
 import sys
 import types
 import typing
@@ -205,7 +207,8 @@ def _placeholder(cls: Any, values: Mapping[str, Any] | None = None) -> Any:
 
 
 def _not_none(want: Any) -> Any:
-    return next(arg for arg in get_args(want) if arg is not types.NoneType)
+    rest = [arg for arg in get_args(want) if arg is not types.NoneType]
+    return functools.reduce(operator.or_, rest)
 
 
 def _is_union(want: Any) -> bool:

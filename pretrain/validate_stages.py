@@ -13,7 +13,7 @@ from rondo.pretrain.data.mixture import Mixture
 from rondo.pretrain.data.replay import Share, groups
 from rondo.pretrain.plain import show
 from rondo.pretrain.recipe import Recipe, ReplayConfig, SourceConfig
-from rondo.pretrain.stages import EARLIER, Stage, all_sources, source_keys, stages_of
+from rondo.pretrain.stages import EARLIER, Stage, all_sources, run_folder, source_keys, stages_of
 from rondo.pretrain.validate_schedule import LARGEST, length_problems, schedule_problems
 
 _LONGEST_NAME = 64
@@ -163,7 +163,7 @@ def _replay_numbers(replay: ReplayConfig, key: str) -> Iterator[str]:
     offsets = replay.offset if isinstance(replay.offset, list) else [replay.offset]
     for name, values in (("offset", offsets), ("seed", [replay.seed])):
         for value in values:
-            if not 0 <= value <= LARGEST:
+            if value is not None and not 0 <= value <= LARGEST:
                 got = show(getattr(replay, name))
                 yield f"{key}.{name}: must be at least 0 and at most {LARGEST}, got {got}"
 
@@ -175,8 +175,12 @@ def _replay_sources(
     earlier = {other.name for other in stages[: stage.number]}
     if not replay.sources:
         yield f"{key}.source: must name a stage or a run"
-    if len({*replay.sources}) < len(replay.sources):
-        yield f"{key}.source: names one twice, {show(replay.source)}; none is replayed twice"
+    named = {each if each in earlier else run_folder(each).resolve() for each in replay.sources}
+    if len(named) < len(replay.sources):
+        yield (
+            f"{key}.source: names one twice, {show(replay.source)}; none is replayed twice (a run "
+            "and its checkpoints have seen the same)"
+        )
     for source in replay.sources:
         if source == EARLIER and not earlier:
             yield f"{key}.source: there is no stage before the first; name another run's folder"
@@ -216,7 +220,7 @@ def _supply(recipe: Recipe, stages: list[Stage], stage: Stage) -> Iterator[str]:
             if {other.name, EARLIER} & {*group.sources}
         )
         names = " and ".join(group.sources)
-        if group.offset >= size:
+        if group.offset is not None and group.offset >= size:
             yield f"{key}.offset: must be below the {size} samples of {names}, got {group.offset}"
         if needed > size:
             yield (

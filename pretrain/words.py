@@ -29,8 +29,7 @@ def greeting(run: Any) -> Iterator[str]:
         f"{f' ({shape})' if shape else ''}, {run.peak_flops / 1e9:,.0f} GFLOP/s of matrix "
         "products"
     )
-    if note := run.reweighting.note():
-        yield note
+    yield from run.reweighting.notes(run.config.vocab_size)
     repeats = run.training.repeats(run.reweighting.domains)
     check_epochs(repeats, run.recipe.data.max_epochs)
     yield from describe(repeats)

@@ -28,7 +28,7 @@ from rondo.kernels.tiles import stays_in_cache
 
 BUFFER_BYTES = 16 * 2**20
 """Size of the logits buffer: smaller ones accumulate the weight gradient more often."""
-KEPT_BYTES = 128 * 2**20
+KEPT_BYTES = 256 * 2**20
 """Logits that a loss of each token keeps for the backward pass at most; more are made again."""
 MIN_CHUNK = 512
 """Tokens in a chunk at least: below, accumulating the weight gradient outweighs the products."""

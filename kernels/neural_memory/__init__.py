@@ -72,6 +72,7 @@ def neural_memory(
     residual: bool = True,
     max_update: float = 10.0,
     max_weight: float = 100.0,
+    max_gradient: float = 1e10,
     initial_state: MemoryState | None = None,
     segment_ids: Tensor | None = None,
     chunk_size: int = 16,
@@ -91,6 +92,9 @@ def neural_memory(
         max_update: limit of the Frobenius norm of a token's gradient of a matrix, before θ.
         max_weight: limit of the Frobenius norm of a matrix and of its momentum where a chunk
             begins. The initial weights are taken as they are.
+        max_gradient: limit of the entries of the gradient of a matrix, and of its momentum, that a
+            chunk hands to the one before it in the backward pass; a larger gradient is scaled
+            down. The limits above bound the memory, not how gradients grow over chunks.
         initial_state: of the document of position 0.
         segment_ids: `(B, T)` integers, non-decreasing in a row, one id a document.
         chunk_size: tokens whose gradients are taken at the same weights.
@@ -136,7 +140,7 @@ def neural_memory(
             memory,
             done,
             segment_ids,
-            Limits(max_update, max_weight),
+            Limits(max_update, max_weight, max_gradient),
             residual,
             chunk_size,
             at_border,

@@ -14,6 +14,7 @@ from rondo.kernels.neural_memory.chunk import (
     learn_backward,
     learned_again,
     limit_backward,
+    limited_errors,
     read_backward,
     weighted,
 )
@@ -26,9 +27,9 @@ class _Group(NamedTuple):
     """Some chunks as the forward pass had them; lists have an entry a layer."""
 
     learned: Learned
-    rates: list[Tensor]
-    """`(g, N, C)`, limited."""
-    by: list[Tensor]
+    errors: list[Tensor]
+    """As limited."""
+    by: Tensor
     """Parts of a token in the weights and in the momentum at the end `(g, N, C, 2)`."""
     written: list[Tensor]
     """`(g, N, C, 2 in)`."""
@@ -77,14 +78,14 @@ class Backward:
             not has_numbers() or bool((x[part] < 1).any())
             for x in (self.kept.factors, self.kept.scales)
         ]
-        group = self._again(part, inner, anchor, states, limited[1])
+        group = self._again(part, inner, anchor, states, limited)
         inputs = Reads(
             self.sequences.q[part],
             self.sequences.spread[part],
             self.sequences.reading[part],
+            self.sequences.rate[part],
             group.learned.inputs,
-            group.learned.errors,
-            group.rates,
+            group.errors,
             group.states,
         )
         to = read_backward(inputs, to_o[part])
@@ -93,16 +94,16 @@ class Backward:
             by, carried = self._chunk(part.start + j, j, group, to, limited)
             to_by.append(by)
             to_carried.append(carried)
-        to_rates = torch.stack(to.rates, 1) * self.kept.factors[part]
-        at_end = torch.stack(to_by[::-1]) * torch.stack(group.rates, 1)[..., None]
+        to_at_end = torch.stack(to_by[::-1])
+        to_rate = to.rate + (to_at_end * self.sequences.at_end[part]).sum(-1)
         return Sequences(
             q=to.q,
             k=to.inputs[0],
             target=to.errors[-1],
-            rate=to_rates.sum(1),
+            rate=to_rate,
             spread=to.spread,
             reading=to.reading,
-            at_end=at_end.sum(1),
+            at_end=to_at_end * self.sequences.rate[part][..., None],
             carried=torch.stack(to_carried[::-1]),
         )
 
@@ -112,58 +113,61 @@ class Backward:
         inner: list[list[Tensor]],
         anchor: Matrices,
         states: list[Tensor],
-        limited: bool,
+        limited: list[bool],
     ) -> _Group:
         learned = learned_again(self.sequences.k[part], inner, self.kept.error[part])
-        rates = list((self.kept.factors[part] * self.sequences.rate[part][:, None]).unbind(1))
-        by = [x[..., None] * self.sequences.at_end[part] for x in rates]
-        written = [weighted(a, each) for a, each in zip(learned.inputs, by, strict=True)]
+        errors = learned.errors
+        if limited[0]:
+            errors = limited_errors(errors, self.kept.factors[part].transpose(0, 1))
+        by = self.sequences.rate[part][..., None] * self.sequences.at_end[part]
+        written = [weighted(a, by) for a in learned.inputs]
         count, anchors, advance = part.stop - part.start, [], self.plan.passes.advance
         slots = [s.new_empty(count, *s.shape) for s in states]
         for slot, state in zip(slots, states, strict=True):
             slot[0] = state
         for j, i in enumerate(range(part.start, part.stop)):
             now = [slot[j] for slot in slots]
-            scales = self.kept.scales[i] if limited else None
+            scales = self.kept.scales[i] if limited[1] else None
             anchor = begin(self.plan, i, self.start, anchor, now, scales)
             anchors.append(anchor)
             if j + 1 < count:
-                for slot, a, error in zip(slots, written, learned.errors, strict=True):
+                for slot, a, error in zip(slots, written, errors, strict=True):
                     advance(slot[j], self.sequences.carried[i], a[j], error[j], slot[j + 1])
         bends = [bend(z) * h for z, h in zip(learned.products, learned.returned, strict=True)]
-        return _Group(learned, rates, by, written, bends, anchors, slots)
+        return _Group(learned, errors, by, written, bends, anchors, slots)
 
     def _chunk(
         self, i: int, j: int, group: _Group, to: Reads, limited: list[bool]
     ) -> tuple[Tensor, Tensor]:
         """Chunk i, the j-th of the group: completes the gradients of its inputs and errors in
-        `to`; returns those of `by` `(L, N, C, 2)` and `carried`."""
+        `to`; returns those of `by` and `carried`."""
         learned = Learned(*([x[j] for x in each] for each in group.learned))
-        to_inputs, to_errors, to_rates, to_states = (
-            [x[j] for x in each] for each in (to.inputs, to.errors, to.rates, to.states)
+        to_inputs, to_errors, to_states = (
+            [x[j] for x in each] for each in (to.inputs, to.errors, to.states)
         )
-        states, to_by, to_carried = [x[j] for x in group.states], [], []
+        states, to_carried = [x[j] for x in group.states], []
+        to_by = torch.zeros_like(group.by[j])
         for layer, after in enumerate(self.to_states):
-            a, error = learned.inputs[layer], learned.errors[layer]
+            a, error = learned.inputs[layer], group.errors[layer][j]
             to_errors[layer].baddbmm_(group.written[layer][j], after, alpha=-1)
             back = torch.bmm(error, after.mT).unflatten(-1, (2, -1))
             for half in range(2):
-                share = group.by[layer][j, ..., half, None]
+                share = group.by[j, ..., half, None]
                 to_inputs[layer].addcmul_(back[:, :, half], share, value=-1)
-            to_by.append((back * a[:, :, None]).sum(-1).neg_())
-            to_rates[layer] += (to_by[-1] * self.sequences.at_end[i]).sum(-1)
+            to_by -= (back * a[:, :, None]).sum(-1)
             if limited[0]:
-                by = to_rates[layer] * group.rates[layer][j]
-                by = torch.where(self.kept.factors[i, layer] < 1, by, 0.0)
+                factor = self.kept.factors[i, layer]
+                by = torch.where(factor < 1, (to_errors[layer] * error).sum(-1), 0.0)
+                to_errors[layer] *= factor[..., None]
                 limit_backward(by, a, to_inputs[layer])
-                limit_backward(by, error, to_errors[layer])
+                limit_backward(by, learned.errors[layer], to_errors[layer])
             through = states[layer], self.sequences.carried[i], after, to_states[layer]
             to_carried.append(self.plan.passes.advance_backward(*through))
         to_weights = self._anchors_to(i, to_states)
         bends = [x[j] for x in group.bends]
         learn_backward(group.anchors[j], learned, bends, to_inputs, to_errors, to_weights)
         self._begin_backward(i, states, to_states, to_weights, limited[1])
-        return torch.stack(to_by), torch.stack(to_carried).sum(0)
+        return to_by, torch.stack(to_carried).sum(0)
 
     def _anchors_to(self, i: int, to_states: list[Tensor]) -> Matrices:
         """Where gradients of the weights that chunk i learns at are added up."""
@@ -200,4 +204,16 @@ class Backward:
                 scale = self.kept.scales[i, layer][..., None]
                 along = (now * to_now).sum(-1, keepdim=True) / self.plan.limits.weight**2
                 to_now.addcmul_(now, torch.where(scale < 1, -along, 0.0)).mul_(scale)
+        self._hand_on(i, to_states)
         self.to_states = to_states
+
+    def _hand_on(self, i: int, to_states: list[Tensor]) -> None:
+        """Scales down, in place, what chunk i hands to the one before: `layers.HandOn`."""
+        limit = self.plan.limits.gradient
+        for to_state in to_states:
+            halves = to_state.view(len(to_state), 2, -1)
+            largest = halves.abs().amax(-1)  # a norm of order inf is far slower on a CPU
+            scales = limit / largest.clamp_min(limit)
+            if self.plan.mixed[i]:
+                scales = torch.where(self.plan.full[i][:, None], scales, 1.0)
+            self.plan.passes.scale(to_state, scales)

@@ -96,6 +96,12 @@ def update_norms(inputs: list[Tensor], errors: list[Tensor]) -> Tensor:
     return next(norms) * next(norms)
 
 
+def limited_errors(errors: list[Tensor], factors: Tensor) -> list[Tensor]:
+    """δ `(..., C, out)` of every layer times `factors` `(L, ..., C)`. The limit scales errors, not
+    rates: products with what has not been scaled may overflow."""
+    return [error * factor[..., None] for error, factor in zip(errors, factors, strict=True)]
+
+
 def limit_backward(by: Tensor, x: Tensor, to_x: Tensor) -> None:
     """Adds what the limit of updates takes from the gradient of inputs or errors x `(N, C, ...)`:
     `by x / ||x||²`, `by` `(N, C)`."""
@@ -154,22 +160,22 @@ class Reads(NamedTuple):
     """A of the chunks `(g, N, C, C)`."""
     reading: Tensor
     """β and P `(g, N, C, 2)`."""
+    rate: Tensor
+    """Learning rates `(g, N, C)`."""
     inputs: list[Tensor]
     """a `(g, N, C, in)`."""
     errors: list[Tensor]
-    """δ `(g, N, C, out)`."""
-    rates: list[Tensor]
-    """Learning rates `(g, N, C)`."""
+    """δ as limited `(g, N, C, out)`."""
     states: list[Tensor]
     """As the chunks begin `(g, N, 2 in, out)`."""
 
 
 def read(at: Reads) -> Tensor:
     """Outputs `(g, N, C, D)`: each token reads with its own and earlier tokens of its chunk."""
-    x = at.q
+    x, by = at.q, at.spread * at.rate[..., None, :]
     for i, (a, error, state) in enumerate(zip(at.inputs, at.errors, at.states, strict=True)):
         x = F.silu(x) if i else x
-        scores = (x @ a.mT) * (at.spread * at.rates[i][..., None, :])
+        scores = (x @ a.mT) * by
         x = weighted(x, at.reading) @ state - scores @ error
     return x
 
@@ -179,10 +185,11 @@ def read_backward(at: Reads, to_o: Tensor) -> Reads:
     layers = len(at.states)
 
     def reads(tensors: list[Tensor]) -> Reads:
-        lists = [tensors[i : i + layers] for i in range(3, len(tensors), layers)]
-        return Reads(tensors[0], tensors[1], tensors[2], lists[0], lists[1], lists[2], lists[3])
+        lists = [tensors[i : i + layers] for i in range(4, len(tensors), layers)]
+        q, spread, reading, rate = tensors[:4]
+        return Reads(q, spread, reading, rate, lists[0], lists[1], lists[2])
 
-    flat = [*at[:3], *at.inputs, *at.errors, *at.rates, *at.states]
+    flat = [*at[:4], *at.inputs, *at.errors, *at.states]
     leaves = [x.detach().requires_grad_() for x in flat]
     with torch.enable_grad():
         o = read(reads(leaves))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Matrices = list[Tensor]
 
 
 class Limits(NamedTuple):
-    """Bounds of Frobenius norms, for each matrix by itself."""
+    """For each matrix by itself: bounds of Frobenius norms, and of the entries of a gradient."""
 
     update: float
     weight: float
+    gradient: float
 
 
 def sizes(weights: Sequence[Tensor]) -> int:
@@ -78,6 +80,24 @@ def limited_rates(
         rates.append(rate * (limit / norm.clamp_min(limit)))
         count += ((norm > limit) & (rate > 0)).sum(-1)
     return rates, count
+
+
+class HandOn(torch.autograd.Function):
+    """A matrix `(..., out, in)` as it is. Its gradient is scaled down, where `full` `(...)`, to a
+    largest entry of `limit`: what a chunk hands to the one before."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, full: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(full)
+        ctx.limit = limit
+        return matrix.view_as(matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_matrix: Tensor) -> tuple[Tensor, None, None]:
+        (full,) = ctx.saved_tensors
+        scales = ctx.limit / to_matrix.abs().amax((-2, -1)).clamp_min(ctx.limit)
+        return to_matrix * torch.where(full, scales, 1.0)[..., None, None], None, None
 
 
 def bounded(matrices: Matrices, limit: float) -> tuple[Matrices, Tensor]:

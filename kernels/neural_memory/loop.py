@@ -18,6 +18,7 @@ from rondo.kernels.neural_memory.chunk import (
     Learned,
     Reads,
     learn,
+    limited_errors,
     read,
     update_norms,
     weighted,
@@ -42,20 +43,19 @@ class Loop(torch.autograd.Function):
             before += [*anchor, *states]
             for slot, state in zip(slots, states, strict=True):
                 slot[0] = state
-            anchor, learned, *more = _forward(plan, part, sequences, start, anchor, slots)
+            anchor, learned, in_part = _forward(plan, part, sequences, start, anchor, slots)
             count = part.stop - part.start
-            rates = sequences.rate[part][:, None] * more[0]
             inputs = Reads(
                 sequences.q[part],
                 sequences.spread[part],
                 sequences.reading[part],
+                sequences.rate[part],
                 learned.inputs,
                 learned.errors,
-                list(rates.unbind(1)),
                 [slot[:count] for slot in slots],
             )
             outputs.append(read(inputs))
-            kept.append((learned.errors[-1], *more))
+            kept.append(in_part)
             inner.append((*learned.products, *learned.returned))
             states = [slot[count].clone() for slot in slots]
         joined = Kept(*(torch.cat(each) for each in zip(*kept, strict=True)))
@@ -97,11 +97,11 @@ def _forward(
     start: Matrices,
     anchor: Matrices,
     slots: list[Tensor],
-) -> tuple[Matrices, Learned, Tensor, Tensor]:
+) -> tuple[Matrices, Learned, Kept]:
     """Fills `slots` `(g + 1, N, 2 in, out)` with the states as chunks find them, and last the one
-    after them. Returns the weights where the open chunk began, what the chunks have learned, and
-    factors and scales as in `Kept`."""
-    found, factors, all_scales = [], [], []
+    after them. Returns the weights where the open chunk began, and what the chunks have learned,
+    with limited errors."""
+    found, kept = [], []
     for j, i in enumerate(range(part.start, part.stop)):
         states = [slot[j] for slot in slots]
         scales = _scales(plan, i, states)
@@ -109,19 +109,19 @@ def _forward(
         learned = learn(anchor, sequences.k[i], sequences.target[i])
         norms = update_norms(learned.inputs, learned.errors).clamp_min(plan.limits.update)
         factor = (plan.limits.update / norms).to(sequences.rate.dtype)
-        by = (factor * sequences.rate[i])[..., None] * sequences.at_end[i]
-        for slot, a, error, each in zip(slots, learned.inputs, learned.errors, by, strict=True):
-            written = weighted(a, each)
+        by = sequences.rate[i][..., None] * sequences.at_end[i]
+        errors = limited_errors(learned.errors, factor)
+        for slot, a, error in zip(slots, learned.inputs, errors, strict=True):
+            written = weighted(a, by)
             plan.passes.advance(slot[j], sequences.carried[i], written, error, slot[j + 1])
-        found.append(learned)
-        factors.append(factor)
-        all_scales.append(scales)
+        kept.append(Kept(learned.errors[-1], factor, scales))
+        found.append(learned._replace(errors=errors))
     stacked = (
         [torch.stack(layer) for layer in zip(*each, strict=True)]
         for each in zip(*found, strict=True)
     )
     anchor = [a.clone() for a in anchor]
-    return anchor, Learned(*stacked), torch.stack(factors), torch.stack(all_scales)
+    return anchor, Learned(*stacked), Kept(*map(torch.stack, zip(*kept, strict=True)))
 
 
 def _count(kept: Kept, rate: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Kept(NamedTuple):
     error: Tensor
     """δ of the last layer `(n, N, C, D)`."""
     factors: Tensor
-    """What limits make of learning rates `(n, L, N, C)`."""
+    """What limits make of errors `(n, L, N, C)`."""
     scales: Tensor
     """What limits make of weights and momentum as a chunk begins `(n, L, N, 2)`."""
 

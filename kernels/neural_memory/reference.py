@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rondo.kernels.neural_memory.layers import Limits, Matrices, bounded, gradients, limited_rates
+from rondo.kernels.neural_memory.layers import (
+    HandOn,
+    Limits,
+    Matrices,
+    bounded,
+    gradients,
+    limited_rates,
+)
 from rondo.kernels.segments import document_starts
 
 
@@ -38,6 +45,10 @@ def neural_memory(
             anchor, weights = _where(new, initial, anchor), _where(new, initial, weights)
             momentum, done = _where(new, zero, momentum), done.masked_fill(new, 0)
         full = done == chunk_size
+        weights, momentum = (
+            [HandOn.apply(x, full[:, None], limits.gradient) for x in each]
+            for each in (weights, momentum)
+        )
         (w, many), (s, more) = (bounded(each, limits.weight) for each in (weights, momentum))
         limited = limited + torch.where(full[:, None], many + more, 0)
         weights, momentum = _where(full, w, weights), _where(full, s, momentum)

@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,11 @@ class Checkpointer:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+
+    def found(self, find: Callable[[], Path]) -> Path:
+        """What `find` finds on rank 0: the run that it looks at may save while ranks look, each at
+        its own time. Raises CheckpointError where it finds none."""
+        return self._ranks.first("checkpoint", find)
 
     def newest(self) -> Path | None:
         """The valid checkpoint with the highest step; damaged ones are passed over, with one

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+from rondo.parallel.chain import parts
 from rondo.parallel.mesh import EXPERT, EXPERT_SHARD, Layout
 from rondo.parallel.plan.hardware import Hardware
 from rondo.parallel.plan.job import Job
@@ -118,10 +119,25 @@ def compute_flops(job: Job) -> float:
 
 
 def chain_flops(job: Job) -> float:
-    """FLOPs that a rank could do in the time that it waits for states: with P ranks and 2 P parts
-    of rows and heads, (P - 1) / 2 P of the chains' own (`parallel/chain.py`)."""
-    share = (job.layout.cp - 1) / (2 * job.layout.cp)
-    return _busiest(job, [share * _passes(job)[1] * flops for flops in job.model.chain_flops])
+    """FLOPs that a rank could do in the time that it waits for states: with P ranks and n parts of
+    rows and heads, (P - 1) / n of the chains' own (`parallel/chain.py`)."""
+    layout, passes = job.layout, _passes(job)[1]
+
+    def waits(heads: int) -> float:
+        return (layout.cp - 1) / math.prod(parts(job.micro_batch, heads // layout.tp, layout.cp))
+
+    chains = job.model.chains
+    return _busiest(
+        job, [sum(passes * flops * waits(heads) for flops, heads in layer) for layer in chains]
+    )
+
+
+def chain_idle_share(job: Job) -> float:
+    """Share of the chains' time in which a rank waits."""
+    passes = _passes(job)[1]
+    own = [passes * sum(flops for flops, _ in layer) for layer in job.model.chains]
+    waiting = chain_flops(job)
+    return waiting / (waiting + _busiest(job, own)) if waiting else 0.0
 
 
 def _passes(job: Job) -> tuple[int, int]:

@@ -59,12 +59,12 @@ class Model:
         return [(b.cost(self.length).flops, b.mixer.operator_flops(self.length)) for b in blocks]
 
     @functools.cached_property
-    def chain_flops(self) -> list[float]:
-        """Of each layer's forward pass, a token, those of operators whose state goes from rank to
-        rank of `cp`."""
+    def chains(self) -> list[list[tuple[float, int]]]:
+        """Of each layer the operators whose state goes from rank to rank of `cp`: FLOPs of the
+        forward pass, a token, and heads."""
         blocks: Any = self._whole.blocks.values()
         return [
-            sum(m.operator_flops(self.length) for m in block.modules() if has_chain(m))
+            [(m.operator_flops(self.length), m.num_heads) for m in block.modules() if has_chain(m)]
             for block in blocks
         ]
 

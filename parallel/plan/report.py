@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rondo.parallel.plan.estimate import MEMORY_SHARE, Plan
+from rondo.parallel.plan.estimate import MEMORY_SHARE, Plan, chain_idle_share
 
 GIB = 2**30
 PARTS = {
@@ -132,7 +132,13 @@ def summary_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("time", ", ".join(f"{name} {value:.3g} s" for name, value in time_parts(plan))),
         ("bubble", f"{plan.bubble_share:.1%} of the step"),
+        *_chains(plan),
     ]
+
+
+def _chains(plan: Plan) -> list[tuple[str, str]]:
+    idle = chain_idle_share(plan.job)
+    return [("chains of states", f"a rank waits {idle:.1%} of their time")] if idle else []
 
 
 def _count(number: int) -> str:

@@ -20,7 +20,7 @@ from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.repeats import Repeats, account
 from rondo.pretrain.data.replay import Group, Pool, Pools, Share, groups
 from rondo.pretrain.data.seen import Seen, stage_record
-from rondo.pretrain.recipe import Recipe
+from rondo.pretrain.recipe import Recipe, ReplayConfig
 from rondo.pretrain.stages import EARLIER, Stage, all_sources, replayed_runs, source_keys, stages_of
 
 __all__ = ["Curriculum", "Part"]
@@ -82,6 +82,8 @@ class Curriculum:
         self._runs = list(dict.fromkeys(self._names.values()))
         self.seen = dict(seen or {})
         self._foreign: dict[TokenDataset, int] = {}
+        self._replayed: dict[tuple[str, ...], int] = {}
+        """By sources, order and seed, where the last stage ended in what it replayed."""
         self.parts: list[Part] = []
         begins = [0] * len(self._keys)
         for stage in stages_of(recipe):
@@ -104,6 +106,7 @@ class Curriculum:
             part.pools = Pools(pools, [group.share for group in own_groups])
             counts = part.pools.counts(share.before(samples))
             for group, needed, pool in zip(own_groups, counts, pools, strict=True):
+                self._replayed[_order_of(stage.replay, group)] = pool.offset + needed
                 if needed > pool.size:
                     raise DataError(
                         f"stages.{stage.number}.replay: {needed} samples of "
@@ -116,9 +119,12 @@ class Curriculum:
         replay, key = stage.replay, f"stages.{stage.number}.replay"
         assert replay is not None, "the caller has seen to it"
         parts = [found for source in group.sources for found in self._seen_by(stage, source)]
-        shuffled = replay.order == "reshuffled"
+        shuffled, offset = replay.order == "reshuffled", group.offset
+        if offset is None:
+            size = sum(count for _, count in parts)
+            offset = self._replayed.get(_order_of(replay, group), 0) % max(1, size)
         try:
-            return Pool(parts, shuffled=shuffled, offset=group.offset, seed=replay.seed)
+            return Pool(parts, shuffled=shuffled, offset=offset, seed=replay.seed)
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
 
@@ -191,7 +197,7 @@ class Curriculum:
         replay = part.stage.replay
         if part.pools is None or replay is None:
             return [part.first, part.own.fingerprint()]
-        options = {**asdict(replay), "source": None}
+        options = {**asdict(replay), "source": None, "offset": _offset(part.pools, replay)}
         pools = [
             [[dataset.fingerprint(), count] for dataset, count in pool.parts]
             for pool in part.pools.pools
@@ -210,7 +216,8 @@ class Curriculum:
             if part.stage.replay and part.pools:
                 found = {"of": part.pools.sizes, "samples": part.pools.counts(replayed)}
                 plain = {name: _plain(values) for name, values in found.items()}
-                record["replay"] = {**asdict(part.stage.replay), **plain}
+                offset = _offset(part.pools, part.stage.replay)
+                record["replay"] = {**asdict(part.stage.replay), "offset": offset, **plain}
             stages.append(record)
         return {
             "version": 1,
@@ -240,6 +247,20 @@ class Curriculum:
     def _begun(self, samples: int) -> list[Part]:
         """The stages that any of the first `samples` samples belong to; always the first."""
         return [part for part in self.parts if part.first < samples or part.first == 0]
+
+
+def _order_of(replay: ReplayConfig, group: Group) -> tuple[str, ...]:
+    """What two stages that replay the same samples in the same order have in common."""
+    return *group.sources, replay.order, str(replay.seed)
+
+
+def _offset(pools: Pools, replay: ReplayConfig) -> Any:
+    """`replay.offset`, or where the recipe leaves it open what that comes to in each pool: 0 if it
+    is in all."""
+    if replay.offset is not None:
+        return replay.offset
+    offsets = [pool.offset for pool in pools.pools]
+    return _plain(offsets) if any(offsets) else 0
 
 
 def _plain(values: list[Any]) -> Any:

@@ -103,7 +103,7 @@ class Group(NamedTuple):
 
     sources: list[str]
     share: float
-    offset: int
+    offset: int | None
 
 
 def groups(replay: ReplayConfig) -> list[Group]:

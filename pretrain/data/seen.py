@@ -7,6 +7,7 @@ tokens of its documents in the order of the run's seed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,6 +104,10 @@ class Seen:
                 read[folder] = read.get(folder, 0) + end - begin
         read = {folder: count for folder, count in read.items() if count}
         return Sources([*read], [float(count) for count in read.values()], tokenizer)
+
+    def digest(self) -> str:
+        """SHA-256 of the record, as hex."""
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         """Writes it to a file, which is whole or not there."""

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from rondo.errors import UserError
 from rondo.parallel.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -22,6 +23,8 @@ from rondo.parallel.checkpoint import (
     staging,
     state_digest,
 )
+from rondo.pretrain.data import Seen
+from rondo.pretrain.run_data import require_same_seen
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -175,6 +178,21 @@ def wrong_model(folder: Path) -> str:
     except CheckpointError as error:
         return f"{error} untouched={state_digest(run.tensors) == before}"
     return "loaded"
+
+
+def another_has_saved(folder: Path) -> tuple[Path, str]:
+    """Which checkpoint of another run ranks take that find different ones, and what they say where
+    they have read different records of what it had seen."""
+    rank = dist.get_rank()
+    checkpointer = Checkpointer(folder, keep=0)
+    found = checkpointer.found(lambda: folder / f"step-{rank}")
+    key = ("second", "runs/other")
+    require_same_seen({key: Seen("runs/other", {"step": 7})})
+    try:
+        require_same_seen({key: Seen("runs/other", {"step": 7 + rank})})
+    except UserError as error:
+        return found, str(error)
+    return found, "went on"
 
 
 def in_turn(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> list[Any]:

@@ -31,6 +31,7 @@ class Outcome(NamedTuple):
     back: list[Any]
     damaged: list[Any]
     wrong_model: list[str]
+    another_has_saved: list[tuple[Path, str]]
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,11 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         (cases.load_and_save, ([folder / n for n in resharded], None)),
         (cases.load_and_save, ([folder / "damaged"], None)),
         (cases.wrong_model, (two,)),
+        (cases.another_has_saved, (two,)),
     )
     saved, full_disk = (list(by_rank) for by_rank in zip(*first, strict=True))
-    back, damaged, wrong = (list(by_rank) for by_rank in zip(*second, strict=True))
-    return Outcome(folder, saved, full_disk, resharded, back, damaged, wrong)
+    back, damaged, wrong, other = (list(by_rank) for by_rank in zip(*second, strict=True))
+    return Outcome(folder, saved, full_disk, resharded, back, damaged, wrong, other)
 
 
 def _flip_what_rank_1_verifies(checkpoint: Path) -> None:
@@ -121,3 +123,10 @@ def test_checkpoint_of_another_model(outcome: Outcome) -> None:
     for message in outcome.wrong_model:
         assert "checkpoint of another model: gain is (9,), expected (4,)" in message
         assert message.endswith("untouched=True")
+
+
+def test_ranks_agree_on_what_another_run_has_saved(outcome: Outcome) -> None:
+    for found, message in outcome.another_has_saved:
+        assert found == outcome.folder / "2/step-0"
+        assert "runs/other had come to step 7 " in message and "and to step 8 " in message
+        assert "where rank 1 did: it has saved meanwhile" in message

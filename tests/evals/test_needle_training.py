@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rondo.errors import UserError
 from rondo.evals import needle_training
+from rondo.evals.labelling import Rows
 from rondo.evals.needle_training import (
     ANSWER,
+    ASK,
     MODELS,
     NEEDLES,
+    PASSKEY,
+    PLACES,
     QUESTION,
     VALUES,
     WORDS,
+    found,
     main,
     model,
     texts,
@@ -27,24 +33,46 @@ def test_answers_are_the_values_of_the_keys_asked_for(ask: float) -> None:
     words, answers = texts(50, 24, ask, 0)
     assert words.min() >= 0 and words.max() < WORDS
     assert not ((words >= ANSWER) & (words < ANSWER + VALUES)).any()  # answers are not in the text
-    for row, expected in zip(words.tolist(), answers.tolist(), strict=True):
+    for row, expected in zip(words[:, :-PLACES].tolist(), answers.tolist(), strict=True):
         held: dict[int, int] = {}
-        for word, answer in zip(row, expected, strict=True):
+        for word, answer in zip(row, expected, strict=False):
             if word < QUESTION:
                 held[word // VALUES] = word % VALUES
-            asked = QUESTION <= word < ANSWER
+            asked = QUESTION <= word < PASSKEY
             assert answer == (ANSWER + held[word - QUESTION] if asked else -100)
         assert len(held) == NEEDLES
         if not ask:
             assert {word - QUESTION for word in row[-NEEDLES:]} == set(held)
 
 
+@pytest.mark.parametrize("ask", [0, 0.25])
+def test_a_passkey_is_stated_once_and_asked_for_at_the_end(ask: float) -> None:
+    words, answers = texts(50, 24, ask, 0)
+    for row, expected in zip(words.tolist(), answers.tolist(), strict=True):
+        at = next(i for i, word in enumerate(row) if PASSKEY <= word < ASK)
+        passkey = row[at : at + PLACES]
+        assert [(word - PASSKEY) // VALUES for word in passkey] == list(range(PLACES))
+        assert row[-PLACES:] == [ASK, *passkey[:-1]] and expected[-PLACES:] == passkey
+        assert sum(PASSKEY <= word <= ASK for word in row[:-PLACES]) == PLACES
+
+
+def test_a_passkey_is_right_in_all_words_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0, 1]], dtype=torch.bool)
+    monkeypatch.setattr(needle_training, "hits", lambda *_: right)
+    assert found(Decoder(model("window")), Rows(right, right)) == (6 / 8, 1 / 2)
+
+
 def test_depths_are_uniform() -> None:
-    words, _ = texts(4000, 20 + NEEDLES, 0, 3)
+    size = 20
+    words, _ = texts(4000, size + NEEDLES + PLACES, 0, 3)
     share = (words < QUESTION).double().mean(0)
-    assert (share[20:] == 0).all()
-    # A position has one of the 4 in 20 with a deviation of sqrt(0.2 * 0.8 / 4000) = 0.0063.
-    assert (share[:20] - NEEDLES / 20).abs().max() < 0.03
+    assert (share[size:] == 0).all()
+    # The passkey begins at one of 18 places, and every slot beside it has one of the 4 in 17 with
+    # a deviation of sqrt(0.2 * 0.8 / 4000) = 0.0063; fewer passkeys cover the ends.
+    covered = torch.tensor([min(i + 1, PLACES, size - i) for i in range(size)])
+    starts = size - PLACES + 1
+    wanted = (1 - covered / starts) * NEEDLES / (starts - 1)
+    assert (share[:size] - wanted).abs().max() < 0.03
 
 
 def test_models_are_of_equal_size() -> None:
@@ -60,9 +88,11 @@ def test_a_table_of_short_runs(
     monkeypatch.setattr(needle_training, "POOL", 50)
     assert main(["--models", "window,lmm", "--steps", "2", "--samples", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| model | parameters | 16 | 32 |"
-    assert [line.split(" | ")[0] for line in lines[3:]] == ["| window", "| lmm"]
-    assert all(0 <= float(x) <= 1 for line in lines[3:] for x in line.strip("| ").split(" | ")[2:])
+    assert lines[0] == "| model | parameters | asked for | 16 | 32 |"
+    cells = [line.strip("| ").split(" | ") for line in lines[4:]]
+    assert [row[0] for row in cells] == ["window", "window", "lmm", "lmm"]
+    assert [row[2] for row in cells] == ["needles", "passkey"] * 2
+    assert all(0 <= float(x) <= 1 for row in cells for x in row[3:])
 
 
 def test_what_is_unknown_is_said() -> None:

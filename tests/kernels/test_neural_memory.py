@@ -14,7 +14,7 @@ from torch import Tensor
 from rondo.kernels import gated_delta_rule, l2_norm, neural_memory
 from rondo.kernels.neural_memory import MemoryState
 from rondo.kernels.neural_memory.layers import gradients as inner_gradients
-from rondo.tests.numerics import assert_ratio, gradients
+from rondo.tests.numerics import assert_ratio, error_ratio, gradients
 
 pytestmark = pytest.mark.quick
 
@@ -301,21 +301,58 @@ def test_float32_stays_close(depth: int) -> None:
         assert_ratio("float32", a, b, 1e-5)
 
 
-def test_limits_keep_a_hostile_memory_finite_and_say_so() -> None:
-    """Depth 4, 4,096 tokens, full steps, no forgetting and nearly no loss of momentum. Limits that
-    are never reached change nothing."""
+def test_a_gradient_that_grows_is_limited_alike() -> None:
+    """From chunk to chunk, with documents and a state, beside the limits of the memory."""
+    inputs = operands(23, 3)
+    values, done = neural_memory(*operands(3, 3, seed=4)[:6], tuple(inputs[6:]), chunk_size=4).state
+
+    def found(backend: str, limit: float) -> list[Tensor]:
+        def of(values: Tensor, *x: Tensor) -> list[Tensor]:
+            return run(
+                *x,
+                initial_state=MemoryState(values, done),
+                segment_ids=documents(23),
+                backend=backend,
+                chunk_size=4,
+                max_update=0.8,
+                max_weight=1.5,
+                max_gradient=limit,
+            )
+
+        return gradients(of, [values, *inputs])[1]
+
+    expected, free = found("reference", 1.0), found("reference", 1e10)
+    for a, b, other in zip(found("chunked", 1.0), expected, free, strict=True):
+        assert_ratio("limited gradient", a, b, 1e-10)
+        assert torch.equal(b, other) or error_ratio(b, other) > 1e-3
+    assert error_ratio(expected[0], free[0]) > 1e-3
+
+
+def hostile(scales: tuple[float, ...], seeds: int) -> list[Tensor]:
+    """Depth 4, 4,096 tokens, full steps, no forgetting and nearly no loss of momentum: a row for
+    each scale of v, a head for each seed."""
     time, dim = 4096, 8
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, time, 1, dim, generator=generator) for _ in range(3))
-    gates = torch.ones(1, time, 1), torch.full((1, time, 1), -0.001), torch.zeros(1, time, 1)
-    weights = tuple(torch.randn(1, dim, dim, generator=generator) for _ in range(4))
-    tensors = [q, l2_norm(k), 10 * v, *gates, *weights]
-    found = neural_memory(*tensors[:6], weights)
-    assert found.o.isfinite().all() and found.limited.sum() > 0
-    _, grads = gradients(lambda *x: [run(*x)[0].tanh()], tensors)
+    q, k, v = (torch.randn(1, time, seeds, dim, generator=generator) for _ in range(3))
+    v = v * torch.tensor(scales)[:, None, None, None]
+    ones = torch.ones(v.shape[:3])
+    weights = [torch.randn(seeds, dim, dim, generator=generator) for _ in range(4)]
+    return [q.expand_as(v), l2_norm(k).expand_as(v), v, ones, -0.001 * ones, 0.0 * ones, *weights]
+
+
+def test_limits_keep_a_hostile_memory_finite_and_say_so() -> None:
+    """Outputs, and every gradient of a loss that is linear in them."""
+    tensors = hostile((0.1, 1.0, 10.0), 10)
+    found = neural_memory(*tensors[:6], tuple(tensors[6:]))
+    assert found.o.isfinite().all() and (found.limited > 0).all()
+    _, grads = gradients(lambda *x: run(*x)[:1], tensors)
     assert all(grad.isfinite().all() for grad in grads)
-    free = neural_memory(*tensors[:6], weights, max_update=1e30, max_weight=1e30)
+    first = [x[:1] for x in tensors[:6]]
+    free = neural_memory(*first, tuple(tensors[6:]), max_update=1e30, max_weight=1e30)
     assert not free.o.isfinite().all()
+
+
+def test_limits_that_are_not_reached_change_nothing() -> None:
     calm = operands(20, 2)
     limited, wide = (
         neural_memory(*calm[:6], tuple(calm[6:]), max_update=limit, max_weight=limit)

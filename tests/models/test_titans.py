@@ -158,3 +158,28 @@ def test_memory_counts_as_state() -> None:
     model = Decoder(config, seed=0)
     for length in (64, 4096):
         assert model.cost(length).state_bytes == 2 * (4 * numbers + conv + 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "options"),
+    [("titans_mag", 500.0, {"window": 64}), ("titans_mac", 50.0, {"segment_size": 64})],
+)
+def test_gradients_of_a_hostile_memory_are_numbers(
+    name: str, rate: float, options: dict[str, Any]
+) -> None:
+    """Depth 4, 4,096 tokens, steps far too long, no forgetting, weights thrice as large."""
+    options = {"head_dim": 8, "depth": 4, "max_learning_rate": rate, **options}
+    config = ModelConfig(
+        vocab_size=64, dim=32, num_layers=1, pattern=[name], mixers={name: options}
+    )
+    model = Decoder(config, seed=0).train()
+    for weight, parameter in model.named_parameters():
+        if weight.endswith(("rate_bias", "decay_bias")):
+            parameter.data.fill_(8.0)
+        if ".layer_" in weight:
+            parameter.data.mul_(3)
+    words = torch.randint(64, (1, 4096), generator=torch.Generator().manual_seed(0))
+    model(words).hidden.square().mean().backward()
+    grads = [x.grad for x in model.parameters() if x.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads)
+    assert any(bool(counter > 0) for _, counter in model.named_buffers() if counter.dim() == 0)

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from rondo.errors import UserError
 from rondo.models import Decoder
 from rondo.parallel.mesh import Layout
 from rondo.parallel.pipeline import SCHEDULES, rank_stages, stage_count
-from rondo.parallel.plan.estimate import Plan, chain_flops, link_seconds, make_plan
+from rondo.parallel.plan.estimate import (
+    Plan,
+    chain_flops,
+    chain_idle_share,
+    link_seconds,
+    make_plan,
+)
 from rondo.parallel.plan.hardware import find_hardware
 from rondo.parallel.plan.job import Job, Model
 from rondo.parallel.plan.layers import Layers, trace_layers
 from rondo.parallel.plan.page import plan_page
 from rondo.parallel.plan.rank import RankPlan, plan_rank, plan_ranks
 from rondo.parallel.plan.recorder import Collective, Traffic
+from rondo.parallel.plan.report import show_plan
 from rondo.parallel.plan.schedule import bubble, in_flight
 from rondo.parallel.plan.search import least_memory, least_seconds, reshard, search
 from rondo.tests.distributed.plan_cases import LENGTH, MICRO, MICRO_BATCHES, job
@@ -339,11 +348,11 @@ def test_search_finds_the_fastest_of_all_layouts_that_fit() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.quick
 def test_chains_of_states_make_ranks_wait() -> None:
-    """Of Titans' memory alone: the attention beside it does not wait."""
+    """Of Titans' memory alone: the attention beside it does not wait. Two rows of one head make
+    two parts, whatever the ranks; eight rows make eight."""
     for mixer in ("titans_memory", "titans_mag"):
-        for layout, share in ((Layout(cp=4), 3 / 8), (Layout(cp=2, dp_shard=2), 1 / 4)):
+        for layout, share in ((Layout(cp=4), 3 / 2), (Layout(cp=2, dp_shard=2), 1 / 2)):
             run = job(layout, pattern=[mixer])
             with torch.device("meta"):
                 blocks: Any = Decoder(run.model.config).blocks.values()
@@ -351,6 +360,12 @@ def test_chains_of_states_make_ranks_wait() -> None:
             memories = [m.memory if mixer == "titans_mag" else m for m in mixers]
             flops = 3 * sum(memory.operator_flops(LENGTH) for memory in memories)
             assert chain_flops(run) == pytest.approx(share * flops * run.tokens / 4)
+            assert chain_idle_share(run) == pytest.approx(share / (1 + share))
+    rows = dataclasses.replace(job(Layout(cp=4), pattern=["titans_memory"]), micro_batch=8)
+    assert chain_idle_share(rows) == pytest.approx(3 / 11)
+    text = io.StringIO()
+    show_plan(make_plan(rows, H100), Console(file=text, width=150))
+    assert "a rank waits 27.3% of their time" in text.getvalue()
     assert chain_flops(job(Layout(dp_shard=4), pattern=["titans_memory"])) == 0
     assert chain_flops(job(Layout(cp=4))) == 0
 

@@ -110,8 +110,11 @@ NEW = "name: new, data: {{sources: [{{path: {0}/two.jsonl}}]}}"
 EARLIER = (
     "{{name: one, steps: 2}}, {{name: two, steps: 2, data: {{sources: [{{path: {0}/two.jsonl}}]}}}}"
 )
+FROM_OTHER = "replay: {{source: OTHER, share: 0.5, order: ORDER}}"
 REPLAYS = {
-    "run": f"{NEW}, steps: 8, replay: {{{{source: OTHER, share: 0.5, order: ORDER}}}}",
+    "run": f"{NEW}, steps: 8, {FROM_OTHER}",
+    "again": f"{NEW.replace('new', 'begun')}, steps: 4, {FROM_OTHER}}}}}, {{{{{NEW}, steps: 4, "
+    f"{FROM_OTHER}",
     "earlier": f"{NEW}, steps: 4, replay: {{{{share: 0.5, order: ORDER}}}}",
     "list": f"{NEW}, steps: 4, replay: {{{{source: [two, OTHER], share: [0.25, 0.25], "
     "offset: [1, 9], order: ORDER}}",
@@ -124,7 +127,7 @@ def replaying(kind: str, order: str, base: Path, corpora: Path, folder: Path) ->
     shutil.copytree(base / "tiny", other)
     newest = other / "checkpoints/step-000000008"
     shutil.rmtree(newest)
-    before = "" if kind == "run" else f"{EARLIER}, "
+    before = "" if kind in ("run", "again") else f"{EARLIER}, "
     stages = f"[{before}{{{{{REPLAYS[kind]}}}}}]".replace("OTHER", str(other))
     one = f"--data.sources=[{{path: {corpora}/one.jsonl}}]"
     quick = ["--evals.every=0", "--logging.norms_every=0", "--name=run", one]
@@ -134,7 +137,11 @@ def replaying(kind: str, order: str, base: Path, corpora: Path, folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "order"), [("run", "original"), ("earlier", "reshuffled"), ("list", "reshuffled")]
+    ("kind", "order"),
+    [
+        *(("run", "original"), ("again", "original")),
+        *(("earlier", "reshuffled"), ("list", "reshuffled")),
+    ],
 )
 def test_a_branch_replays_what_the_run_would_and_can_be_killed(
     kind: str,
@@ -144,7 +151,8 @@ def test_a_branch_replays_what_the_run_would_and_can_be_killed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From another run, from all of two earlier stages, and from both kinds by shares."""
+    """From another run, from it in a second stage, which goes on in it, from all of two earlier
+    stages, and from both kinds by shares."""
     there = replaying(kind, order, base, corpora, tmp_path)
     words = ["anneal", str(there), "--at", "6", "--steps", "4", "--name"]
     assert main([*words, "whole"]) == 0

@@ -134,8 +134,8 @@ def test_new_and_replayed_samples_interleave(folders: dict[str, Path]) -> None:
 def test_earlier_is_what_all_stages_before_have_seen_as_new(folders: dict[str, Path]) -> None:
     """In a third and a fourth stage; what the second replayed is not replayed as its own."""
     first, second = stage("a", 3, "A"), stage("b", 4, "b", ReplayConfig(0.25, "a"))
-    third = stage("c", 6, "C", ReplayConfig(0.75))
-    data = curriculum(folders, first, second, third, stage("d", 7, "C", ReplayConfig(1.0)))
+    third, fourth = (ReplayConfig(share, offset=0) for share in (0.75, 1.0))
+    data = curriculum(folders, first, second, stage("c", 6, "C", third), stage("d", 7, "C", fourth))
     new = [i for i in range(104) if not data.find(i)[2]]
     old = [i for i in range(56, 104) if data.find(i)[2]]
     assert len(old) == 36 and len([i for i in new if i < 56]) == 24 + 24
@@ -178,6 +178,40 @@ def test_several_sources_with_a_share_each(
     assert (told["of"], told["samples"]) == ([40, 72, 32], counts)
     with pytest.raises(DataError, match=r"stages\.2\.replay: 160 samples of a, .* seen 40"):
         curriculum(folders, *begin, stage("c", 100, "C", replay), seen=seen)
+
+
+@pytest.mark.parametrize("order", ["original", "reshuffled"])
+def test_a_later_stage_replays_what_comes_next(
+    order: Literal["original", "reshuffled"], folders: dict[str, Path]
+) -> None:
+    """Of the same source in the same order; after the last comes the first again. An offset of 0
+    begins anew, and the fingerprint of what older recipes said is as it was."""
+    old = ReplayConfig(0.25, "a", order)
+    one, two = stage("b", 10, "b", old), stage("c", 10, "C", old)
+    begin = stage("a", 4, "A")
+    data = curriculum(folders, begin, one, two)
+    replayed = [[i for i in range(b, e) if data.find(i)[2]] for b, e in ((32, 112), (112, 192))]
+    places = [data.parts[1].pools.pools[0].place(n) for n in range(32)]  # type: ignore[union-attr]
+    wanted = [text(data, place) for place in places]
+    first, second = ([text(data, i) for i in part] for part in replayed)
+    assert first == wanted[:20] and second == wanted[20:] + wanted[:8]
+    assert [each["replay"]["offset"] for each in data.consumed(24)["stages"][1:]] == [0, 20]
+    zero = ReplayConfig(0.25, "a", order, offset=0)
+    anew = curriculum(folders, begin, stage("b", 10, "b", zero), stage("c", 10, "C", zero))
+    assert [text(anew, i) for i in replayed[1]] == first
+    assert anew.fingerprint(14) == data.fingerprint(14)
+    assert anew.fingerprint(15) != data.fingerprint(15)
+
+
+def test_each_of_several_sources_goes_on_by_itself(folders: dict[str, Path]) -> None:
+    begin = [stage("a", 5, "A"), stage("b", 5, "b")]
+    third = stage("c", 10, "C", ReplayConfig([0.1, 0.2], ["a", "b"]))
+    data = curriculum(folders, *begin, third, stage("d", 5, "C", ReplayConfig(0.2, "b")))
+    last = [text(data, i) for i in range(160, 200) if data.find(i)[2]]
+    assert last == texts(data, 56, 64)
+    both = stage("d", 5, "C", ReplayConfig([0.2, 0.1], ["b", "a"]))
+    again = curriculum(folders, *begin, third, both).consumed(25)["stages"][-1]["replay"]
+    assert again["offset"] == [16, 8] and again["samples"] == [8, 4]
 
 
 def test_several_sources_with_one_share_are_one_pool(folders: dict[str, Path]) -> None:

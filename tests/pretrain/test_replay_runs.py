@@ -35,30 +35,32 @@ def test_a_share_of_0_is_no_replay_to_the_last_bit(
 
 
 def write_language(letters: str, path: Path, draw: np.random.Generator) -> None:
-    """900 texts of 60 letters of a bigram language whose logits are Gaussian, of scale 2."""
-    table = np.exp(2 * draw.standard_normal((len(letters), len(letters))))
+    """3,600 texts of 60 letters of a bigram language whose logits are Gaussian, of scale 2."""
+    count, table = 3600, np.exp(2 * draw.standard_normal((len(letters), len(letters))))
     ends = (table / table.sum(1, keepdims=True)).cumsum(1)[:, :-1]
-    at = [draw.integers(len(letters), size=900)]
+    at = [draw.integers(len(letters), size=count)]
     for _ in range(59):
-        at.append((ends[at[-1]] < draw.random((900, 1))).sum(1))
+        at.append((ends[at[-1]] < draw.random((count, 1))).sum(1))
     texts = ("".join(letters[i] for i in text) for text in np.stack(at, 1))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def test_a_little_replay_forgets_much_less_and_costs_little(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [80, pytest.param(240, marks=pytest.mark.slow)])
+def test_a_little_replay_forgets_much_less_and_costs_little(steps: int, tmp_path: Path) -> None:
     """Two Gaussian bigram languages, half of whose letters are the same; no text is read twice but
-    by replay. What it costs is about 1% here, and seeds make it 0 to 1.5%: a bound of 1% would hold
-    chance to account, so it is 2% (docs/continual.md has 1% at a larger size)."""
+    by replay. What it costs can be told from chance in the longer run only (docs/continual.md)."""
     letters, draw = string.ascii_letters, np.random.default_rng(0)
     write_language(letters[:26], tmp_path / "one.jsonl", draw)
     write_language(letters[13:39], tmp_path / "two.jsonl", draw)
     more = [
-        *("--steps=80", "--optimizer.lr=1e-2", "--checkpoint.every=0"),
-        *("--evals.every=0", "--evals.batches=8", "--logging.norms_every=0"),
+        *(f"--steps={steps}", "--optimizer.lr=1e-2", "--checkpoint.every=0"),
+        "--schedule={name: cosine, warmup_steps: 5%}",
+        *("--evals.every=0", "--evals.batches=32", "--logging.norms_every=0"),
     ]
     found = {}
     for share in ("0", "0.05"):
         stages = SHIFT.replace("REPLAY", f", replay: {{{{share: {share}}}}}")
         found[share] = run(tmp_path, tmp_path, f"--name=share{share}", *more, stages=stages)[-1]
     assert 0 < found["0.05"]["forgetting/one"] < 0.5 * found["0"]["forgetting/one"]
-    assert found["0.05"]["adaptation/two"] < 1.02 * found["0"]["adaptation/two"]
+    bound = 1.01 if steps == 240 else 1.03
+    assert found["0.05"]["adaptation/two"] < bound * found["0"]["adaptation/two"]

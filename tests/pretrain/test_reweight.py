@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rondo.kernels.cross_entropy.chunked import KEPT_BYTES
 from rondo.kernels.segments import document_positions
 from rondo.models import ModelConfig
 from rondo.parallel.mesh import Ranks
@@ -131,9 +132,22 @@ def test_temperature_by_step() -> None:
 
 
 def test_few_sequences_are_warned_of() -> None:
-    assert "4 sequences share each micro_batch's" in (reweighting(strategy="linear").note() or "")
-    assert reweighting(strategy="linear", rows=32).note() is None
-    assert reweighting().note() is None
+    [note] = reweighting(strategy="linear").notes(99)
+    assert "4 sequences share each micro_batch's" in note
+    assert not [*reweighting(strategy="linear", rows=32).notes(99)]
+    assert not [*reweighting().notes(99)]
+
+
+def test_logits_that_are_made_twice_are_warned_of() -> None:
+    """Of 32 sequences of 6 tokens in bfloat16, 384 bytes a word."""
+    most = KEPT_BYTES // 384
+    weighted = reweighting(strategy="linear", rows=32)
+    assert not [*weighted.notes(most)] and not [*reweighting(rows=32).notes(most + 1)]
+    [note] = weighted.notes(most + 1)
+    assert f"{KEPT_BYTES >> 20} MiB and are made twice" in note
+    assert "data.micro_batch_size 31 spares it" in note
+    [note] = weighted.notes(40 * most)
+    assert "a shorter sequence spares it" in note
 
 
 def test_domains_have_short_names() -> None:

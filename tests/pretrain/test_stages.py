@@ -20,6 +20,7 @@ from rondo.errors import UserError
 from rondo.models.loading import find_checkpoint, read_tensors
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.data.seen import NAME
+from rondo.pretrain.run_data import open_data
 from rondo.pretrain.stages import stages_of, total_steps
 from rondo.pretrain.train import Trainer
 from rondo.tests.pretrain.test_train import environment
@@ -208,6 +209,7 @@ def test_goes_on_in_another_layout_in_the_middle_of_a_stage(
     assert done.returncode == 0, done.stderr.decode()
     for found, wanted in zip(rows(runs), rows(straight / "runs/tiny"), strict=True):
         assert found.keys() == wanted.keys()
+        assert found["targets"] == wanted["targets"]
         for key, value in wanted.items():
             assert found[key] == (
                 value if key == "stage" else pytest.approx(value, rel=1e-4, abs=1e-5)
@@ -233,6 +235,18 @@ def test_metrics_name_the_stage_and_follow_every_domain(straight: Path) -> None:
     assert found[11]["forgetting/two"] == lost and "forgetting/one" not in found[11]
     plan = json.loads((straight / "runs/tiny/stages.json").read_text())
     assert plan["steps"] == 12 and [s["domain"] for s in plan["stages"]] == ["one", "two", "one"]
+
+
+def test_the_loss_is_over_the_targets_that_the_data_has(straight: Path, corpora: Path) -> None:
+    """Documents end within sequences, where nothing is predicted. (On two ranks: above.)"""
+    recipe = load_recipe("tiny", options(corpora, straight))
+    training, _ = open_data(recipe, straight / "runs/tiny")
+    found = rows(straight / "runs/tiny")
+    for row in found:
+        first = 8 * row["step"]
+        targets = training.batch(range(first, first + 8)).targets
+        assert row["targets"] == int((targets >= 0).sum()) < 8 * 32
+        assert row["tokens"] == (row["step"] + 1) * 8 * 32
 
 
 def test_every_stage_ends_with_a_checkpoint_and_its_optimizer_begins_anew(

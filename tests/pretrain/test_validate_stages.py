@@ -44,6 +44,10 @@ def problems(*words: str) -> str:
             ["--stages.1.replay.source=[one, one]"],
             r"replay\.source: names one twice, \[\"one\", \"on",
         ),
+        (
+            ["--stages.1.replay.source=[., ./checkpoints/step-000000048]"],
+            r"source: names one twice, .* \(a run and its checkpoints have seen the same\)",
+        ),
         (["--stages.1.replay.source=[one, earlier]"], r"\"earlier\" stands alone; in a list .*one"),
         (["--stages.1.replay.source=[one, tow]"], r"source: \"tow\" is neither an earlier stage"),
         (["--stages.1.replay.source=[]"], r"replay\.source: must name a stage or a run"),
@@ -98,13 +102,16 @@ def test_what_is_wrong_is_named(words: list[str], message: str) -> None:
 
 def test_runs_that_are_replayed_have_names_of_their_own(tmp_path: Path) -> None:
     """Of two folders of one name, of a run that is called as a stage is, and of a checkpoint."""
-    paths = [tmp_path / name for name in ("a/base", "b/base", "one", "a/base/checkpoints/step-1")]
+    paths = [tmp_path / name for name in ("a/base/checkpoints/step-1", "a/base", "b/base", "one")]
     for path in paths:
-        path.mkdir(parents=True)
-    sources = ", ".join(map(str, paths))
-    replay = f"--stages.1.replay={{source: [{sources}], share: 0.1}}"
-    stages = stages_of(load_recipe("tiny", [*TWO, replay]))
-    assert [*replayed_runs(stages).values()] == ["base", "base 2", "run one", "base"]
+        path.mkdir(parents=True, exist_ok=True)
+    checkpoint, *runs = map(str, paths)
+    replays = [
+        f"--stages.0.replay={{source: {checkpoint}, share: 0.1}}",
+        f"--stages.1.replay={{source: [{', '.join(runs)}], share: 0.1}}",
+    ]
+    stages = stages_of(load_recipe("tiny", [*TWO, *replays]))
+    assert [*replayed_runs(stages).values()] == ["base", "base", "base 2", "run one"]
 
 
 def test_stages_may_be_longer_than_the_steps_they_are_shares_of() -> None:
