@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from rondo.errors import UserError
 from rondo.kernels.tiles import has_numbers
 from rondo.models import Decoder
 from rondo.models.ffn.dispatch import collect, even_loads, route, spread, spread_choices
@@ -56,6 +55,16 @@ def shard_experts(model: Decoder, mesh: DeviceMesh) -> None:
             compute_locally(module)
 
 
+def missing_torch() -> str | None:
+    """What experts over ranks need of torch that this one has not: several meshes in one FSDP2
+    unit."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
+
+    if hasattr(fsdp, "ShardPlacementResult"):
+        return None
+    return f"needs torch 2.13 or newer, this is {torch.__version__}"
+
+
 def expert_placement(mesh: DeviceMesh) -> Callable[[Tensor], Any]:
     """For FSDP2, where a parameter is sharded: of the matrices that `shard_experts` divided, the
     model's width, over ranks that hold the same experts; None for others.
@@ -65,8 +74,6 @@ def expert_placement(mesh: DeviceMesh) -> Callable[[Tensor], Any]:
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
 
-    if not hasattr(fsdp, "ShardPlacementResult"):
-        raise UserError(f"parallel.ep: needs torch 2.13 or newer, this is {torch.__version__}")
     ranks = submesh(mesh, "dp_replicate", EXPERT_SHARD)
     info = fsdp.HSDPMeshInfo(ranks, shard_mesh_dim=1, replicate_mesh_dim=0)
 

@@ -10,6 +10,7 @@ from rondo.models import ModelConfig
 from rondo.models.config import make_options
 from rondo.models.registry import FFNS, MIXERS
 from rondo.parallel.config import ParallelConfig
+from rondo.parallel.expert import missing_torch
 from rondo.parallel.mesh import Layout
 from rondo.parallel.pipeline import SCHEDULES, stage_count
 from rondo.pretrain.recipe import Recipe
@@ -86,6 +87,8 @@ def _expert_ranks(recipe: Recipe, sharded: int) -> Iterator[str]:
             f"parallel.ep: {ep} of {sharded} dp_shard x cp ranks leave {sharded // ep} that share "
             f"the same experts, which does not divide model.dim {dim}"
         )
+    elif ep > 1 and (problem := missing_torch()):
+        yield f"parallel.ep: {problem}"
 
 
 def _divided_experts(recipe: Recipe) -> Iterator[str]:

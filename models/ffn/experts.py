@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.backend import log_once
 from rondo.kernels.tiles import has_numbers, stays_in_cache
 from rondo.models.ffn.dispatch import (
     Route,
@@ -26,8 +27,8 @@ from rondo.models.ffn.dispatch import (
 )
 from rondo.models.init import normal, parameter
 
-_ALIGNMENT = 16
-"""Bytes that rows must be a multiple of in torch's grouped products on a GPU."""
+ALIGNED_WIDTH = 8
+"""Numbers in bfloat16 that rows must be a multiple of in torch's grouped products on a GPU."""
 
 
 class Experts(nn.Module):
@@ -130,24 +131,35 @@ def _gate_and_up(x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
     return _rows_times(x, weight.flatten(1, 2).mT, ends).chunk(2, -1)
 
 
-def served(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes these operands."""
+def refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why torch's grouped product does not take these operands; None where it does."""
     if x.shape[0] == 0 or 0 in weight.shape:
-        return False
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
-        return False  # its description for the compiler knows no other type (torch 2.13)
-    if not has_numbers() and x.dtype != torch.bfloat16:
-        return False  # nor that for a plan
-    if x.device.type == "cpu":
-        return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    widths = (x.shape[1], *weight.shape[1:])
-    aligned = all(width * x.element_size() % _ALIGNMENT == 0 for width in widths)
-    return x.dtype == torch.bfloat16 and aligned
+        return "there are no numbers"
+    if x.dtype == torch.bfloat16:
+        widths = (x.shape[1], *weight.shape[1:])
+        odd = [width for width in widths if width % ALIGNED_WIDTH]
+        if x.is_cpu or not odd:
+            return None
+        return f"rows of {odd[0]} channels are no multiple of {ALIGNED_WIDTH}"
+    # Its descriptions for the compiler and for a plan know no other type (torch 2.13).
+    described = torch.compiler.is_compiling() or not has_numbers()
+    if x.is_cpu and x.dtype in (torch.float16, torch.float32) and not described:
+        return None
+    return f"{x.dtype} is not bfloat16"
+
+
+def _served(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product runs; where it does not on a GPU, the log says why: a loop
+    over experts, whose sizes the host has to wait for, takes its place."""
+    reason = refusal(x, weight)
+    if x.is_cuda and x.shape[0]:
+        log_once("experts", "loop" if reason else "grouped_mm", "cuda", reason or "it takes them")
+    return reason is None
 
 
 def _rows_times(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`(m, b)`: rows of `x` `(m, a)` times their group's `weight` `(N, a, b)`."""
-    if served(x, weight):
+    if _served(x, weight):
         return F.grouped_mm(x, weight, offs=ends)
     parts = zip(x.split(_sizes(ends, len(x))), weight.unbind(), strict=True)
     return torch.cat([rows @ matrix for rows, matrix in parts])
@@ -156,7 +168,7 @@ def _rows_times(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _outer_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """`(N, a, b)`: for each group the sum over its rows of outer products of `left` `(m, a)` and
     `right` `(m, b)`."""
-    if served(left, right):
+    if _served(left, right):
         return F.grouped_mm(left.mT, right, offs=ends)
     sizes = _sizes(ends, len(left))
     parts = zip(left.split(sizes), right.split(sizes), strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rondo.models import Decoder, ModelConfig
+from rondo.models.ffn.experts import Experts
 from rondo.parallel.config import ParallelConfig
 from rondo.parallel.mesh import Layout, layout
 from rondo.parallel.pipeline import layer_flops, split_evenly, stage_count
@@ -38,6 +39,12 @@ class Model:
     def flops(self) -> float:
         """Of a forward pass, a token."""
         return self._whole.cost(self.length).flops
+
+    @functools.cached_property
+    def expert_widths(self) -> set[int]:
+        """Inner channels of the experts of mixtures."""
+        found = (m for m in self._whole.modules() if isinstance(m, Experts))
+        return {experts.gate_up_proj.shape[2] for experts in found}
 
     @functools.cached_property
     def state_bytes(self) -> int:

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from rondo.models.ffn.experts import ALIGNED_WIDTH
 from rondo.parallel.plan.estimate import MEMORY_SHARE, Plan, chain_idle_share
 
 GIB = 2**30
@@ -70,6 +71,19 @@ def assumptions(plan: Plan) -> list[str]:
         f"a layout fits when it fills at most {MEMORY_SHARE:.0%} of a GPU's memory; activations "
         "are those of the PyTorch kernels, without torch.compile",
         *(["every expert gets as many tokens as any other"] if plan.job.parallel.ep > 1 else []),
+        *_looped_experts(plan),
+    ]
+
+
+def _looped_experts(plan: Plan) -> list[str]:
+    """Says which experts a GPU's grouped product does not take, as a rank of tp has them."""
+    ranks = plan.job.layout.tp
+    widths = sorted(width // ranks for width in plan.job.model.expert_widths)
+    return [
+        f"experts of {width} channels a rank (tp {ranks}) run one after another and slower than "
+        f"predicted: a GPU's grouped product takes multiples of {ALIGNED_WIDTH}"
+        for width in widths
+        if width % ALIGNED_WIDTH
     ]
 
 

@@ -25,7 +25,7 @@ from rondo.parallel.sequence import over_ranks
 from rondo.pretrain.domain_loads import DomainLoads
 from rondo.pretrain.optim import build_optimizers
 from rondo.pretrain.recipe import OptimizerConfig
-from rondo.pretrain.routing import expert_similarity, routing
+from rondo.pretrain.routing import expert_similarity, router_gradients, routing
 from rondo.tests.toys import registered
 
 VOCAB, ROWS, TIME, MICRO, STEPS = 50, 8, 24, 4, 2
@@ -94,8 +94,8 @@ def train(run: Run) -> dict[str, Any]:
 def train_one(run: Run) -> dict[str, Any]:
     """Losses, gradients of the first step, gradient norms, similarities of experts, their
     loads by domain, shares of dropped choices and largest loads, auxiliary losses, how sure their
-    routers are, and parameters and biases of the choice of experts after `STEPS` steps, by name and
-    whole; of a pipeline this rank's names."""
+    routers are and the norms of their gradients, and parameters and biases of the choice of
+    experts after `STEPS` steps, by name and whole; of a pipeline this rank's names."""
     rank, size, mesh = 0, 1, None
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -145,6 +145,7 @@ def train_one(run: Run) -> dict[str, Any]:
         decided = sorted(routing(model, batches).items())
         # The inner balance is a median of a rank's micro-batch.
         result["routing"] = [value for name, value in decided if "router_inner" not in name]
+        result["routing"] += router_gradients(model, batches, valid).values()
     else:
         nats = model.evaluate(batches)
     result["evaluated"] = ranks.sum(nats.item() * ranks.counts)[0] / valid

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rondo.errors import UserError
@@ -22,7 +23,7 @@ from rondo.models.ffn.dispatch import (
     spread,
     spread_choices,
 )
-from rondo.models.ffn.experts import Experts, mixture
+from rondo.models.ffn.experts import Experts, mixture, refusal
 from rondo.models.ffn.moe import BALANCE, MoE, Z
 from rondo.models.ffn.swiglu import SwiGLU
 from rondo.tests.numerics import assert_ratio, gradients
@@ -418,3 +419,19 @@ def test_impossible_options_are_named(changes: dict, words: list[str]) -> None:
         assert word in message
     with pytest.raises(UserError):
         Decoder(wrong)
+
+
+def test_what_a_grouped_product_refuses_on_a_gpu() -> None:
+    """The preset `rmoe-0.9b` over two tensor-parallel ranks has 172 inner channels a rank."""
+    for device, width, reason in (
+        ("cuda", 172, "rows of 172 channels are no multiple of 8"),
+        ("cuda", 176, None),
+        ("cpu", 172, None),
+    ):
+        with FakeTensorMode():
+            x, weight = (
+                torch.empty(*shape, device=device) for shape in ((4, width), (2, width, 64))
+            )
+            assert refusal(x.bfloat16(), weight.bfloat16()) == reason
+    x = torch.empty(4, 176)
+    assert refusal(x.double(), x.double()[None]) == "torch.float64 is not bfloat16"

@@ -167,6 +167,30 @@ def test_gradients_of_a_cell_in_bfloat16() -> None:
     assert torch.equal(closed[1].grad, slope.float())
 
 
+def test_gradients_in_bfloat16_through_depth() -> None:
+    """Through 24 routers of 128 channels, at their initial values, what rounded products cost
+    gradients stays below half a hundredth, in the cell as in projections."""
+    shape = {"dim": 128, "num_layers": 24, "mixers": {"attention": {"num_heads": 2}}}
+    moe = {"num_experts": 8, "expert_dim": 8, "router": "rmoe"}
+    config = ModelConfig(vocab_size=53, pattern=["attention+moe"], ffns={"moe": moe}, **shape)
+    model = Decoder(config, seed=0)
+    xs = [inputs(1, 64, 128, seed=layer).bfloat16() for layer in range(24)]
+    slopes = [inputs(1, 64, 8, seed=100 + layer).float() for layer in range(24)]
+
+    def gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+        shared = {name: module() for name, module in model.shared.items()}
+        carry, total = {"router_state": torch.zeros(1, 64, 128)}, torch.zeros(())
+        for block, x, slope in zip(model.blocks.values(), xs, slopes, strict=True):
+            scores, carry = block.ffn.router(x.to(dtype), carry, shared)
+            total = total + (scores * slope).sum()
+        named = {k: p for k, p in model.named_parameters() if ".router." in k or "shared." in k}
+        return dict(zip(named, torch.autograd.grad(total, [*named.values()]), strict=True))
+
+    exact, rounded = gradients(torch.float32), gradients(torch.bfloat16)
+    errors = {k: float((rounded[k] - exact[k]).norm() / exact[k].norm()) for k in exact}
+    assert 1e-4 < max(errors.values()) < 5e-3, errors
+
+
 def test_the_cell_is_the_papers() -> None:
     cell = SharedCell("gru", WIDTH, dim=DIM, std=0.1, projects=False).double()
     with torch.no_grad():

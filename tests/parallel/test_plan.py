@@ -30,7 +30,7 @@ from rondo.parallel.plan.layers import Layers, trace_layers
 from rondo.parallel.plan.page import plan_page
 from rondo.parallel.plan.rank import RankPlan, plan_rank, plan_ranks
 from rondo.parallel.plan.recorder import Collective, Traffic
-from rondo.parallel.plan.report import show_plan
+from rondo.parallel.plan.report import assumptions, show_plan
 from rondo.parallel.plan.schedule import bubble, in_flight
 from rondo.parallel.plan.search import least_memory, least_seconds, reshard, search
 from rondo.tests.distributed.plan_cases import LENGTH, MICRO, MICRO_BATCHES, job
@@ -370,6 +370,19 @@ def test_chains_of_states_make_ranks_wait() -> None:
     assert chain_flops(job(Layout(cp=4))) == 0
 
 
+@pytest.mark.quick
+def test_experts_that_no_grouped_product_takes_are_named() -> None:
+    options = {"num_experts": 4, "top_k": 2, "expert_dim": 24, "router": "linear"}
+
+    def notes(tp: int) -> list[str]:
+        run = job(Layout(tp=tp), pattern=["attention+moe"], ffns={"moe": options})
+        return [text for text in assumptions(make_plan(run, H100)) if "grouped product" in text]
+
+    assert notes(1) == []
+    assert ["experts of 12 channels a rank (tp 2)" in text for text in notes(2)] == [True]
+
+
+@pytest.mark.quick
 def test_links() -> None:
     data = Traffic(0, 450e9)
     layout = Layout(dp_replicate=4, dp_shard=4, tp=2)  # a node holds one dp_shard x tp

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rondo.models import Decoder, ModelConfig, load
 from rondo.parallel.build import ParallelModel
@@ -240,6 +241,9 @@ def test_a_run_reports_its_routers(tmp_path: Path) -> None:
         assert -1 < row["expert_similarity/01"] < 1
         assert row["router_information/01"] >= 0 and row["router_inner/00"] >= 1
         assert row["router_grad_norm/tokens"] > 0 and row["router_grad_norm/auxiliary"] > 0
+    folder = tmp_path / "runs/rmoe-tiny/tensorboard"
+    pictures = EventAccumulator(str(folder)).Reload().Images("expert_load")
+    assert [picture.step for picture in pictures] == [row["step"] for row in rows[1::2]]
     saved = load(tmp_path / "runs/rmoe-tiny/checkpoints/step-000000004", dtype=torch.bfloat16)
     for mixture in mixtures([saved]).values():
         bias = mixture.balance_bias
