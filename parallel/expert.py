@@ -74,6 +74,8 @@ def expert_placement(mesh: DeviceMesh) -> Callable[[Tensor], Any]:
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
 
+    if problem := missing_torch():
+        raise UserError(f"parallel.ep: {problem}")
     ranks = submesh(mesh, "dp_replicate", EXPERT_SHARD)
     info = fsdp.HSDPMeshInfo(ranks, shard_mesh_dim=1, replicate_mesh_dim=0)
 
