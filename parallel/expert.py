@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from rondo.errors import UserError
 from rondo.kernels.tiles import has_numbers
 from rondo.models import Decoder
 from rondo.models.ffn.dispatch import collect, even_loads, route, spread, spread_choices
