@@ -70,7 +70,7 @@ TASKS = {
     # Trained on the length that is scored, and from 3 bits to 40 to be scored on six times as many.
     "cycle_navigation_100": _tracking(100, (), 5, 600, "cycle_navigation"),
     "parity_40": _tracking(40, (128, 256), 2, 500, "parity"),
-    "modular_arithmetic": _product(10, (40,), 5, 700),
+    "modular_arithmetic": _product(10, (40,), 5, 1500),
     "s3": _tracking(16, (64,), 6, 600),
     "a5_generators": _product(16, (64,), 60, 1000),
     "s5_generators": _product(16, (64,), 120, 1000),
