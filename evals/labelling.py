@@ -22,6 +22,8 @@ from rondo.models import Decoder, ModelConfig
 from rondo.pretrain import keep_bounds
 
 NO_ANSWER = -100
+WINDOW = 10
+"""Steps at one length before it grows."""
 
 
 class Rows(NamedTuple):
@@ -39,13 +41,18 @@ class Fit:
 
     steps: int
     batch_size: int = 64
+    """Texts of a step."""
+    words: int = 0
+    """Words of a step at least: where texts are short, more than `batch_size` of them."""
     lr: float = 3e-3
     """Peak of a cosine that begins with 5% warm-up and ends with 1% of it."""
     init_std: float = 0.125
     """Standard deviation of matrices at the start (`ModelConfig.init_std`)."""
     first: int | None = None
     """Positions of a text that count at first; they grow to all of them in the first half of
-    training. None: all from the start."""
+    training, or as `grow_below` has it. None: all from the start."""
+    grow_below: float | None = None
+    """Loss in nats, mean of `WINDOW` steps, below which a quarter more positions count."""
 
 
 @functools.cache
@@ -77,10 +84,12 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
+    lengths = Lengths(plan)
     for step in range(plan.steps):
         pool = pools[step % len(pools)]
-        index = torch.randint(len(pool.words), (plan.batch_size,), generator=draw)
-        length = _length(plan, step, pool.words.shape[1])
+        length = lengths.at(step, pool.words.shape[1])
+        count = max(plan.batch_size, plan.words // length)
+        index = torch.randint(len(pool.words), (count,), generator=draw)
         words, answers = pool.words[index, :length], pool.answers[index, :length]
         loss = model.loss(words, answers, reduction="mean")
         optimizer.zero_grad()
@@ -90,6 +99,7 @@ def fit(
             group["lr"] = plan.lr * _share(step, plan.steps)
         optimizer.step()
         keep_bounds([model])
+        lengths.note(loss.item())
         say(step, loss.item())
     return model
 
@@ -101,11 +111,30 @@ def _share(step: int, steps: int) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-def _length(plan: Fit, step: int, full: int) -> int:
-    if plan.first is None:
-        return full
-    grown = plan.first + (full - plan.first) * 2 * step / plan.steps
-    return min(full, round(grown))
+class Lengths:
+    """How many positions of a text count."""
+
+    def __init__(self, plan: Fit) -> None:
+        self.plan, self.learnt = plan, plan.first or 0
+        self.losses: list[float] = []
+
+    def at(self, step: int, full: int) -> int:
+        """In a step, of texts of `full` positions."""
+        first = self.plan.first
+        if first is None:
+            return full
+        if self.plan.grow_below is not None:
+            return min(full, self.learnt)
+        return min(full, round(first + (full - first) * 2 * step / self.plan.steps))
+
+    def note(self, loss: float) -> None:
+        """Takes the loss of a step in nats, and grows where the last ones are small."""
+        below = self.plan.grow_below
+        self.losses = [*self.losses[1 - WINDOW :], loss]
+        if below is None or len(self.losses) < WINDOW or sum(self.losses) >= below * WINDOW:
+            return
+        self.learnt += max(1, self.learnt // 4)
+        self.losses = []
 
 
 class Score(NamedTuple):

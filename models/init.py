@@ -43,11 +43,12 @@ def log_uniform(low: float, high: float) -> Initializer:
     return lambda shape, generator: uniform(low, high)(shape, generator).log()
 
 
-def inverse_softplus_step(low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Initializer:
-    """softplus⁻¹(dt) for dt log-uniform on [low, high): `dt_bias` of Mamba (arXiv 2312.00752)."""
+def inverse_softplus_step(high: float = 0.1) -> Initializer:
+    """softplus⁻¹(dt) for dt log-uniform on [high / 100, high): `dt_bias` of Mamba
+    (arXiv 2312.00752), where high is 0.1."""
 
     def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        step = uniform(math.log(low), math.log(high))(shape, generator).exp().clamp_min(floor)
+        step = uniform(math.log(high / 100), math.log(high))(shape, generator).exp()
         return step + torch.log(-torch.expm1(-step))
 
     return draw

@@ -33,6 +33,8 @@ _STATES: dict[str, Callable[[random.Random, int], Walk]] = {
     "s3": lambda draw, size: group_word(draw, size, 3),
     "s5": lambda draw, size: group_word(draw, size, 5),
     "a5": lambda draw, size: group_word(draw, size, 5, even=True),
+    "s5_generators": lambda draw, size: group_word(draw, size, 5, generators=True),
+    "a5_generators": lambda draw, size: group_word(draw, size, 5, even=True, generators=True),
 }
 LABELLED: dict[str, Callable[[random.Random, int], Walk]] = {**_STATES, "mqar_all": mqar_all}
 """Tasks with an answer beside their words."""

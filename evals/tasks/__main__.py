@@ -24,8 +24,8 @@ class WriteConfig:
     """What to write."""
 
     kind: str
-    """parity, cycle_navigation, modular_arithmetic, s3, s5, a5, delayed_match, mqar, mqar_small,
-    mqar_twice or path_finding."""
+    """parity, cycle_navigation, modular_arithmetic, s3, s5, a5, s5_generators, a5_generators,
+    delayed_match, mqar, mqar_small, mqar_twice or path_finding."""
     output: str
     """JSON lines file; `rondo prepare --input FILE` reads it."""
     sizes: str = "12,16,20"

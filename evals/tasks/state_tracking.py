@@ -48,11 +48,15 @@ def modular_arithmetic(draw: random.Random, size: int) -> Walk:
     return words, labels
 
 
-def group_word(draw: random.Random, size: int, points: int, even: bool = False) -> Walk:
+def group_word(
+    draw: random.Random, size: int, points: int, even: bool = False, generators: bool = False
+) -> Walk:
     """Permutations of S_n by number, 0 the identity, and their product so far, the first applied
-    first. `even`: those of A_n only."""
+    first. `even`: those of A_n only, n odd. `generators`: words of two that make all others, a turn
+    of all points and one of two of them, of three for A_n."""
     table = _products(points, even)
-    word = [draw.randrange(len(table)) for _ in range(size)]
+    letters = _generators(points, even) if generators else range(len(table))
+    word = [draw.choice(letters) for _ in range(size)]
     products = itertools.accumulate(word, lambda product, index: table[product][index], initial=0)
     return [str(index) for index in word], [str(p) for p in itertools.islice(products, 1, None)]
 
@@ -60,9 +64,20 @@ def group_word(draw: random.Random, size: int, points: int, even: bool = False) 
 @functools.cache
 def _products(points: int, even: bool) -> list[list[int]]:
     """`[p][q]`: the number of the permutation that is p, then q."""
-    elements = [p for p in itertools.permutations(range(points)) if not even or _is_even(p)]
+    elements = _elements(points, even)
     number = {p: i for i, p in enumerate(elements)}
     return [[number[tuple(q[x] for x in p)] for q in elements] for p in elements]
+
+
+@functools.cache
+def _generators(points: int, even: bool) -> list[int]:
+    """Numbers of a turn of the first two or three points, and of all of them."""
+    turns = [(*range(1, n), 0, *range(n, points)) for n in (3 if even else 2, points)]
+    return [_elements(points, even).index(turn) for turn in turns]
+
+
+def _elements(points: int, even: bool) -> list[tuple[int, ...]]:
+    return [p for p in itertools.permutations(range(points)) if not even or _is_even(p)]
 
 
 def _is_even(permutation: tuple[int, ...]) -> bool:

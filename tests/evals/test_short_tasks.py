@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rondo.errors import UserError
-from rondo.evals.labelling import Fit, Rows, fit, rows, score, vocabulary
+from rondo.evals.labelling import WINDOW, Fit, Lengths, Rows, fit, rows, score, vocabulary
 from rondo.evals.short_tasks import TASKS, markdown
 from rondo.evals.short_tasks import main as short_tasks
 from rondo.models import Decoder, ModelConfig
@@ -56,6 +56,31 @@ def test_weights_stay_within_their_bounds() -> None:
     model = fit(config("para_gru", max_recurrent=0.25), pools, plan, 0, lambda *_: None)
     recurrent = model.blocks["0"].mixer.get_parameter("recurrent")  # type: ignore[union-attr]
     assert recurrent.abs().max() == 0.25
+
+
+def test_lengths_grow_with_the_steps_or_when_what_is_short_is_learnt() -> None:
+    assert [Lengths(Fit(8)).at(step, 16) for step in (0, 7)] == [16, 16]
+    assert [Lengths(Fit(8, first=4)).at(step, 16) for step in (0, 2, 4, 7)] == [4, 10, 16, 16]
+    lengths, shown = Lengths(Fit(1000, first=4, grow_below=0.2)), []
+    for step, loss in enumerate([1.0] * 40 + [0.19] * (WINDOW + 2) + [0.1] * 200):
+        shown.append(lengths.at(step, 16))
+        lengths.note(loss)
+    assert shown[: 40 + WINDOW] == [4] * (40 + WINDOW)  # not before all of them are small
+    assert shown[40 + WINDOW :][: 2 * WINDOW + 1] == [5] * WINDOW + [6] * WINDOW + [7]
+    assert shown[-1] == 16
+
+
+def test_short_texts_fill_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def loss(self: Decoder, words: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        seen.append(tuple(words.shape))
+        return self.embedding.weight.sum()  # type: ignore[union-attr, operator]
+
+    monkeypatch.setattr(Decoder, "loss", loss)
+    pools = [rows("parity", 16, "train", 40, 0)]
+    fit(config(num_heads=1), pools, Fit(3, batch_size=2, words=24, first=4), 0, lambda *_: None)
+    assert seen == [(6, 4), (2, 12), (2, 16)]
 
 
 def test_scores_count_answers_only() -> None:

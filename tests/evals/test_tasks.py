@@ -40,7 +40,7 @@ def solve(kind: str, prompt: str, size: int) -> str:
         return str(eval(prompt.rstrip("=")) % 5)
     if kind == "cycle_navigation":
         return str((prompt.count("right") - prompt.count("left")) % 5)
-    if kind in ("s3", "s5", "a5"):
+    if kind in ("s3", "s5", "a5", "s5_generators", "a5_generators"):
         points = int(kind[1])
         all_of_them = matrices(points) if kind[0] == "s" else rotations(points)
         product = np.eye(points, dtype=int)
@@ -70,6 +70,13 @@ def solve(kind: str, prompt: str, size: int) -> str:
 def test_answers_are_right(kind: str, size: int) -> None:
     for prompt, answer in draw(kind, size, n=60):
         assert answer == f" {solve(kind, prompt, size)}"
+
+
+def test_words_of_generators_reach_every_permutation() -> None:
+    for kind, order in (("s5_generators", 120), ("a5_generators", 60)):
+        walks = list(islice(labelled(kind, 40, "train"), 200))
+        assert len({word for words, _ in walks for word in words}) == 2
+        assert len({answer for _, answers in walks for answer in answers}) == order
 
 
 @pytest.mark.parametrize("kind", KINDS)

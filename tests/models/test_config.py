@@ -79,6 +79,10 @@ def test_entries_name_channel_mixers_and_aliases() -> None:
         ({"pattern": ["hgrn2"], "mixers": {"hgrn2": {"head_dim": 7}}}, ["head_dim", "64", "7"]),
         ({"pattern": ["retnet"], "mixers": {"retnet": {"num_heads": 5}}}, ["num_heads", "64", "5"]),
         ({"pattern": ["deltanet"], "mixers": {"deltanet": {"conv_width": 0}}}, ["conv_width", "0"]),
+        (
+            {"pattern": ["gated_deltanet"], "mixers": {"gated_deltanet": {"max_step": 0.0}}},
+            ["max_step", "0.0"],
+        ),
     ],
 )
 def test_impossible_configurations_are_named(changes: dict, words: list[str]) -> None:
@@ -88,6 +92,19 @@ def test_impossible_configurations_are_named(changes: dict, words: list[str]) ->
         assert word in message
     with pytest.raises(UserError):
         Decoder(ModelConfig(**{"dim": 64, "num_layers": 4, "vocab_size": 8, **changes}))
+
+
+def test_heads_of_gated_deltanet_forget_as_slowly_as_max_step_says() -> None:
+    def steps(**options: float) -> torch.Tensor:
+        given = {"gated_deltanet": {"num_heads": 64, "head_dim": 8, **options}}
+        config = ModelConfig(vocab_size=8, dim=64, num_layers=1, pattern=["gated_deltanet"])
+        config.mixers = given
+        mixer = Decoder(config, seed=0).blocks["0"].mixer
+        return torch.nn.functional.softplus(mixer.get_parameter("dt_bias"))  # type: ignore[union-attr]
+
+    usual, slow = steps(), steps(max_step=1e-3)
+    assert 0.9e-3 < usual.min() < 2e-3 and 0.05 < usual.max() < 0.11
+    assert torch.allclose(slow, usual / 100)
 
 
 def test_all_problems_come_at_once() -> None:
