@@ -129,6 +129,7 @@ class Trainer:
         self.cost = model_cost(self.config, length)
         # Backward costs twice forward, once where matrices are frozen.
         self.flops_per_token = (2 if self.config.lora_rank else 3) * self.cost.flops
+        self.limits_said = False
         self.peak_flops = ranks.sum(peak_flops(ranks.device, PRECISIONS[recipe.precision]))[0]
         # What a checkpoint carries besides tensors.
         self.state: dict[str, Any] = {
@@ -249,6 +250,12 @@ class Trainer:
             self.metrics.say(
                 f"step {step + 1}: Newton's method did not converge {fallbacks:.0f} times; these "
                 "rows were done one position at a time (newton_fallback/<layer>)"
+            )
+        if (limited := row.get("titans_memory/limited")) and not self.limits_said:
+            self.limits_said = True  # some models need them at every step
+            self.metrics.say(
+                f"step {step + 1}: {limited:.0f} times a limit kept a neural memory in bounds; "
+                "titans_memory/limited counts them from here on"
             )
         return row, stopping > 0
 

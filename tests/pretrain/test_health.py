@@ -1,4 +1,4 @@
-"""How Newton's method gets along is on the TensorBoard page and in the log."""
+"""How Newton's method and neural memories get along is on the TensorBoard page and in the log."""
 
 from __future__ import annotations
 
@@ -35,3 +35,20 @@ def test_health_is_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
         shown = capsys.readouterr()
         said = "step 1: Newton's method did not converge 1 times" in shown.out + shown.err
         assert said == bool(fallbacks)
+
+
+def test_limits_of_a_memory_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [option for option in SMALL if "pattern" not in option and "steps=1" not in option]
+    small += [f"--data.folder={tmp_path}/data", f"--output_dir={tmp_path}/runs", "--steps=3"]
+    for bound, times in ((100.0, 0), (1e-3, 1)):
+        mixers = f"{{titans_memory: {{num_heads: 1, max_weight: {bound}}}}}"
+        options = [
+            f"--model.mixers={mixers}",
+            "--model.pattern=[titans_memory]",
+            f"--name=b{bound}",
+        ]
+        assert train(load_recipe("tiny", [*small, *options])) == 0
+        shown = capsys.readouterr()
+        assert (shown.out + shown.err).count("a limit kept a neural memory in bounds") == times
