@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ class NeedleConfig:
     lengths: str = "512,1024,2048,4096"
     """Tokens of a text, question and answer included, separated by commas."""
     kinds: str = "passkey,number,word"
-    """Which needles, separated by commas: passkey, number, word."""
+    """Which needles, separated by commas: passkey, number, word; to write, ruler_single_1 to
+    ruler_single_3 as well."""
     samples: int = 100
     """Texts for each kind and length."""
     batch_size: int = 8
@@ -87,7 +89,7 @@ class NeedleConfig:
     device: str = "cpu"
     """Where the model runs, e.g. cuda."""
     seed: int = 0
-    """Seeds the texts; texts to train on should have another than those to score."""
+    """Seeds the texts. Values of texts to train on (`write`) are never those of texts to score."""
     text: str = "stdlib-english"
     """Where `number` and `word` are hidden: a text file, a folder, or an embedded corpus."""
     write: str | None = None
@@ -107,11 +109,13 @@ def samples(
     seed: int,
     text: Callable[[], str],
     tokens: Callable[[str], int] = lambda text: len(text.encode()),
+    split: str = "test",
 ) -> Iterator[Sample]:
     """`count` samples of at most `length` tokens, as long as whole words allow.
 
     Args:
         kind: a key of `KINDS`.
+        split: "test", or "train"; each value belongs to one of them, by its hash.
         text: gives the real text to hide needles in; not called for `passkey`.
         tokens: counts the tokens of a text; the default, its bytes.
 
@@ -124,7 +128,7 @@ def samples(
     hay = NOISE if what.noise else text()
     draw = random.Random(f"{kind} {length} {seed}")
     for _ in range(count):
-        value = "".join(draw.choices(what.alphabet, k=what.size))
+        value = next(v for v in _values(what, draw) if split_of(v) == split)
         needle, answer = what.needle.format(value), f" {value}."
         fixed = tokens(needle + what.question + answer) + 2
         if fixed >= length:
@@ -135,6 +139,16 @@ def samples(
         parts = [before, needle.strip(), after, what.question]
         prompt = " ".join(part for part in parts if part)
         yield Sample(prompt, answer, at / max(1, len(words)))
+
+
+def split_of(value: str) -> str:
+    """Which texts hide a value: one in four is for tests, whatever the seed."""
+    return "test" if zlib.crc32(value.encode()) % 4 == 0 else "train"
+
+
+def _values(what: Kind, draw: random.Random) -> Iterator[str]:
+    while True:
+        yield "".join(draw.choices(what.alphabet, k=what.size))
 
 
 def _words(
@@ -214,13 +228,21 @@ def score(config: NeedleConfig) -> dict[str, dict[str, float]]:
 
 def write(config: NeedleConfig) -> Path:
     """Texts with their answers as JSON lines, to train on: all kinds and lengths in turn."""
+    from rondo.evals import ruler  # which is made of these
+
     path, text = Path(config.write or ""), real_text(config.text)
     jobs = [(k, n) for k in config.kinds.split(",") for n in _lengths(config.lengths)]
-    streams = [samples(k, n, config.samples, seed=config.seed, text=text) for k, n in jobs]
+    given: Any = {"seed": config.seed, "text": text, "split": "train"}
+    streams = [
+        (ruler.samples if k in ruler.KINDS else samples)(k, n, config.samples, **given)
+        for k, n in jobs
+    ]
     with path.open("w") as file:
         for group in zip(*streams, strict=True):
             for each in group:
-                answer = f"<<{each.answer}>>" if config.marks else each.answer
+                # RULER's values have neither the space before them nor the stop.
+                answer = each.answer if each.answer[0] == " " else f" {each.answer}."
+                answer = f"<<{answer}>>" if config.marks else answer
                 file.write(json.dumps({"text": each.prompt + answer}) + "\n")
     return path
 

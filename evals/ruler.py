@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from rondo.errors import UserError
-from rondo.evals.needle import NOISE, Sample
+from rondo.evals.needle import NOISE, Sample, split_of
 
 NEW_TOKENS = 128
 """Generated for an answer, and part of a text's length."""
@@ -63,6 +63,7 @@ def samples(
     seed: int,
     text: Callable[[], str],
     tokens: Callable[[str], int] = lambda text: len(text.encode()),
+    split: str = "test",
 ) -> Iterator[Sample]:
     """`count` samples, as long as whole sentences allow for prompt and 128 new tokens to have
     `length` tokens; see `needle.samples`. A sample's answer is its value, which has no space
@@ -76,7 +77,7 @@ def samples(
     prose = re.split(r"(?<=[.!?]) +", text()) if what.prose else []
     for _ in range(count):
         key = f"{draw.choice(_FIRST.split())}-{draw.choice(_SECOND.split())}"
-        value = _value(what.value, draw)
+        value = next(v for v in _values(what.value, draw) if split_of(v) == split)
         start = draw.randrange(len(prose)) if prose else 0
         place = draw.randrange(DEPTHS) / (DEPTHS - 1) if prose else draw.random()
         names = {"kind": what.value, "key": key, "value": value}
@@ -105,10 +106,12 @@ def _prompt(
     return f"{about}{middle}{question}{answer}"
 
 
-def _value(kind: str, draw: random.Random) -> str:
-    if kind == "uuid":
-        return str(uuid.UUID(int=draw.getrandbits(128), version=4))
-    return str(draw.randint(10**6, 10**7 - 1))
+def _values(kind: str, draw: random.Random) -> Iterator[str]:
+    while True:
+        if kind == "uuid":
+            yield str(uuid.UUID(int=draw.getrandbits(128), version=4))
+        else:
+            yield str(draw.randint(10**6, 10**7 - 1))
 
 
 def _most(build: Callable[[int], str], tokens: Callable[[str], int], room: int) -> int:

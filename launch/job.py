@@ -20,7 +20,7 @@ from rondo.launch import slurm
 from rondo.launch.folder import FINAL, RunFolder
 from rondo.launch.lock import Lock
 from rondo.launch.ranks import as_exit_code, free_port
-from rondo.launch.supervise import STOPPED, Outcome, Supervisor, say
+from rondo.launch.supervise import STOPPED, STOPS, Outcome, Supervisor, say
 
 _HEALTH_SECONDS = 180.0
 _SILENT = "no answer to the health check"
@@ -109,7 +109,7 @@ class Job:
 
     def _go_on(self) -> None:
         """Sees to it that the run goes on: this job again, or the next one of its chain."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # requeueing sends the first
+        for number in STOPS:  # requeueing sends the first
             signal.signal(number, signal.SIG_IGN)
         later = [job for job in self.folder.jobs(self.options.launch) if int(job) > int(self.id)]
         if self.options.requeue and self._may_requeue():

@@ -14,6 +14,8 @@ from rondo.launch.folder import RunFolder
 
 DONE, BAD_INPUT, STOPPED, INTERRUPTED = 0, 2, 75, 130
 """Exit codes of a rank that decide; every other is a failure that may pass."""
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that ask for a checkpoint and an end: what schedulers send, and a lost terminal."""
 _POLL_SECONDS = 0.2
 _REPEAT_SECONDS = 10.0
 """How often ranks are asked to stop: the first time may come before they listen."""
@@ -47,7 +49,8 @@ class Outcome:
 class Supervisor:
     """Starts ranks until they are done, told to stop, or fail too often without getting on.
 
-    SIGTERM, SIGUSR1 and Ctrl-C make the ranks stop after a checkpoint; a second Ctrl-C kills them.
+    The signals of `STOPS` and Ctrl-C make the ranks stop after a checkpoint; a second Ctrl-C kills
+    them.
 
     Args:
         folder: the run folder, whose lock this process holds.
@@ -73,7 +76,8 @@ class Supervisor:
 
     def run(self) -> Outcome:
         """Runs the ranks to an outcome, which it records."""
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        # Under nohup a lost terminal is to be ignored, and stays so.
+        numbers = [n for n in (*STOPS, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in numbers}
         self.folder.record("start", launch=self.launch, **self.facts)
         try:

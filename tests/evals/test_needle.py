@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from rondo.errors import UserError
-from rondo.evals.needle import KINDS, NeedleConfig, accuracy, main, samples, write
+from rondo.evals import ruler
+from rondo.evals.needle import (
+    KINDS,
+    NeedleConfig,
+    accuracy,
+    main,
+    samples,
+    split_of,
+    write,
+)
 from rondo.pretrain.data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.quick
@@ -42,6 +51,22 @@ def test_a_sample_fills_its_length_and_holds_its_answer_once_before_the_question
 def test_samples_are_a_function_of_the_seed() -> None:
     assert draw("number") == draw("number")
     assert draw("number") != draw("number", seed=2)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *ruler.KINDS])
+def test_values_to_train_on_are_never_scored(kind: str, tmp_path: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text(TEXT)
+    path = write(
+        NeedleConfig(kinds=kind, lengths="900", write=str(tmp_path / "a.jsonl"), text=str(source))
+    )
+    given = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(given) == 100
+    draws = ruler.samples if kind in ruler.KINDS else samples
+    for sample in draws(kind, 900, 100, seed=0, text=lambda: TEXT):
+        value = sample.answer.strip(" .")
+        assert split_of(value) == "test"
+        assert not any(value in text for text in given)
 
 
 class Oracle:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rondo.launch.folder import RunFolder
-from rondo.launch.supervise import Outcome, Supervisor
+from rondo.launch.supervise import STOPS, Outcome, Supervisor
 
 
 class FakeRanks:
@@ -86,7 +86,7 @@ def test_a_checkpoint_between_failures_makes_good(folder: RunFolder) -> None:
     assert [row["saved"] for row in folder.events("failure")] == [5, 10, 15, 20]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_leads_to_an_interruption(number: signal.Signals, folder: RunFolder) -> None:
     ranks = []
 
@@ -102,6 +102,14 @@ def test_a_signal_leads_to_an_interruption(number: signal.Signals, folder: RunFo
     assert run(folder, start(0)).name == "done"
     assert run(folder, start(2)).name == "failed"
     assert signal.getsignal(number) == signal.SIG_DFL  # as before
+
+
+def test_a_lost_terminal_is_ignored_under_nohup(folder: RunFolder) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(folder, lambda: FakeRanks(None, sends(signal.SIGHUP), 0)).name == "done"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_stop_by_the_user_is_final(folder: RunFolder) -> None:
