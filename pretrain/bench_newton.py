@@ -36,42 +36,56 @@ def step_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Step:
     return step
 
 
-def run(name: str, time: int, rounds: int) -> dict[str, Any]:
-    """Figures of one cell and length."""
+def run(time: int, rounds: int) -> list[dict[str, Any]]:
+    """Figures of every cell at one length, all in turns with one linear scan."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    def solved(backend: str) -> Callable[..., Tensor]:
+    def solved(name: str, backend: str) -> Callable[..., Tensor]:
         return lambda *x: newton_rnn(name, *x, backend=backend).h
 
     # The initial weights of ParaRNN: standard deviation 2 / sqrt(5 width).
-    operands = [
-        draw(BATCH, time, 3, WIDTH),
-        2 / (5 * WIDTH) ** 0.5 * draw(len(CELLS[name].weights), WIDTH),
-    ]
-    linear = [draw(BATCH, time, WIDTH).sigmoid(), draw(BATCH, time, WIDTH)]
-    newton, loop, scan = best_times(
-        [
-            step_of(solved("chunked"), operands),
-            step_of(solved("reference"), operands),
-            step_of(lambda a, b: linear_scan(a, b)[0], linear),
-        ],
-        rounds,
-    )
-    health = newton_rnn(name, *operands).health
-    return {
-        "cell": name,
-        "length": time,
-        "milliseconds": 1e3 * newton,
-        "loop_milliseconds": 1e3 * loop,
-        "scan_milliseconds": 1e3 * scan,
-        "faster_than_loop": loop / newton,
-        "slower_than_scan": newton / scan,
-        "iterations": int(health.iterations),
-        "residual": float(health.residual),
+    operands = {
+        name: [
+            draw(BATCH, time, 3, WIDTH),
+            2 / (5 * WIDTH) ** 0.5 * draw(len(cell.weights), WIDTH),
+        ]
+        for name, cell in CELLS.items()
     }
+    linear = [draw(BATCH, time, WIDTH).sigmoid(), draw(BATCH, time, WIDTH)]
+    steps = [step_of(solved(name, "chunked"), operands[name]) for name in CELLS]
+    steps += [step_of(solved(name, "reference"), operands[name]) for name in CELLS]
+    *both, scan = best_times([*steps, step_of(lambda a, b: linear_scan(a, b)[0], linear)], rounds)
+    found = []
+    for name, newton, loop in zip(CELLS, both[: len(CELLS)], both[len(CELLS) :], strict=True):
+        health = newton_rnn(name, *operands[name]).health
+        found.append(
+            {
+                "cell": name,
+                "length": time,
+                "milliseconds": 1e3 * newton,
+                "loop_milliseconds": 1e3 * loop,
+                "scan_milliseconds": 1e3 * scan,
+                "faster_than_loop": loop / newton,
+                "slower_than_scan": newton / scan,
+                "iterations": int(health.iterations),
+                "residual": float(health.residual),
+            }
+        )
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    """One line of the table."""
+    print(
+        f"{result['cell']:10} {result['length']:6} tokens {result['milliseconds']:8.1f} ms: "
+        f"{result['faster_than_loop']:.1f}x the speed of the loop"
+        f" ({result['loop_milliseconds']:.1f} ms), {result['slower_than_scan']:.1f}x the time of"
+        f" linear_scan ({result['scan_milliseconds']:.1f} ms)",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -83,17 +97,10 @@ def main() -> None:
     reuse_memory()
     print(f"{torch.get_num_threads()} threads")
     results = []
-    for name in CELLS:
-        for time in arguments.lengths:
-            results.append(result := run(name, time, arguments.rounds))
-            print(
-                f"{name:10} {time:6} tokens {result['milliseconds']:8.1f} ms"
-                f"  loop {result['loop_milliseconds']:8.1f} ms"
-                f" ({result['faster_than_loop']:.1f}x slower)"
-                f"  linear_scan {result['scan_milliseconds']:7.1f} ms"
-                f" ({result['slower_than_scan']:.1f}x faster)",
-                flush=True,
-            )
+    for time in arguments.lengths:
+        for result in run(time, arguments.rounds):
+            results.append(result)
+            show(result)
     for result in results:
         print(json.dumps(result))
 
