@@ -143,7 +143,7 @@ def test_epochs_of_a_run_follow_weights_and_sizes(tmp_path) -> None:
         ranks=Ranks(0, 1, torch.device("cpu"), None),
         tokens_per_step=640,
         peak_flops=1.0,
-        reweighting=SimpleNamespace(domains=["small", "large"], note=lambda: None),
+        reweighting=SimpleNamespace(domains=["small", "large"], notes=lambda vocab_size: []),
         training=training,
     )
     with pytest.raises(UserError, match="small would be read"):
