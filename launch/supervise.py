@@ -76,8 +76,9 @@ class Supervisor:
 
     def run(self) -> Outcome:
         """Runs the ranks to an outcome, which it records."""
-        # Under nohup a lost terminal is to be ignored, and stays so.
-        numbers = [n for n in (*STOPS, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+        numbers = {*STOPS, signal.SIGINT}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)  # nohup: the run is to outlive its terminal
         before = {number: signal.signal(number, self._handle) for number in numbers}
         self.folder.record("start", launch=self.launch, **self.facts)
         try:
