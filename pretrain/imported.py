@@ -16,15 +16,18 @@ _KEYS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_i
 _MAX_BYTES = 64 << 20
 
 
-def write_source(checkpoint: Path, folder: Path) -> None:
-    """Says in `checkpoint` of which `folder` it is made. Raises UserError where that is none."""
+def write_source(checkpoint: Path, folder: Path, *, other_tokenizer: bool) -> None:
+    """Says in `checkpoint` of which `folder` it is made; with an `other_tokenizer` than the
+    folder's, nothing of its special tokens. Raises UserError where it is no such folder."""
     files = [folder / "config.json", *hf.weight_files(folder)]
     values = read_json(files[0], _MAX_BYTES)
+    keys = _KEYS[:1] if other_tokenizer else _KEYS
+    tokens = {} if other_tokenizer else _special_tokens(folder / "tokenizer_config.json")
     source = {
         "folder": folder.resolve().name,
         "files": {file.name: manifest.record(file)._asdict() for file in files},
-        "config": {key: values[key] for key in _KEYS if values.get(key) is not None},
-        "tokens": _special_tokens(folder / "tokenizer_config.json"),
+        "config": {key: values[key] for key in keys if values.get(key) is not None},
+        "tokens": tokens,
     }
     (checkpoint / NAME).write_text(json.dumps(source, indent=1) + "\n")
 

@@ -116,7 +116,9 @@ def import_folder(config: ImportConfig) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as parent:
         written = Path(parent) / output.name
-        _write_checkpoint(written, output, model, seen, tokenizer, folder)
+        _write_checkpoint(written, output, model, seen, tokenizer)
+        write_source(written, folder, other_tokenizer=config.tokenizer is not None)
+        _write_manifest(written)
         problem = difference(tensor_index(written / "model"), wanted, wanted.keys())
         if problem:
             raise UserError(f"{folder}: {problem}")
@@ -134,10 +136,9 @@ def _write_checkpoint(
     model: ModelConfig,
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer: Tokenizer,
-    source: Path,
 ) -> None:
-    """Writes a checkpoint into `folder`, of what was read from `source`, and the recipe that begins
-    with it when it is `output`."""
+    """Writes a checkpoint into `folder`, but for its manifest, and the recipe that begins with it
+    when it is `output`."""
     for part in ("model", "tokenizer"):
         (folder / part).mkdir(parents=True)
     _write_shards(folder / "model", tensors)
@@ -152,7 +153,9 @@ def _write_checkpoint(
     }
     (folder / _RECIPE).write_text(write_yaml(recipe))
     (folder / STATE).write_text(json.dumps({"step": 0, "data": None}))  # of no run
-    write_source(folder, source)
+
+
+def _write_manifest(folder: Path) -> None:
     names = [path for path in folder.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): manifest.record(path) for path in names}
     manifest.write(folder, 0, files)

@@ -131,7 +131,7 @@ class ReplayConfig:
     """As they were seen, or shuffled by `seed`."""
     offset: int | list[int] | None = None
     """Samples to pass over at first; they come after the last. A list where `share` is one. None:
-    go on behind what the stage before has replayed of the same source, in the same order."""
+    go on behind what earlier stages have replayed of the same source, in the same order."""
     seed: int = 0
     """Of the shuffle."""
 

@@ -106,7 +106,9 @@ class Reweighting:
                 f"weights, which are noisy below {FEW}"
             )
         kept = KEPT_BYTES // (self._sequence_bytes * vocab_size)
-        if self.ranks.device.type == "cpu" and self._rows > kept:
+        # The loss over tensor-parallel ranks makes them twice in any case.
+        whole = self.ranks.layout.tp == 1 and self.ranks.device.type == "cpu"
+        if whole and self._rows > kept:
             size = self._rows * self._sequence_bytes * vocab_size / 2**20
             fits = f"data.micro_batch_size {kept}" if kept else "a shorter sequence"
             yield (

@@ -152,7 +152,8 @@ def _served(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped product runs; where it does not on a GPU, the log says why: a loop
     over experts, whose sizes the host has to wait for, takes its place."""
     reason = refusal(x, weight)
-    if x.is_cuda and x.shape[0]:
+    # Compiled, a line of the log would break the graph.
+    if x.is_cuda and x.shape[0] and not torch.compiler.is_compiling():
         log_once("experts", "loop" if reason else "grouped_mm", "cuda", reason or "it takes them")
     return reason is None
 

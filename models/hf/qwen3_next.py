@@ -157,7 +157,7 @@ def _attention_values(config: ModelConfig, spec: LayerSpec) -> dict[str, Any]:
 
 def _norm(config: ModelConfig, theirs: str, ours: str) -> Bond:
     """Theirs multiply by 1 + weight, as zero-centred ones of ours do. Others are written less one
-    in float64: exact for a weight of 0 and for all from 2^-30 on, which float32 is from 1/2 on."""
+    in float64: exact for 0, from 2^-30 on and below -2^-29; float32 is so from 1/2 on alone."""
     if config.zero_centered_norms:
         return same(f"{theirs}.weight", f"{ours}.offset")
     names = f"{theirs}.weight", (f"{ours}.weight",)

@@ -118,6 +118,12 @@ def test_an_import_says_its_source_and_an_export_gives_it_back(tmp_path: Path) -
     assert main(words) == 0
     given = transformers.AutoConfig.from_pretrained(tmp_path / "given")
     assert given.max_position_embeddings == 99 and given.bos_token_id == 257
+    other, last = (str(tmp_path / name) for name in ("other", "last"))
+    assert main(["import", str(there), "--output", other, "--tokenizer", "bytes"]) == 0
+    assert main(["export", other, "--output", last]) == 0
+    found = transformers.AutoConfig.from_pretrained(last)
+    assert (found.eos_token_id, found.bos_token_id) == (256, None)  # of the bytes
+    assert found.max_position_embeddings == 77
 
 
 def live_bytes() -> int:

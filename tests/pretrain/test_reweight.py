@@ -10,7 +10,7 @@ import torch
 from rondo.kernels.cross_entropy.chunked import KEPT_BYTES
 from rondo.kernels.segments import document_positions
 from rondo.models import ModelConfig
-from rondo.parallel.mesh import Ranks
+from rondo.parallel.mesh import Layout, Ranks
 from rondo.parallel.pipeline import MicroBatch
 from rondo.pretrain.recipe import DataConfig, Recipe, ReweightConfig, SourceConfig
 from rondo.pretrain.reweight import (
@@ -138,7 +138,7 @@ def test_few_sequences_are_warned_of() -> None:
     assert not [*reweighting().notes(99)]
 
 
-def test_logits_that_are_made_twice_are_warned_of() -> None:
+def test_logits_that_are_made_twice_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 32 sequences of 6 tokens in bfloat16, 384 bytes a word."""
     most = KEPT_BYTES // 384
     weighted = reweighting(strategy="linear", rows=32)
@@ -148,6 +148,8 @@ def test_logits_that_are_made_twice_are_warned_of() -> None:
     assert "data.micro_batch_size 31 spares it" in note
     [note] = weighted.notes(40 * most)
     assert "a shorter sequence spares it" in note
+    monkeypatch.setattr(Ranks, "layout", Layout(tp=2))
+    assert not [*weighted.notes(40 * most)]  # they are in any case
 
 
 def test_domains_have_short_names() -> None:
