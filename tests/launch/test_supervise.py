@@ -106,11 +106,23 @@ def test_a_signal_leads_to_an_interruption(number: signal.Signals, folder: RunFo
 
 
 def test_a_lost_terminal_is_ignored_under_nohup(folder: RunFolder) -> None:
+    class ShortRanks(FakeRanks):
+        """They end by themselves when they have been looked at twice."""
+
+        looks = 0
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            return self.code if self.looks < 3 else self.code or 0
+
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ranks = []
     try:
-        assert run(folder, lambda: FakeRanks(None, sends(signal.SIGHUP), 0)).name == "done"
+        start = lambda: ranks.append(ShortRanks(None, sends(signal.SIGHUP))) or ranks[-1]  # noqa: E731
+        assert run(folder, start).name == "done"
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert ranks[0].asked == 0
 
 
 def test_a_stop_by_the_user_is_final(folder: RunFolder) -> None:

@@ -113,8 +113,10 @@ def test_read_folders_give_the_same_logits(name: str, tmp_path: Path) -> None:
     assert hf.read_folder(tmp_path / "again")[0].layers() == model.config.layers()
     if type(theirs).__name__ == hf.choose(model.config):
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
-        with torch.no_grad():
-            assert torch.equal(again(tokens()).logits, theirs(tokens()).logits)
+        found = again.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in theirs.state_dict().items())
+        with torch.no_grad():  # where they lie in memory decides the last bits of sums
+            assert (again(tokens()).logits - theirs(tokens()).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
