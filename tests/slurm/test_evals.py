@@ -21,10 +21,12 @@ def test_every_scheduled_checkpoint_has_a_result(cluster: Cluster, tmp_path: Pat
     run = Run(cluster, tmp_path, tmp_path / "data")
     run.environment["RONDO_EVAL_COMMAND"] = f"{sys.executable} -S {ROOT}/tests/launch/fake_eval.py"
     run.environment["RONDO_FAKE_EVAL"] = str(control)
-    run.overrides += ["--evals.every=8", "--evals.tasks=[a,b]", "--evals.where=slurm"]
+    # After the first submission there is time for a requeue, however fast the machine.
+    run.overrides += ["--steps=90", "--evals.every=30"]
+    run.overrides += ["--evals.tasks=[a,b]", "--evals.where=slurm"]
     run.overrides += ["--checkpoint.keep=1", "--evals.slurm.partition=main"]
     (job,) = run.launch()
-    due = [EvalRecord(run.folder.path, step) for step in (8, 16, 24)]
+    due = [EvalRecord(run.folder.path, step) for step in (30, 60, 90)]
     run.wait("a submission", lambda: bool(due[0].submitted.get("job")))
     run.cluster.run("scontrol", "requeue", job)
     run.wait_for_outcome("done")
@@ -36,6 +38,6 @@ def test_every_scheduled_checkpoint_has_a_result(cluster: Cluster, tmp_path: Pat
     (control / "wait").unlink()
     run.wait("results", lambda: all(record.job.get("state") == "done" for record in due))
     assert not any(record.missing(["a", "b"]) for record in due)
-    assert sorted((control / "starts").read_text().split(), key=int) == ["8", "16", "24"]
+    assert sorted((control / "starts").read_text().split(), key=int) == ["30", "60", "90"]
     assert [record.submitted["number"] for record in due] == [1, 1, 1]
     assert "3/3" in run.rondo("status")
