@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rondo.errors import UserError
+from rondo.kernels import backend
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import problems
 from rondo.models.ffn.dispatch import (
@@ -23,7 +24,7 @@ from rondo.models.ffn.dispatch import (
     spread,
     spread_choices,
 )
-from rondo.models.ffn.experts import Experts, mixture, refusal
+from rondo.models.ffn.experts import Experts, _served, mixture, refusal
 from rondo.models.ffn.moe import BALANCE, MoE, Z
 from rondo.models.ffn.swiglu import SwiGLU
 from rondo.tests.numerics import assert_ratio, gradients
@@ -435,3 +436,15 @@ def test_what_a_grouped_product_refuses_on_a_gpu() -> None:
             assert refusal(x.bfloat16(), weight.bfloat16()) == reason
     x = torch.empty(4, 176)
     assert refusal(x.double(), x.double()[None]) == "torch.float64 is not bfloat16"
+
+
+def test_the_log_says_why_experts_run_in_a_loop_on_a_gpu(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level("INFO"), FakeTensorMode():
+        for _ in range(2):
+            x, weight = (torch.empty(*s, device="cuda") for s in ((4, 172), (2, 172, 64)))
+            assert not _served(x.bfloat16(), weight.bfloat16())
+    [line] = caplog.messages
+    assert "experts runs on backend loop (rows of 172 channels" in line

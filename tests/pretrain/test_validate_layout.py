@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rondo.pretrain import load_recipe
+from rondo.pretrain import load_recipe, validate_layout
 from rondo.pretrain.typed import RecipeError
 
 pytestmark = pytest.mark.quick
@@ -93,3 +93,9 @@ def test_all_problems_come_at_once() -> None:
 )
 def test_what_fits_is_accepted(ranks: int | None, options: list[str]) -> None:
     load_recipe("tiny", ["--model.pattern=[attention]", FEW_HEADS, *options], world_size=ranks)
+
+
+def test_experts_over_ranks_need_a_torch_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate_layout, "missing_torch", lambda: "needs torch 2.13 or newer")
+    assert "parallel.ep: needs torch 2.13" in problems(2, MOE, "--parallel.ep=2")
+    load_recipe("tiny", ["--model.pattern=[attention+moe]", MOE], world_size=2)
