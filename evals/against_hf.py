@@ -40,19 +40,21 @@ class AgainstConfig:
     tasks: str = "blimp_causative,piqa,lambada_openai,arc_easy"
     """Tasks of log-likelihoods, with commas between them."""
     limit: int = 50
-    """Samples of a task."""
+    """Samples of a task; 0: all."""
     batch_sizes: str = "1,7,32"
     """Texts at once, each in turn, of this project's model; that of transformers reads one."""
     double: bool = False
-    """Compare both with the same weights in float64 too, which says whose rounding it is."""
+    """Compare both with transformers' model in float64 too, which says whose rounding it is."""
 
 
 def compare(config: AgainstConfig) -> dict[str, dict[str, float]]:
     """By task, the largest differences of log-likelihoods (nats), shown as a table.
 
-    `batch N` are those between this project's model at that batch size and transformers';
-    with `double`, `ours` and `theirs` are the differences of either from float64. `size` is the
-    largest log-likelihood by absolute value, `accuracies` the number that are not the same.
+    `batch N` are those between this project's model at that batch size and transformers', both in
+    float32; with `double`, `ours` (at any batch size) and `theirs` are the differences of either
+    from transformers' model in float64. `size` is the largest log-likelihood by absolute value,
+    `accuracies` the number that are not the same, `requests` how many log-likelihoods were
+    compared.
 
     Raises:
         UserError: there is no such task, file or checkpoint.
@@ -67,24 +69,31 @@ def compare(config: AgainstConfig) -> dict[str, dict[str, float]]:
     catalog = Catalog(Sources(tokenizer, Path(config.data_dir)))
     tasks = {name: catalog.find(name) for name in config.tasks.split(",")}
     sizes = [int(size) for size in config.batch_sizes.split(",")]
-    theirs = HFLM(pretrained=config.exported, batch_size=1, device="cpu", dtype="float32")
-    answers = {"hf": _scores(theirs, tasks, config.limit)}
+    limit = config.limit or None
+    answers = {}
+    for name, dtype in (("hf", "float32"), ("float64", "float64"))[: 1 + config.double]:
+        theirs = HFLM(config.exported, batch_size=1, device="cpu", dtype=dtype)
+        if theirs.tok_encode(_PROBE) != tokenizer.encode(_PROBE):
+            raise UserError(
+                f"exported: the tokenizer in {config.exported} has other ids than {folder}, "
+                "so scores mean other texts; `rondo export` says when that is so"
+            )
+        answers[name] = _scores(theirs, tasks, limit)
     for size in sizes:
         adapter = HarnessModel(model, tokenizer, size)
-        answers[f"batch {size}"] = _scores(adapter, tasks, config.limit)
-    if config.double:
-        exact = HarnessModel(load(folder).double().eval(), tokenizer, sizes[0])
-        answers["float64"] = _scores(exact, tasks, config.limit)
+        answers[f"batch {size}"] = _scores(adapter, tasks, limit)
     found = {name: _differences(name, answers, sizes) for name in tasks}
     _show(found)
     return found
 
 
+_PROBE = "Whose words are these? 1,270 or more: the same in both."
+_COUNTS = "requests", "size", "accuracies"
 Scores = dict[str, tuple[list[float], dict[str, float]]]
 
 
 @torch.no_grad()
-def _scores(model: Any, tasks: dict[str, Any], limit: int) -> Scores:
+def _scores(model: Any, tasks: dict[str, Any], limit: int | None) -> Scores:
     """By task, the log-likelihood of every request, and the accuracies."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -111,7 +120,9 @@ def _differences(name: str, answers: dict[str, Scores], sizes: list[int]) -> dic
     ours = [f"batch {size}" for size in sizes]
     found = {key: largest("hf", key) for key in ours}
     if "float64" in answers:
-        found |= {"ours": largest(ours[0], "float64"), "theirs": largest("hf", "float64")}
+        exact = [largest(key, "float64") for key in ours]
+        found |= {"ours": max(exact), "theirs": largest("hf", "float64")}
+    found["requests"] = len(answers["hf"][name][0])
     found["size"] = max(abs(value) for value in answers["hf"][name][0])
     accuracies = answers["hf"][name][1]
     pairs = [(answers[key][name][1], accuracies) for key in ours]
@@ -123,17 +134,17 @@ def _show(found: dict[str, dict[str, float]]) -> None:
     heads = list(next(iter(found.values())))
     table = Table("task", *heads, title="largest differences of log-likelihoods, nats")
     for name, row in found.items():
-        cells = [f"{row[k]:.0f}" if k in ("size", "accuracies") else f"{row[k]:.1e}" for k in heads]
+        cells = [f"{row[k]:.0f}" if k in _COUNTS else f"{row[k]:.1e}" for k in heads]
         table.add_row(name, *cells)
-    Console().print(table)
+    Console(width=None if Console().is_terminal else 140).print(table)
 
 
 def main(words: list[str]) -> int:
     """Runs the command; see `AgainstConfig`."""
     config = parse_command(AgainstConfig, words, USAGE, ("checkpoint",))
     if config is not None:
-        if config.limit < 1:
-            raise UserError(f"limit: must be at least 1, got {config.limit}")
+        if config.limit < 0:
+            raise UserError(f"limit: must be at least 0 (all), got {config.limit}")
         compare(config)
     return 0
 

@@ -175,4 +175,4 @@ def test_a_checkpoint_against_its_export(tmp_path: Path) -> None:
     config.batch_sizes = "1,2"
     (row,) = compare(config).values()
     assert max(row[key] for key in ("batch 1", "batch 2", "ours", "theirs")) < 1e-4
-    assert row["accuracies"] == 0 and row["size"] > 50
+    assert row["accuracies"] == 0 and row["size"] > 50 and row["requests"] == 2 * len(ROWS["piqa"])

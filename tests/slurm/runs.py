@@ -20,7 +20,6 @@ SMALL = ["--model.dim=32", "--data.sequence_length=64", "--data.micro_batch_size
 SMALL += ["--checkpoint.every=4", f"--steps={STEPS}", "--evals.batches=0"]
 SMALL += ["--logging.tensorboard=false", "--logging.norms_every=0", "--model.num_layers=3"]
 SMALL += ["--model.pattern=[gated_deltanet,attention,mamba2]"]
-SECONDS = 90.0
 
 
 class Run:
@@ -31,6 +30,9 @@ class Run:
         home: the folder in which commands are typed.
         data: where its sources are prepared.
     """
+
+    seconds = 90.0
+    """The longest that anything is waited for."""
 
     def __init__(self, cluster: Cluster, home: Path, data: Path) -> None:
         self.cluster, self.home, self.data = cluster, home, data
@@ -56,7 +58,7 @@ class Run:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=self.seconds,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -107,7 +109,7 @@ class Run:
 
     def wait(self, what: str, ready: Callable[[], bool]) -> None:
         """Until `ready()`."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + self.seconds
         while not ready():
             if time.monotonic() > deadline:
                 logs = [path.read_text() for path in self.folder.launch.rglob("*.log")]
