@@ -142,9 +142,9 @@ def replayed_runs(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
         for source in stage.replay.sources if stage.replay else ():
             if source in {*names, EARLIER}:
                 continue
-            run = run_folder(source)
+            run = run_folder(source).resolve()
             if run not in runs:
-                name = f"run {run.name}" if run.name in names else run.name
+                name = f"run {run.name}" if run.name in {*names, EARLIER} else run.name
                 runs[run] = name if name not in runs.values() else f"{name} {len(runs) + 1}"
             found[stage.name, source] = runs[run]
     return found

@@ -106,7 +106,7 @@ class Curriculum:
             part.pools = Pools(pools, [group.share for group in own_groups])
             counts = part.pools.counts(share.before(samples))
             for group, needed, pool in zip(own_groups, counts, pools, strict=True):
-                self._replayed[_order_of(stage.replay, group)] = pool.offset + needed
+                self._replayed[self._order_of(stage, group)] = pool.offset + needed
                 if needed > pool.size:
                     raise DataError(
                         f"stages.{stage.number}.replay: {needed} samples of "
@@ -115,6 +115,12 @@ class Curriculum:
                     )
         return part
 
+    def _order_of(self, stage: Stage, group: Group) -> tuple[str, ...]:
+        """What two stages that replay the same samples in the same order have in common."""
+        assert stage.replay is not None, "the caller has seen to it"
+        names = (self._names.get((stage.name, source), source) for source in group.sources)
+        return *names, stage.replay.order, str(stage.replay.seed)
+
     def _pool(self, stage: Stage, group: Group) -> Pool:
         replay, key = stage.replay, f"stages.{stage.number}.replay"
         assert replay is not None, "the caller has seen to it"
@@ -122,7 +128,7 @@ class Curriculum:
         shuffled, offset = replay.order == "reshuffled", group.offset
         if offset is None:
             size = sum(count for _, count in parts)
-            offset = self._replayed.get(_order_of(replay, group), 0) % max(1, size)
+            offset = self._replayed.get(self._order_of(stage, group), 0) % max(1, size)
         try:
             return Pool(parts, shuffled=shuffled, offset=offset, seed=replay.seed)
         except DataError as error:
@@ -247,11 +253,6 @@ class Curriculum:
     def _begun(self, samples: int) -> list[Part]:
         """The stages that any of the first `samples` samples belong to; always the first."""
         return [part for part in self.parts if part.first < samples or part.first == 0]
-
-
-def _order_of(replay: ReplayConfig, group: Group) -> tuple[str, ...]:
-    """What two stages that replay the same samples in the same order have in common."""
-    return *group.sources, replay.order, str(replay.seed)
 
 
 def _offset(pools: Pools, replay: ReplayConfig) -> Any:

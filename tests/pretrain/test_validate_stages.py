@@ -100,14 +100,18 @@ def test_what_is_wrong_is_named(words: list[str], message: str) -> None:
     assert re.search(message, problems(*words)), problems(*words)
 
 
-def test_runs_that_are_replayed_have_names_of_their_own(tmp_path: Path) -> None:
-    """Of two folders of one name, of a run that is called as a stage is, and of a checkpoint."""
+def test_runs_that_are_replayed_have_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two folders of one name, of a run that is called as a stage is, and of a checkpoint, by
+    a relative path."""
+    monkeypatch.chdir(tmp_path)
     paths = [tmp_path / name for name in ("a/base/checkpoints/step-1", "a/base", "b/base", "one")]
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
-    checkpoint, *runs = map(str, paths)
+    checkpoint, runs = paths[0], map(str, paths[1:])
     replays = [
-        f"--stages.0.replay={{source: {checkpoint}, share: 0.1}}",
+        f"--stages.0.replay={{source: {checkpoint.relative_to(tmp_path)}, share: 0.1}}",
         f"--stages.1.replay={{source: [{', '.join(runs)}], share: 0.1}}",
     ]
     stages = stages_of(load_recipe("tiny", [*TWO, *replays]))
