@@ -22,12 +22,14 @@ from typing import Any
 from rondo.errors import run_command
 from rondo.launch.eval_records import EvalRecord
 from rondo.launch.lock import Lock
+from rondo.launch.ranks import LocalRanks
 from rondo.launch.supervise import BAD_INPUT, STOPPED, say
 
 COMMAND = "RONDO_EVAL_COMMAND"
 """Environment variable with the command that is run instead of `rondo eval`, for tests."""
 HOLD_SECONDS = 30.0
 """How often a job says that it still reads its checkpoint."""
+_MODULE = "rondo.evals.run"
 _POLL_SECONDS = 0.1
 
 
@@ -38,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, required=True, help="of the checkpoint")
     parser.add_argument("--tasks", required=True, help="with commas between them")
     parser.add_argument("--retries", type=int, default=2, help="failures to bear")
+    parser.add_argument("--processes", type=int, default=1, help="ranks, which share the samples")
     at = [*argv, "--"].index("--")  # what follows is for `rondo eval`
     options = parser.parse_args(argv[:at])
     record = EvalRecord(options.run, options.step)
@@ -47,6 +50,13 @@ def main(argv: Sequence[str]) -> int:
         return _Scoring(record, options, argv[at + 1 :]).run()
 
 
+class _Process(subprocess.Popen[bytes]):
+    """All there is where ranks do not share the samples."""
+
+    def stop(self) -> None:
+        self.terminate()
+
+
 class _Scoring:
     def __init__(
         self, record: EvalRecord, options: argparse.Namespace, words: Sequence[str]
@@ -54,14 +64,10 @@ class _Scoring:
         self.record, self.retries = record, options.retries
         self.tasks = options.tasks.split(",")
         start = os.environ.get(COMMAND)
-        ours = [sys.executable, "-m", "rondo.launch.cli", "eval"]
-        self.command = [
-            *(shlex.split(start) if start else ours),
-            str(record.run),
-            "--step",
-            str(record.step),
-        ]
-        self.command += ["--tasks", options.tasks, *words]
+        ours = [sys.executable, "-m", _MODULE]
+        self.command = [*(shlex.split(start) if start else ours), str(record.run)]
+        self.command += ["--step", str(record.step), "--tasks", options.tasks, *words]
+        self.processes = options.processes
         self.stopping = False
 
     def run(self) -> int:
@@ -100,20 +106,28 @@ class _Scoring:
         if not (self.record.checkpoint / "manifest.json").is_file():
             return BAD_INPUT, f"{self.record.checkpoint} is not there (any more)"
         held = float("-inf")
-        process = subprocess.Popen(self.command)
-        while (code := process.poll()) is None:
+        ranks = self._start()
+        while (code := ranks.poll()) is None:
             if self.stopping:
-                process.terminate()
-                return process.wait(), "stopped"
+                ranks.stop()
             if time.monotonic() - held > HOLD_SECONDS:
                 self.record.hold()
                 held = time.monotonic()
             time.sleep(_POLL_SECONDS)
+        if self.stopping:
+            return code, "stopped"
         if code != 0:
             return code, f"`{shlex.join(self.command)}` ended with exit code {code}"
         if missing := self.record.missing(self.tasks):
             return 1, f"no result of {', '.join(missing)} in {self.record.results}"
         return 0, ""
+
+    def _start(self) -> LocalRanks | _Process:
+        if self.processes == 1:
+            return _Process(self.command)
+        words, logs = self.command[self.command.index(_MODULE) :], self.record.folder / "ranks"
+        logs.mkdir(exist_ok=True)
+        return LocalRanks(words, self.processes, logs, {})
 
 
 if __name__ == "__main__":

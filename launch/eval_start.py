@@ -37,7 +37,8 @@ def job_command(record: EvalRecord, options: argparse.Namespace) -> list[str]:
     """The words of a job."""
     python = options.python or sys.executable
     words = [python, "-m", "rondo.launch.eval_job", str(record.run), f"--step={record.step}"]
-    words += [f"--tasks={','.join(options.tasks)}", f"--retries={options.retries}", "--"]
+    words += [f"--tasks={','.join(options.tasks)}", f"--retries={options.retries}"]
+    words += [f"--processes={options.gpus}"] * (options.gpus > 1) + ["--"]
     for name in ("limit", "batch_size"):
         if value := getattr(options, name):
             words += [f"--{name}", str(value)]
@@ -133,10 +134,13 @@ def eval_script(record: EvalRecord, options: argparse.Namespace) -> Script:
         "time": options.time,
         "gpus": options.gpus or None,
         "cpus-per-task": options.cpus,
+        "nodes": 1,
         "ntasks": 1,
         "output": f"{file_pattern(record.folder)}/job.log",
         "open-mode": "append",
     }
     words = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    threads = {"OMP_NUM_THREADS": str(options.cpus)} if options.cpus else {}
+    threads = {}
+    if options.cpus:
+        threads["OMP_NUM_THREADS"] = str(max(1, options.cpus // max(1, options.gpus)))  # of a rank
     return Script([*words, "--requeue", *options.sbatch], threads, [job_command(record, options)])

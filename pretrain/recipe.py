@@ -221,7 +221,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background while training goes on."""
     signal: str = "SIGUSR1"
-    """Signal that, like SIGTERM, leads to a checkpoint and exit code 75 (try again)."""
+    """Signal to a rank that, like SIGTERM, leads to a checkpoint and exit code 75 (try again). A
+    launcher takes SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP, and sends its ranks SIGTERM."""
 
 
 @dataclass
@@ -237,7 +238,7 @@ class SlurmEvalConfig:
     time: str | None = None
     """Time limit of a job, as D-HH:MM:SS."""
     gpus: int = 0
-    """GPUs of a job."""
+    """GPUs of a job, on one node; as many ranks share its samples."""
     cpus: int = 0
     """CPU cores of a job; 0 takes SLURM's default."""
     sbatch: list[str] = field(default_factory=list)

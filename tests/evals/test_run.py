@@ -15,7 +15,9 @@ import torch
 
 from rondo.errors import UserError
 from rondo.evals.tasks import examples
+from rondo.launch import eval_job
 from rondo.launch.cli import main as rondo
+from rondo.launch.eval_records import EvalRecord
 from rondo.models import load
 from rondo.pretrain.data.tokenizer import ByteTokenizer
 from rondo.tests.distributed.spawn import run_ranks
@@ -128,6 +130,25 @@ def test_ranks_share_the_samples(run: Path) -> None:
     for metric, value in wanted["results"]["parity_12"].items():
         if "," in metric and "stderr" not in metric:
             assert found["results"]["parity_12"][metric] == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_job_of_two_ranks(tmp_path: Path) -> None:
+    """They share the samples: each has a log, and there is one result."""
+    write_run(tmp_path)
+    words = [str(tmp_path), "--step=10", "--tasks=parity_12", "--retries=0", "--processes=2"]
+    assert eval_job.main([*words, "--", "--samples", "5", "--device", "cpu"]) == 0
+    one = ["eval", str(tmp_path), "--tasks", "parity_12", "--samples", "5", "--device", "cpu"]
+    assert rondo([*one, "--output", str(tmp_path / "one")]) == 0
+    both, alone = (
+        json.loads((folder / "step-000000010" / "parity_12.json").read_text())["results"]
+        for folder in (tmp_path / "evals", tmp_path / "one")
+    )
+    assert both["parity_12"]["acc,none"] == alone["parity_12"]["acc,none"]
+    record = EvalRecord(tmp_path, 10)
+    assert (record.job["state"], record.job["attempts"]) == ("done", 1)
+    logs = sorted((record.folder / "ranks").iterdir())
+    assert [path.name for path in logs] == ["rank-000.log", "rank-001.log"]
 
 
 @pytest.mark.parametrize(

@@ -187,11 +187,19 @@ def test_slurm_jobs_are_submitted_once(run: Path, tmp_path: Path, monkeypatch, c
     assert (tmp_path / "seen").read_text().split() == ["0", "0"]
     script = (EvalRecord(run, 10).folder / "job.sh").read_text()
     assert "#SBATCH --partition=eval" in script and "#SBATCH --gpus=1" in script
+    assert "--processes" not in script
     record = EvalRecord(run, 10)
     record.write("submitted", **{**record.submitted, "job": ""})
     assert watch(run, "--where=slurm", "--child") == 0
     assert record.submitted["job"] == "7"
     assert len((tmp_path / "seen").read_text().split()) == 2
+
+
+def test_a_job_with_several_gpus_has_a_rank_for_each(run: Path) -> None:
+    words = [str(run), "--tasks=a", "--where=slurm", "--gpus=4", "--cpus=32"]
+    script = str(eval_start.eval_script(EvalRecord(run, 10), parse_watch(words)))
+    assert "#SBATCH --nodes=1\n" in script and "#SBATCH --gpus=4\n" in script
+    assert "--processes=4 --" in script and "OMP_NUM_THREADS=8" in script
 
 
 def test_names_of_jobs_are_those_of_one_run(run: Path) -> None:
