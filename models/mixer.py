@@ -84,6 +84,8 @@ class Mixer(nn.Module):
     """The dimension of the recurrent state that counts heads."""
     gauges: ClassVar[dict[str, str]] = {}
     """Metric -> buffer with the largest value, 0 or more, that something had in training."""
+    layer_counts: ClassVar[dict[str, str]] = {}
+    """Metric -> gauge; counts the layers in which that is not 0, whatever the layout."""
 
     def __init__(self, config: ModelConfig, options: Any, layer: int) -> None:
         super().__init__()

@@ -32,10 +32,12 @@ def take_counts(parts: Sequence[Decoder], ranks: Ranks) -> dict[str, float]:
 @torch.no_grad()
 def take_gauges(parts: Sequence[Decoder], ranks: Ranks) -> dict[str, float]:
     """By name in `Mixer.gauges` and layer (`newton_residual/03`): the largest value over ranks
-    since the last call. Collective; the same on every rank."""
+    since the last call; and the layers that `Mixer.layer_counts` counts. Collective; the same on
+    every rank."""
+    specs = parts[0].config.layers()
     names = [
         (f"{name}/{layer:02d}", layer, buffer)
-        for layer, spec in enumerate(parts[0].config.layers())
+        for layer, spec in enumerate(specs)
         for name, buffer in MIXERS[spec.mixer].gauges.items()
     ]
     if not names:
@@ -49,4 +51,10 @@ def take_gauges(parts: Sequence[Decoder], ranks: Ranks) -> dict[str, float]:
     largest = ranks.largest(torch.stack(buffers)).tolist()  # one transfer for all
     for buffer in buffers:
         buffer.zero_()
-    return {name: value for (name, _, _), value in zip(names, largest, strict=True)}
+    found = {name: value for (name, _, _), value in zip(names, largest, strict=True)}
+    kinds = {MIXERS[spec.mixer] for spec in specs}
+    counted = {total: name for kind in kinds for total, name in kind.layer_counts.items()}
+    return found | {
+        total: float(sum(found.get(f"{name}/{layer:02d}", 0) > 0 for layer in range(len(specs))))
+        for total, name in counted.items()
+    }

@@ -248,8 +248,8 @@ class Trainer:
         }
         if fallbacks := row.get("newton/fallbacks"):
             self.metrics.say(
-                f"step {step + 1}: Newton's method did not converge {fallbacks:.0f} times; these "
-                "rows were done one position at a time (newton_fallback/<layer>)"
+                f"step {step + 1}: Newton's method did not converge in {fallbacks:.0f} layer(s); "
+                "rows were done one position at a time there (newton_fallback/<layer>)"
             )
         if (limited := row.get("titans_memory/limited")) and not self.limits_said:
             self.limits_said = True  # some models need them at every step

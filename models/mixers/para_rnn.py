@@ -74,16 +74,13 @@ class ParaRNN(Mixer):
     }
     exact: ClassVar[bool] = False
     float32_parameters: ClassVar[tuple[str, ...]] = ("recurrent", "bias")
-    counters: ClassVar[dict[str, str]] = {
-        "newton/extra_iterations": "extra",
-        "newton/fallbacks": "fallbacks",
-    }
     gauges: ClassVar[dict[str, str]] = {
         "newton_residual": "residual",
         "newton_product": "product",
         "newton_iterations": "iterations",
         "newton_fallback": "fallback",
     }
+    layer_counts: ClassVar[dict[str, str]] = {"newton/fallbacks": "newton_fallback"}
 
     def __init__(self, config: ModelConfig, options: ParaRNNOptions, layer: int) -> None:
         super().__init__(config, options, layer)
@@ -101,9 +98,8 @@ class ParaRNN(Mixer):
         self.recurrent = parameter((heads, rows, width), self._recurrent_values())
         self.norm = GatedRMSNorm(self.inner, config.norm_eps)
         self.o_proj = Linear(self.inner, config.dim, std=config.residual_std)
-        for names, dtype in ((self.gauges, torch.float32), (self.counters, torch.int64)):
-            for name in names.values():
-                self.register_buffer(name, torch.zeros((), dtype=dtype), persistent=False)
+        for name in self.gauges.values():
+            self.register_buffer(name, torch.zeros(()), persistent=False)
 
     def _recurrent_values(self) -> Initializer:
         std, limit = self.options.recurrent_std, self.options.max_recurrent
@@ -161,10 +157,7 @@ class ParaRNN(Mixer):
 
     @torch.no_grad()
     def observe(self, health: Health) -> None:
-        """Adds a solve to what is counted, on the device."""
-        counts = {"extra": health.extra, "fallbacks": health.sequential}
-        for name, value in counts.items():
-            self.get_buffer(name).add_(value)
+        """Keeps the worst of a solve and those before it, on the device."""
         largest = {
             "residual": health.relative,
             "product": health.product,

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from rondo.kernels import newton_rnn
 from rondo.kernels.newton_rnn import chunked
+from rondo.models import Decoder, ModelConfig
 from rondo.parallel import newton
+from rondo.parallel.counts import take_gauges
+from rondo.parallel.mesh import Layout, Ranks, make_mesh
 from rondo.parallel.sequence import over_ranks
 from rondo.tests.distributed.sequence_cases import part, weights
 from rondo.tests.kernels.test_newton_rnn import BATCH, operands
@@ -49,15 +52,22 @@ def exchanges(time: int) -> tuple[int, int, int]:
     return int(found.health.iterations), forward, count
 
 
-def not_a_number() -> tuple[int, bool]:
-    """Fallbacks, and whether outputs say so, where one rank alone has an input that is none."""
+def not_a_number() -> tuple[int, bool, float]:
+    """Fallbacks, whether outputs say so, and the count of layers in the metrics, where one rank
+    alone has an input that is none."""
     rank, size = dist.get_rank(), dist.get_world_size()
     gates, recurrent, _, _ = operands("para_gru", 4 * size)
     gates = part(gates, rank, size)
     if rank == 0:
         gates[0, -1] = torch.nan
     found = over_ranks(newton_rnn, dist.group.WORLD)("para_gru", gates, recurrent)
-    return int(found.health.sequential), bool(found.h[0, -1].isnan().all())
+    config = ModelConfig(vocab_size=4, dim=16, num_layers=1, pattern=["para_gru"])
+    model = Decoder(config, seed=0)
+    model.blocks["0"].mixer.observe(found.health)
+    mesh = make_mesh("cpu", Layout(cp=size))
+    counted = take_gauges([model], Ranks(rank, size, torch.device("cpu"), mesh))
+    said = bool(found.h[0, -1].isnan().all())
+    return int(found.health.sequential), said, counted["newton/fallbacks"]
 
 
 def _documents(time: int, size: int) -> Tensor:

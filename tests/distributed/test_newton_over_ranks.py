@@ -25,5 +25,5 @@ def test_an_iteration_is_one_exchange() -> None:
 
 
 def test_what_is_not_a_number_is_not_a_solution() -> None:
-    """All ranks notice, whichever has it."""
-    assert run_ranks(not_a_number, 2) == [(1, True), (1, True)]
+    """All ranks notice, whichever has it, and the layer counts once."""
+    assert run_ranks(not_a_number, 2) == [(1, True, 1), (1, True, 1)]

@@ -31,9 +31,12 @@ def test_health_is_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
             for tag in events.Tags()["scalars"]
         }
         assert scalars["newton/fallbacks"] == fallbacks
+        assert scalars["newton_fallback/00"] == fallbacks
         assert (scalars["newton_residual/00"] > 1e-6) == bool(fallbacks)
+        assert scalars["newton_iterations/00"] >= 1
+        assert (scalars["newton_product/00"] > 1) == bool(fallbacks)
         shown = capsys.readouterr()
-        said = "step 1: Newton's method did not converge 1 times" in shown.out + shown.err
+        said = "step 1: Newton's method did not converge in 1 layer" in shown.out + shown.err
         assert said == bool(fallbacks)
 
 
