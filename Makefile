@@ -22,7 +22,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 quickstart: $(VENV)/.base  ## Train a small hybrid model on two ranks, then let it write.
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m rondo.pretrain quickstart
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m rondo.pretrain quickstart
 	$(BIN)/rondo generate runs/quickstart --prompt "The function returns" --max_tokens 64
 	@echo
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs/quickstart/tensorboard"

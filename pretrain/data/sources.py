@@ -12,7 +12,7 @@ from typing import Any
 
 from rondo.pretrain.data.corpora import open_corpus
 from rondo.pretrain.data.dataset import Sources, Split, TokenDataset
-from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.errors import DataError, told_of
 from rondo.pretrain.data.folders import build_lock, publish
 from rondo.pretrain.data.held_out import held_out_folder
 from rondo.pretrain.data.prepare import PrepareConfig, prepare, request_hash, request_of
@@ -55,7 +55,8 @@ def prepare_sources(
     folders, streamed = [], {}
     for number, (source, folder) in enumerate(zip(config.sources, prepared, strict=True)):
         if source.streaming:
-            rows = open_rows(source.path, (saved or {}).get(number))
+            with told_of(f"data.sources.{number}.path"):
+                rows = open_rows(source.path, (saved or {}).get(number))
             folder = held_out_folder(
                 rows, tokenizer, config.validation_fraction, Path(config.folder)
             )
@@ -68,7 +69,8 @@ def prepare_sources(
                 history=_STEPS_BEHIND * config.global_batch_size * config.sequence_length,
             )
         elif folder is None:
-            folder = prepare(_preparation(config, source, str(spec)))
+            with told_of(f"data.sources.{number}.path"):
+                folder = prepare(_preparation(config, source, str(spec)))
         else:
             _require_same(folder, tokenizer, config.tokenizer)
         folders.append(folder)
@@ -120,7 +122,10 @@ def _trained_tokenizer(config: DataConfig, pieces: int) -> Path:
             f"{streamed[0]} is streamed; train it with `rondo prepare` on a part and give its path"
         )
     defaults = PrepareConfig(input="", output="")
-    corpora = [open_corpus(source.path) for source in config.sources]
+    corpora = []
+    for number, source in enumerate(config.sources):
+        with told_of(f"data.sources.{number}.path"):
+            corpora.append(open_corpus(source.path))
     total = sum(source.weight for source in config.sources)
     shares = [source.weight / total for source in config.sources]
     inputs = [pieces, defaults.tokenizer_sample_mb, [c.identity for c in corpora], shares]

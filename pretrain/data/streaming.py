@@ -108,7 +108,8 @@ class StreamedSource:
         """Raise DataError when one of `ids` is outside the vocabulary."""
         if ids.max() >= vocab_size:
             raise DataError(
-                f"{self.rows.name}: token id {ids.max()} is outside the vocabulary of {vocab_size}"
+                f"{self.rows.name}: token id {ids.max()} is outside the vocabulary of {vocab_size} "
+                "(of the tokenizer, or model.vocab_size where that is less)"
             )
 
     def state(self, start: int) -> dict[str, Any]:

@@ -96,7 +96,8 @@ class TokenFile:
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
             raise DataError(
-                f"{self.path}: token id {wrong} is outside the vocabulary of {vocab_size}"
+                f"{self.path}: token id {wrong} is outside the vocabulary of {vocab_size} "
+                "(of the tokenizer, or model.vocab_size where that is less)"
             )
 
 
@@ -158,7 +159,8 @@ def open_split(folder: Path, split: str, vocab_size: int) -> TokenFile:
         raise DataError(f"{folder / CARD}: incomplete: {error}") from None
     if largest >= vocab_size:
         raise DataError(
-            f"{file.path}: token id {largest} is outside the vocabulary of {vocab_size}"
+            f"{file.path}: token id {largest} is outside the vocabulary of {vocab_size} "
+            "(of the tokenizer, or model.vocab_size where that is less)"
         )
     return file
 

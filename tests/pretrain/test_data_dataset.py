@@ -198,7 +198,7 @@ def test_what_cannot_be_opened(folders, tmp_path):
 def test_ids_are_checked_as_they_are_read(folders):
     data = dataset(folders)
     data.known_ids = 100  # as if a bit had flipped in a file too large to be summed
-    with pytest.raises(DataError, match="is outside the vocabulary of 100"):
+    with pytest.raises(DataError, match=r"outside the vocabulary of 100 .*model\.vocab_size"):
         data.sample(0)
 
 
@@ -277,6 +277,13 @@ def recipe(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(rows)
     listed = [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in ("upper", "lower")]
     return DataConfig(sources=listed, folder=str(tmp_path / "cache"), sequence_length=16)
+
+
+def test_a_source_that_is_not_there_is_named_by_its_key(recipe):
+    recipe.sources[1].path = "nowhere.txt"
+    for recipe.tokenizer in ("bytes", "sentencepiece:300"):
+        with pytest.raises(DataError, match=r"data\.sources\.1\.path: 'nowhere.txt': no such file"):
+            open_dataset(recipe, 0, "train")
 
 
 def test_open_dataset_prepares_once(recipe, capfd):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,8 +22,10 @@ from rondo.pretrain import load_recipe, train
 from rondo.pretrain.train import Trainer
 
 ROOT = Path(__file__).parents[2]
+STEPS = 20
 SMALL = ["--model.dim=32", "--data.sequence_length=64", "--data.micro_batch_size=2"]
-SMALL += ["--checkpoint.every=4", "--steps=12", "--evals.batches=1", "--logging.tensorboard=false"]
+SMALL += ["--checkpoint.every=4", f"--steps={STEPS}", "--evals.batches=1"]
+SMALL += ["--logging.tensorboard=false"]
 
 
 def environment() -> dict[str, str]:
@@ -76,12 +79,16 @@ def digest(output: str) -> str:
     return re.search(r"model digest after step \d+: (\w{64})", output)[1]
 
 
-def wait_for_rows(folder: Path, count: int) -> None:
-    path = folder / "runs" / "tiny" / "metrics.jsonl"
+def wait_for(ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) < count:
+    while not ready():
         assert time.monotonic() < deadline, "the run made no progress"
         time.sleep(0.01)
+
+
+def wait_for_rows(folder: Path, count: int) -> None:
+    path = folder / "runs" / "tiny" / "metrics.jsonl"
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) >= count)
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +107,35 @@ def straight(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[int, 
     return runs
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "precision"),
+    [
+        (1, "float32"),
+        (2, "float32"),
+        pytest.param(2, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(
-    ranks: int, straight: dict, data: Path, tmp_path: Path
+    ranks: int, precision: str, straight: dict, data: Path, tmp_path: Path
 ) -> None:
-    folder, output = straight[ranks]
-    process = start(tmp_path, ranks, f"--data.folder={data}", "--steps=10000")
-    wait_for_rows(tmp_path, 6)  # beyond the first checkpoint, short of the second
+    options = [f"--data.folder={data}", f"--precision={precision}"]
+    if precision == "float32":
+        folder, output = straight[ranks]
+    else:
+        folder = tmp_path / "straight"
+        folder.mkdir()
+        output = run(folder, ranks, *options)
+    process = start(tmp_path, ranks, *options)
+    wait_for(lambda: (tmp_path / "runs/tiny/checkpoints/step-000000008").exists())
     launcher = psutil.Process(process.pid)  # torchrun's ranks are sessions of their own
     for victim in [*launcher.children(recursive=True), launcher]:
         victim.kill()
     process.communicate(timeout=30)
-    resumed = run(tmp_path, ranks, f"--data.folder={data}")
+    assert len(losses(tmp_path)) < STEPS
+    resumed = run(tmp_path, ranks, *options)
     assert "going on after step" in resumed
     assert losses(tmp_path) == losses(folder)
-    assert [step for step, *_ in losses(tmp_path)] == list(range(12))
+    assert [step for step, *_ in losses(tmp_path)] == list(range(STEPS))
     assert digest(resumed) == digest(output)
 
 
@@ -195,6 +216,7 @@ def test_a_run_leaves_what_the_design_says(data: Path, tmp_path: Path) -> None:
         "--logging.norms_every=6",
         "--evals.every=6",
         "--precision=bfloat16",
+        "--steps=12",
         "--checkpoint.keep=2",
     )
     folder = tmp_path / "runs" / "tiny"
@@ -262,7 +284,7 @@ def test_bad_input_is_one_clear_message(
 
 
 def test_checkpoint_of_another_model_is_refused(straight: dict, data: Path, tmp_path: Path) -> None:
-    checkpoint = straight[1][0] / "runs/tiny/checkpoints/step-000000012"
+    checkpoint = straight[1][0] / f"runs/tiny/checkpoints/step-{STEPS:09d}"
     output = run(
         tmp_path, 1, f"--data.folder={data}", f"--checkpoint.resume={checkpoint}", "--model.dim=64",
         code=2,
