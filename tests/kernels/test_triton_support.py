@@ -82,7 +82,10 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
         assert choice("auto") is len  # even where the interpreter could run
         assert choice("auto", "cuda") is sum
         assert choice("auto", "cuda", "it is Tuesday") is len
+        cuda, functions = torch.device("cuda"), {"chunked": len}
+        assert backend.choose("other", "auto", functions, cuda, "it has none") is len
     assert "op runs on backend chunked (triton cannot: it is Tuesday)" in caplog.text
+    assert "other runs on backend chunked (triton cannot: it has none)" in caplog.text
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choice("auto", "cuda") is len
     with pytest.raises(ModuleNotFoundError, match="pip install triton") as error:
