@@ -151,7 +151,7 @@ CONFIGS["linear_attention_gate_sums"] = {
     "*": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},)
 }
 
-# delta_rule: "half wide" are keys of more than 128 numbers; BK and BV are tiles of key and value
+# delta_rule: "wide" are keys of more than 128 numbers; BK and BV are tiles of key and value
 # channels. No more than 4 warps: with 8 on sm_90 kernels of this kind are known to come out wrong.
 CONFIGS["delta_rule_inverse"] = {"*": ({"BK": 64, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["delta_rule_scores"] = {"*": ({"BK": 64, "num_warps": 2, "num_stages": 1},)}
@@ -159,6 +159,9 @@ CONFIGS["delta_rule_transform"] = {"*": ({"BK": 64, "BV": 64, "num_warps": 4, "n
 CONFIGS["delta_rule_walk"] = {
     "half wide": ({"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "float32": ({"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},),
+    "float32 wide": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
+    "float32 wide sm80": ({"BK": 64, "BV": 8, "num_warps": 4, "num_stages": 1},),
+    "float32 wide sm90": ({"BK": 32, "BV": 8, "num_warps": 4, "num_stages": 1},),
     "*": (
         {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 1},
         {"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},
@@ -166,6 +169,7 @@ CONFIGS["delta_rule_walk"] = {
 }
 CONFIGS["delta_rule_mix"] = {
     "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
+    "float32 wide": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
     "*": (
         {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
         {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
@@ -174,6 +178,7 @@ CONFIGS["delta_rule_mix"] = {
 CONFIGS["delta_rule_pairs"] = {"*": ({"BV": 32, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["delta_rule_readers"] = {
     "float32": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
+    "float32 wide": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "*": (
         {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
         {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},

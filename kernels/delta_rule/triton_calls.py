@@ -100,9 +100,8 @@ def chunk_length(v: Tensor, chunk_size: int) -> int:
 
 def shape_class(dtype: torch.dtype, key_dim: int) -> str:
     """Shapes that share a configuration: float32 tiles take twice the room of halves."""
-    if dtype == torch.float32:
-        return "float32"
-    return "half wide" if key_dim > 128 else "half"
+    size = "float32" if dtype == torch.float32 else "half"
+    return f"{size} wide" if key_dim > 128 else size
 
 
 def invert(p: Problem) -> Tensor:
