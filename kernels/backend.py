@@ -38,7 +38,7 @@ def choose(
         implementations: backend name -> function; all share one signature. The one for triton
             imports it when it is called.
         device: where the inputs live.
-        refusal: why the Triton kernel cannot serve this call, or None.
+        refusal: why the Triton kernel cannot serve this call, or why there is none; or None.
         reason: why it is this `backend`, for the log, where it is not "auto".
 
     Raises:
@@ -49,13 +49,15 @@ def choose(
         name, reason = _best(operator, implementations, device.type, refusal)
     else:
         name = backend
+    if backend == "triton" and refusal is not None:
+        raise ValueError(f"{operator}: backend 'triton' cannot run: {refusal}")
     if name not in implementations:
         raise ValueError(
             f"{operator}: backend {backend!r} is not available; "
             f"choose one of auto, {', '.join(implementations)}"
         )
     if backend == "triton":
-        _require_triton(operator, device.type, refusal)
+        _require_triton(operator, device.type)
     log_once(operator, name, device.type, reason)
     return implementations[name]
 
@@ -65,8 +67,9 @@ def _best(
 ) -> tuple[str, str]:
     """The implementation that "auto" takes, and why."""
     preferred = ("triton", "chunked", "reference") if device == "cuda" else ("chunked", "reference")
-    if device == "cuda" and "triton" in implementations:
-        refusal = refusal or (None if _has_triton() else "triton is not installed")
+    if device == "cuda":
+        if refusal is None and "triton" in implementations and not _has_triton():
+            refusal = "triton is not installed"
         if refusal is not None:
             name = next(b for b in preferred[1:] if b in implementations)
             return name, f"triton cannot: {refusal}"
@@ -74,15 +77,13 @@ def _best(
     return name, f"first of {', '.join(preferred)} that {operator} has on {device}"
 
 
-def _require_triton(operator: str, device: str, refusal: str | None) -> None:
+def _require_triton(operator: str, device: str) -> None:
     """Raises what stands against running the Triton kernel."""
     if not _has_triton():
         raise ModuleNotFoundError(
             f"{operator}: backend 'triton' needs the package triton: pip install triton",
             name="triton",
         )
-    if refusal is not None:
-        raise ValueError(f"{operator}: backend 'triton' cannot run: {refusal}")
     if device != "cuda" and not (device == "cpu" and _interprets()):
         raise ValueError(
             f"{operator}: backend 'triton' needs CUDA tensors, got {device}; on a CPU it runs in "

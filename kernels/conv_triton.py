@@ -91,7 +91,7 @@ def _forward(
         )  # fmt: skip
 
     if x.numel():
-        launch("short_conv_forward", "*", x.device, start)
+        launch("short_conv_forward", "*", x, tuple(weight.shape), start)
     return y
 
 
@@ -146,7 +146,7 @@ def _backward(
         for y in results:
             y.zero_()
         return results
-    launch("short_conv_backward", "*", x.device, start)
+    launch("short_conv_backward", "*", x, tuple(weight.shape), start)
     return results
 
 

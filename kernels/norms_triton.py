@@ -92,7 +92,7 @@ def _forward(
             **_constants(x.shape[-1], count, order, silu), **config,
         )  # fmt: skip
 
-    launch(_name(order, "forward"), _shape(x.shape[-1]), x.device, start)
+    launch(_name(order, "forward"), _shape(x.shape[-1]), x, (x.shape[-1],), start)
     return y, inverses
 
 
@@ -137,7 +137,7 @@ def _backward(
             _stride(gates), **_constants(x.shape[-1], count, order, silu), **config,
         )  # fmt: skip
 
-    launch(_name(order, "backward"), _shape(x.shape[-1]), x.device, start)
+    launch(_name(order, "backward"), _shape(x.shape[-1]), x, (x.shape[-1],), start)
     return results
 
 

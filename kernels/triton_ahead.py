@@ -1,6 +1,8 @@
 """Compiles the Triton kernels for chips that are not here and says what they would use of them.
 
 python -m rondo.kernels.triton_ahead [--only PART_OF_A_NAME] [--jobs N]
+
+With every configuration of its table: the first of a row and those that are only measured.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rondo.kernels.triton_configs import Config
 from rondo.kernels.triton_support import (
     SHARED_BYTES,
     Compilation,
@@ -33,21 +36,36 @@ TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+REGISTERS = {"sm80": (255, 2**16), "sm90": (255, 2**16), "gfx942": (512, 2**17)}
+"""The most of a thread and of a block; on gfx942 vector registers, accumulators among them."""
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_AMD_USAGE = re.compile(
+    r"^\s+\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", re.MULTILINE
+)
 
 
-def compile_for(compilation: Compilation, family: str) -> dict[str, Any]:
-    """Compiles one kernel for one family of chips.
+def candidates(compilation: Compilation, family: str) -> list[Config]:
+    """The configurations that a kernel may be launched with on a family of chips, cut to its
+    dimensions; those that are the same after that only once."""
+    found: list[Config] = []
+    for config in configurations(compilation.name, compilation.shape, family):
+        config = config if compilation.dims is None else cut(config, *compilation.dims)
+        if config not in found:
+            found.append(config)
+    return found
+
+
+def compile_for(compilation: Compilation, family: str, config: Config) -> dict[str, Any]:
+    """Compiles one kernel for one family of chips with one of its `candidates`.
 
     Returns:
-        kernel, shape, family, shared and limit (bytes of a block), seconds, and for NVIDIA
-        registers (of a thread) and spilled (bytes of a thread).
+        kernel, shape, dims, family and config; shared and limit (bytes of a block), registers and
+        most (of a thread), spilled (bytes of a thread: what did not fit into registers lies in
+        memory), and seconds.
     """
-    config = dict(configurations(compilation.name, compilation.shape, family)[0])
-    if compilation.dims is not None:
-        config = cut(config, *compilation.dims)
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {**compilation.constants, **config}
+    options = {name: config[name] for name in ("num_warps", "num_stages")}
+    sizes = {name: size for name, size in config.items() if name not in options}
+    constants = {**compilation.constants, **sizes}
     names = compilation.kernel.arg_names
     types = {n: "constexpr" if n in constants else compilation.signature[n] for n in names}
     aligned = {
@@ -61,13 +79,24 @@ def compile_for(compilation: Compilation, family: str) -> dict[str, Any]:
     used = {
         "kernel": compilation.name,
         "shape": compilation.shape,
+        "dims": compilation.dims,
         "family": family,
+        "config": config,
         "shared": compiled.metadata.shared,
         "limit": SHARED_BYTES[family],
+        "most": most_registers(family, config["num_warps"]),
     }
     if family.startswith("sm"):
         used |= _registers(compiled.asm["cubin"], compilation.name)
+    else:
+        used |= _amd_registers(compiled.asm["amdgcn"], compilation.name)
     return {**used, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def most_registers(family: str, warps: int) -> int:
+    """Of a thread, so that a block fits."""
+    each, block = REGISTERS[family]
+    return min(each, block // (warps * TARGETS[family].warp_size))
 
 
 def _registers(cubin: bytes, kernel: str) -> dict[str, int]:
@@ -83,6 +112,16 @@ def _registers(cubin: bytes, kernel: str) -> dict[str, int]:
     return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3])}
 
 
+def _amd_registers(assembly: str, kernel: str) -> dict[str, int]:
+    """What the code for an AMD chip uses, by the notes behind it; what is not in registers lies in
+    scratch memory."""
+    found = dict(_AMD_USAGE.findall(assembly))
+    if len(found) != 3:
+        raise RuntimeError(f"the code of {kernel} says only {found} of its registers")
+    spilled = max(4 * int(found["vgpr_spill_count"]), int(found["private_segment_fixed_size"]))
+    return {"registers": int(found["vgpr_count"]), "spilled": spilled}
+
+
 def main() -> None:
     """Prints a JSON object a kernel and family; compiles all anew."""
     parser = argparse.ArgumentParser(
@@ -93,13 +132,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels with this in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()
-    wanted = [i for i, each in enumerate(all_compilations()) if options.only in each.name]
-    pairs = [(i, family) for i in wanted for family in TARGETS]
+    given = all_compilations()
+    wanted = [i for i, each in enumerate(given) if options.only in each.name]
+    calls = [(i, f, config) for i in wanted for f in TARGETS for config in candidates(given[i], f)]
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(options.jobs, get_context("spawn"), _keep_in, (folder,)) as pool,
     ):
-        for used in pool.map(_compile, *zip(*pairs, strict=True)):
+        for used in pool.map(_compile, *zip(*calls, strict=True)):
             print(json.dumps(used), flush=True)
 
 
@@ -107,8 +147,8 @@ def _keep_in(folder: str) -> None:
     triton.knobs.cache.dir = folder
 
 
-def _compile(index: int, family: str) -> dict[str, Any]:
-    return compile_for(all_compilations()[index], family)
+def _compile(index: int, family: str, config: Config) -> dict[str, Any]:
+    return compile_for(all_compilations()[index], family, config)
 
 
 if __name__ == "__main__":

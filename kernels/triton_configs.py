@@ -25,7 +25,9 @@ for _name in ("rms_norm", "gated_rms_norm"):
             {"ROWS": 1, "num_warps": 4, "num_stages": 1},
         ),
     }
-    CONFIGS[f"{_name}_backward"] = dict(CONFIGS[f"{_name}_forward"])
+    CONFIGS[f"{_name}_backward"] = CONFIGS[f"{_name}_forward"] | {
+        "*": ({"ROWS": 1, "num_warps": 8, "num_stages": 1},)
+    }
 
 # scan/triton.py: tiles of positions by channels, scanned in registers.
 for _name in ("linear_scan", "linear_scan_backward"):
@@ -36,6 +38,10 @@ for _name in ("linear_scan", "linear_scan_backward"):
             {"TIME": 32, "BLOCK": 32, "num_warps": 4, "num_stages": 1},
         )
     }
+CONFIGS["linear_scan_backward"]["*"] = (
+    {"TIME": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
+    {"TIME": 32, "BLOCK": 32, "num_warps": 4, "num_stages": 1},
+)
 CONFIGS["linear_scan_borders"] = {"*": ({"BLOCK": 64, "num_warps": 4, "num_stages": 1},)}
 
 # conv_triton.py: tiles of positions by channels.
@@ -49,8 +55,7 @@ CONFIGS["short_conv_forward"] = {
 CONFIGS["short_conv_backward"] = {
     "*": (
         {"TIME": 16, "BLOCK": 32, "num_warps": 4, "num_stages": 1},
-        {"TIME": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 1},
-        {"TIME": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 1},
+        {"TIME": 16, "BLOCK": 64, "num_warps": 8, "num_stages": 1},
     )
 }
 
@@ -68,9 +73,13 @@ for _name in ("expert_rows", "expert_sums"):
         )
     }
 
-# nonlinear_rnn/triton.py: ROWS of the batch; a head's weights are divided among the warps.
+# nonlinear_rnn/triton.py: ROWS of the batch; a head's weights are divided among the warps, on AMD
+# only if they come first in the products (TURNED).
 for _name in ("nonlinear_rnn_forward", "nonlinear_rnn_backward"):
-    CONFIGS[_name] = {"*": ({"ROWS": 16, "num_warps": 8, "num_stages": 1},)}
+    CONFIGS[_name] = {
+        "*": ({"ROWS": 16, "TURNED": 0, "num_warps": 8, "num_stages": 1},),
+        "* gfx942": ({"ROWS": 16, "TURNED": 1, "num_warps": 4, "num_stages": 1},),
+    }
 
 # newton_rnn/triton.py: channels of a chunk, two a thread, so that copies of bfloat16 run ahead.
 for _name in ("newton_sweep", "newton_pull", "newton_borders"):
@@ -142,7 +151,7 @@ CONFIGS["linear_attention_gate_sums"] = {
     "*": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},)
 }
 
-# delta_rule: "half wide" are keys of more than 128 numbers; BK and BV are tiles of key and value
+# delta_rule: "wide" are keys of more than 128 numbers; BK and BV are tiles of key and value
 # channels. No more than 4 warps: with 8 on sm_90 kernels of this kind are known to come out wrong.
 CONFIGS["delta_rule_inverse"] = {"*": ({"BK": 64, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["delta_rule_scores"] = {"*": ({"BK": 64, "num_warps": 2, "num_stages": 1},)}
@@ -150,14 +159,17 @@ CONFIGS["delta_rule_transform"] = {"*": ({"BK": 64, "BV": 64, "num_warps": 4, "n
 CONFIGS["delta_rule_walk"] = {
     "half wide": ({"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "float32": ({"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},),
+    "float32 wide": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
+    "float32 wide sm80": ({"BK": 64, "BV": 8, "num_warps": 4, "num_stages": 1},),
+    "float32 wide sm90": ({"BK": 32, "BV": 8, "num_warps": 4, "num_stages": 1},),
     "*": (
         {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 1},
         {"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},
-        {"BK": 64, "BV": 16, "num_warps": 2, "num_stages": 1},
     ),
 }
 CONFIGS["delta_rule_mix"] = {
     "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
+    "float32 wide": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
     "*": (
         {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
         {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
@@ -166,6 +178,7 @@ CONFIGS["delta_rule_mix"] = {
 CONFIGS["delta_rule_pairs"] = {"*": ({"BV": 32, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["delta_rule_readers"] = {
     "float32": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
+    "float32 wide": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "*": (
         {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
         {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},

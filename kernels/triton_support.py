@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rondo.kernels.triton_configs import CONFIGS, Config
 
@@ -105,24 +106,34 @@ def chip_family(device: torch.device) -> str:
     return (*fitting, "gfx942")[0]
 
 
-def launch(name: str, shape: str, device: torch.device, start: Callable[[Config], None]) -> None:
-    """Calls `start(config)` on `device` with the configuration for the kernel `name`.
+def launch(
+    name: str,
+    shape: str,
+    like: Tensor,
+    sizes: tuple[int | str, ...],
+    start: Callable[[Config], None],
+) -> None:
+    """Calls `start(config)` on the device of `like` with the configuration for the kernel `name`.
 
     Args:
         name: of the kernel in `CONFIGS`.
-        shape: class of shapes that share a configuration; never holds a number of tokens, since a
-            new one would be tuned, and compiled, at every new length.
-        device: of the tensors.
+        shape: class of shapes that share a configuration.
+        like: a tensor of the dtype whose rows the kernel reads.
+        sizes: what the fastest alternative may also depend on, such as channels of a row or a head
+            and the kind of gate: each is measured for itself. Never a number of tokens, which would
+            be measured at every new length.
         start: launches the kernel. With RONDO_AUTOTUNE=1 it is first called over and over for
             each alternative, so it must write its results, not add to them.
     """
+    device = like.device
     family = chip_family(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         candidates = configurations(name, shape, family)
         config = candidates[0]
         tune = device.type == "cuda" and os.environ.get("RONDO_AUTOTUNE") == "1"
         if tune and len(candidates) > 1:
-            config = _fastest(name, shape, device, candidates, start)
+            kind = " ".join((str(like.dtype).removeprefix("torch."), *map(str, sizes)))
+            config = _fastest((name, shape, kind), device, candidates, start)
         start(config)
 
 
@@ -130,15 +141,15 @@ _measured: dict[str, Config] = {}
 
 
 def _fastest(
-    name: str,
-    shape: str,
+    call: tuple[str, str, str],
     device: torch.device,
     candidates: tuple[Config, ...],
     start: Callable[[Config], None],
 ) -> Config:
-    """The quickest candidate on this chip: measured once, then read from a file."""
+    """The quickest candidate for a kernel, class of shapes and dtype with sizes on this chip:
+    measured once, then read from a file."""
     chip = torch.cuda.get_device_name(device)
-    key = " | ".join((name, shape, chip, f"triton {triton.__version__}"))
+    key = " | ".join((*call, chip, f"triton {triton.__version__}"))
     if key not in _measured:
         path = cache_file()
         _measured.update(json.loads(path.read_text()) if path.exists() else {})

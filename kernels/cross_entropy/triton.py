@@ -158,7 +158,7 @@ def _turn(
             D=hidden.shape[1], **config,
         )  # fmt: skip
 
-    launch("target_logits", "*", hidden.device, start_targets)
+    launch("target_logits", "*", hidden, (hidden.shape[1],), start_targets)
     torch.addmm(exact.to(hidden.dtype)[:, None], hidden, head.T, beta=-1, out=logits)
 
     def start_losses(config: Config) -> None:
@@ -166,7 +166,7 @@ def _turn(
             logits, exact, targets, upstream, losses, logits.shape[1], cap, **config
         )
 
-    launch("cross_entropy_losses", "*", hidden.device, start_losses)
+    launch("cross_entropy_losses", "*", logits, (), start_losses)
 
 
 def ahead_of_time() -> list[Compilation]:

@@ -17,7 +17,6 @@ from rondo.kernels.delta_rule.reference import reference
 from rondo.kernels.summary import MatrixSummary, Stretch
 
 TRITON_KEYS = 256
-TRITON_FLOAT32_KEYS = 128
 """The most key channels of a head that the Triton kernels hold in registers."""
 
 
@@ -87,7 +86,7 @@ def gated_delta_rule(
     else:
         _expect("initial_state", initial_state, shape)
         state = initial_state.to(kind)
-    refusal = _refusal(_most_keys(v), k, q, v, beta, log_decay)
+    refusal = _refusal(k, q, v, beta, log_decay)
     run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
     scale = k.shape[3] ** -0.5 if scale is None else scale
     return run(q, k, v, beta, log_decay, scale, state, segment_ids, chunk_size)
@@ -116,7 +115,7 @@ def gated_delta_rule_summary(
         ValueError: a shape, dtype or option does not fit.
     """
     _check(k, v, beta, log_decay, segment_ids, chunk_size)
-    refusal = _refusal(TRITON_FLOAT32_KEYS, k, v, beta, log_decay)
+    refusal = _refusal(k, v, beta, log_decay)
     run = choose("gated_delta_rule_summary", backend, _SUMMARIES, v.device, refusal)
     return run(k, v, beta, log_decay, segment_ids, chunk_size)
 
@@ -141,7 +140,7 @@ def gated_delta_rule_stretch(
     """
     _check(k, v, beta, log_decay, segment_ids, chunk_size)
     _expect("q", q, tuple(k.shape))
-    refusal = _refusal(_most_keys(v), k, q, v, beta, log_decay)
+    refusal = _refusal(k, q, v, beta, log_decay)
     run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
     if run is not _triton:
         return None
@@ -151,14 +150,10 @@ def gated_delta_rule_stretch(
     return begin_stretch(q, k, v, beta, log_decay, scale, segment_ids, chunk_size)
 
 
-def _most_keys(v: Tensor) -> int:
-    return TRITON_FLOAT32_KEYS if v.dtype == torch.float32 else TRITON_KEYS
-
-
-def _refusal(most: int, k: Tensor, *others: Tensor | None) -> str | None:
-    """Why the Triton kernels cannot run, or None; they hold `most` key channels."""
-    if not 1 <= k.shape[3] <= most:
-        return f"it takes keys of 1 to {most} numbers here, got {k.shape[3]}"
+def _refusal(k: Tensor, *others: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot run, or None."""
+    if not 1 <= k.shape[3] <= TRITON_KEYS:
+        return f"it takes keys of 1 to {TRITON_KEYS} numbers, got {k.shape[3]}"
     return triton_refusal(k, *others)
 
 

@@ -16,7 +16,13 @@ from rondo.kernels.delta_rule.triton_states import step_kernel, walk_kernel
 from rondo.kernels.delta_rule.triton_tiles import HEAD, KEY
 from rondo.kernels.triton_support import Compilation
 
-OTHER_SHAPES = (((32, 64), "bf16"), ((96, 192), "bf16"), ((256, 256), "bf16"), ((64, 128), "fp32"))
+OTHER_SHAPES = (
+    ((32, 64), "bf16"),
+    ((96, 192), "bf16"),
+    ((256, 256), "bf16"),
+    ((64, 128), "fp32"),
+    ((256, 256), "fp32"),
+)
 """Keys and values of a head, and dtypes, that are compiled besides the usual ones."""
 _FLOATS = dict.fromkeys(("g", "beta", "first", "last", "dbeta", "dg", "since", "until"), "*fp32")
 _SCALARS = {"ids": "*i64", "scale": "fp32", "B": "i32", "T": "i32"}
@@ -48,18 +54,22 @@ def ahead_of_time() -> list[Compilation]:
     """Every kernel in the forms that use most registers and shared memory, few: they take long.
     Then those for other dimensions, and other dtypes."""
     head, key = HEAD.value, KEY.value
-    usual, wide, summary = (128, 128), (256, 512), (128, 256)
+    usual, wide, summary, widest = (128, 128), (256, 512), (128, 256), (256, 256)
+    forward: dict[str, Any] = {"REVERSE": False, "q": None, "do": None}
     # The walk of a summary: from zero, with nothing written but its end.
-    alone: dict[str, Any] = {"REVERSE": False}
-    alone |= dict.fromkeys(("q", "do", "first", "states", "written"))
+    alone: dict[str, Any] = forward | dict.fromkeys(("first", "states", "written"))
     usually = [
         _compilation("transform", transform_kernel, head, summary, "fp32"),
         _compilation("walk", walk_kernel, head, wide, REVERSE=True),
         _compilation("walk", walk_kernel, head, summary, "fp32", REVERSE=True),
         _compilation("walk", walk_kernel, head, wide, **alone),
         _compilation("walk", walk_kernel, key, usual, **alone),
+        _compilation("walk", walk_kernel, key, wide, **forward),
+        _compilation("walk", walk_kernel, key, widest, "fp32", **forward),
+        _compilation("walk", walk_kernel, key, widest, "fp32", **alone),
         _compilation("mix", mix_kernel, head, usual, REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, head, usual, "fp32", REVERSE=False, scores=None),
+        _compilation("mix", mix_kernel, head, widest, "fp32", REVERSE=False, scores=None),
         _compilation("pairs", pairs_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual, "fp32"),

@@ -61,10 +61,12 @@ class Problem(NamedTuple):
         batch, _, heads, width = self.v.shape
         return self.v.new_empty(batch, heads, self.k.shape[3], width, dtype=torch.float32)
 
-    def start(self, kernel: str, run: Callable[[Config], None]) -> None:
-        """Launches with the configuration for these dtypes and key dimensions."""
+    def start(self, kernel: str, run: Callable[[Config], None], *form: str) -> None:
+        """Launches with the configuration for these dtypes and dimensions; kernels in several forms
+        name theirs."""
         shape = shape_class(self.v.dtype, self.k.shape[3])
-        launch(f"delta_rule_{kernel}", shape, self.v.device, run)
+        sizes = (*self.k.shape[2:], *self.v.shape[2:], self.chunk, self.gate, *form)
+        launch(f"delta_rule_{kernel}", shape, self.v, sizes, run)
 
 
 def make_problem(
@@ -98,9 +100,8 @@ def chunk_length(v: Tensor, chunk_size: int) -> int:
 
 def shape_class(dtype: torch.dtype, key_dim: int) -> str:
     """Shapes that share a configuration: float32 tiles take twice the room of halves."""
-    if dtype == torch.float32:
-        return "float32"
-    return "half wide" if key_dim > 128 else "half"
+    size = "float32" if dtype == torch.float32 else "half"
+    return f"{size} wide" if key_dim > 128 else size
 
 
 def invert(p: Problem) -> Tensor:
@@ -171,7 +172,7 @@ def _walk(
             p.scale, time, **constants,
         )  # fmt: skip
 
-    p.start("walk", run)
+    p.start("walk", run, "backward" if reverse else "forward")
     return last
 
 
@@ -190,7 +191,7 @@ def summarize(p: Problem, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
             p.scale, time, **constants,
         )  # fmt: skip
 
-    p.start("walk", run)
+    p.start("walk", run, "summary")
     return last[..., value_dim:].contiguous(), last[..., :value_dim].contiguous()
 
 
@@ -225,7 +226,7 @@ def mix(
             **constants, REVERSE=reverse,
         )  # fmt: skip
 
-    p.start("mix", run)
+    p.start("mix", run, "backward" if reverse else "forward")
     return out
 
 

@@ -44,6 +44,8 @@ def walk_kernel(
     group = head // (H // G)
     index = tl.arange(0, C)
     tiles: tl.constexpr = (K + BK - 1) // BK
+    # Or a compiler loads what all of many float32 tiles need at once, and runs out of registers.
+    APART: tl.constexpr = K > 128 and w.dtype.element_ty == tl.float32
     state = ()
     for i in tl.static_range(tiles):
         keys = tl.arange(0, BK) + i * BK
@@ -79,6 +81,8 @@ def walk_kernel(
             if first is None and w.dtype.element_ty != tl.float32:
                 rest = state[i] - met.to(tl.float32)
                 new += dot(read, narrow(rest, w.dtype.element_ty))
+            if APART:
+                tl.debug_barrier()
         if REVERSE:
             new *= leave[:, None]
         if u is not None:
@@ -116,6 +120,8 @@ def walk_kernel(
                 x = narrow(x * (scale * enter)[:, None], k.dtype.element_ty)
                 tile += dot(tl.trans(write), x)
             after = after + (tile,)  # noqa: RUF005
+            if APART:
+                tl.debug_barrier()
         state = after
     for i in tl.static_range(tiles):
         keys = tl.arange(0, BK) + i * BK

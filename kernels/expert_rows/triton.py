@@ -87,7 +87,7 @@ def _rows(
         )  # fmt: skip
 
     if out.numel():
-        launch("expert_rows", "*", x.device, start)
+        launch("expert_rows", "*", x, (x.shape[1], k), start)
     return out, dots
 
 
@@ -108,7 +108,7 @@ def _sums(y: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
         )  # fmt: skip
 
     if out.numel():
-        launch("expert_sums", "*", y.device, start)
+        launch("expert_sums", "*", y, (y.shape[1], places.shape[1]), start)
     return out
 
 

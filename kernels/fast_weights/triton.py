@@ -196,7 +196,7 @@ def _shape(x: Tensor) -> str:
 
 def _launch(name: str, shape: str, like: Tensor, start: Callable[[Config], None]) -> None:
     if like.numel():
-        launch(name, shape, like.device, start)
+        launch(name, shape, like, (like.shape[-1],), start)
 
 
 def ahead_of_time() -> list[Compilation]:

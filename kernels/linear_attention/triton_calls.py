@@ -49,6 +49,11 @@ class Problem(NamedTuple):
         return HEAD.value if self.log_decay.dim() == 3 else KEY.value
 
     @property
+    def kind(self) -> tuple[int, ...]:
+        """What kernels are compiled for, the batch and its length apart."""
+        return (*self.sizes[2:], self.gate)
+
+    @property
     def by_key(self) -> bool:
         """Whether there is one decay a key channel."""
         return self.gate == KEY.value
@@ -108,7 +113,8 @@ def walk(
             C=chunk, GATE=problem.gate, REVERSE=reverse, **tiles,
         )  # fmt: skip
 
-    launch("linear_attention_walk", shape_class(like), like.device, start)
+    form = "backward" if reverse else "forward" if store else "summary"
+    launch("linear_attention_walk", shape_class(like), like, (*problem.kind, form), start)
     return last.new_empty(0) if met is None else met, last
 
 
@@ -135,7 +141,8 @@ def mix(
             C=chunk, GATE=problem.gate, REVERSE=reverse, **tiles,
         )  # fmt: skip
 
-    launch("linear_attention_mix", shape_class(x), x.device, start)
+    form = "backward" if reverse else "forward"
+    launch("linear_attention_mix", shape_class(x), x, (*problem.kind, form), start)
     return out
 
 
@@ -151,7 +158,7 @@ def score_gradients(problem: Problem, v: Tensor, do: Tensor, scale: float) -> Te
             H=heads, V=value_dim, C=chunk, GATE=problem.gate, **tiles,
         )  # fmt: skip
 
-    launch("linear_attention_score_gradients", shape_class(v), v.device, start)
+    launch("linear_attention_score_gradients", shape_class(v), v, problem.kind, start)
     return dscores
 
 
@@ -186,7 +193,7 @@ def head_gradients(
             C=chunk, GATE=problem.gate, **tiles,
         )  # fmt: skip
 
-    launch("linear_attention_gradients", shape_class(k), k.device, start)
+    launch("linear_attention_gradients", shape_class(k), k, problem.kind, start)
     return dq, dk, parts[0].sum(0) if parts else None
 
 
@@ -204,5 +211,5 @@ def step(
             G=groups, H=heads, K=key_dim, V=value_dim, GATE=problem.gate, **tiles,
         )  # fmt: skip
 
-    launch("linear_attention_step", "*", v.device, start)
+    launch("linear_attention_step", "*", v, problem.kind, start)
     return o, last

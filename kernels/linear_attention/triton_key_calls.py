@@ -28,7 +28,7 @@ def key_scores(problem: Problem, q: Tensor, k: Tensor, scale: float) -> Tensor:
             G=groups, H=heads, K=key_dim, C=chunk, BC=BLOCK, BK=channels, **config,
         )  # fmt: skip
 
-    launch("linear_attention_key_scores", "*", q.device, start)
+    launch("linear_attention_key_scores", "*", q, problem.kind, start)
     return scores
 
 
@@ -67,6 +67,6 @@ def key_gradients(
             H=heads, K=key_dim, V=value_dim, C=chunk, **tiles,
         )  # fmt: skip
 
-    launch("linear_attention_key_gradients", shape_class(q), q.device, start)
-    launch("linear_attention_gate_sums", "*", q.device, start_sums)
+    launch("linear_attention_key_gradients", shape_class(q), q, problem.kind, start)
+    launch("linear_attention_gate_sums", "*", q, problem.kind, start_sums)
     return dq, dk, dg

@@ -18,6 +18,10 @@ from rondo.kernels.summary import LogSummary, Stretch
 __all__ = ["mlstm", "mlstm_state_size", "mlstm_stretch", "mlstm_summary"]
 
 _IMPLEMENTATIONS = {"chunked": chunked.mlstm, "reference": reference.mlstm}
+_NO_KERNEL = (
+    "no Triton kernel is written for its state of V + 1 columns and its stabiliser; "
+    "backend 'chunked' serves it by matrix products, on a GPU too"
+)
 
 
 def mlstm(
@@ -73,7 +77,7 @@ def mlstm(
             f"(B, H, K (V + 1) + 1) = {expected}"
         )
     _check_eps(eps)
-    run = choose("mlstm", backend, _IMPLEMENTATIONS, v.device)
+    run = choose("mlstm", backend, _IMPLEMENTATIONS, v.device, _NO_KERNEL)
     kind = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
         initial_state = v.new_zeros(expected, dtype=kind)
@@ -138,7 +142,8 @@ def mlstm_stretch(
     """
     _check(k, v, input_gate, forget_gate)
     _check_eps(eps)
-    if choose("mlstm", backend, _IMPLEMENTATIONS, v.device) is not chunked.mlstm:
+    run = choose("mlstm", backend, _IMPLEMENTATIONS, v.device, _NO_KERNEL)
+    if run is not chunked.mlstm:
         return None
     with full_precision(v.device):
         gates = _gates(v, input_gate, forget_gate)

@@ -3,7 +3,6 @@ is one pass of a kernel each (`triton_states.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -35,7 +34,7 @@ def advance(state: Tensor, carried: Tensor, written: Tensor, error: Tensor, out:
             *given, out, tokens, width, channels, blocks, tiles, **config
         )
 
-    _launch("memory_advance", state, start)
+    launch("memory_advance", "*", state, (width, channels), start)
 
 
 def advance_backward(state: Tensor, carried: Tensor, to_out: Tensor, to_state: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def advance_backward(state: Tensor, carried: Tensor, to_out: Tensor, to_state: T
             size, blocks, **config,
         )  # fmt: skip
 
-    _launch("memory_advance_backward", state, start)
+    launch("memory_advance_backward", "*", state, (size,), start)
     return found[0].sum(1)
 
 
@@ -63,14 +62,10 @@ def scale(state: Tensor, scales: Tensor) -> None:
         blocks = triton.cdiv(size, config["BLOCK"])
         scale_kernel[(rows * 2 * blocks,)](state, scales.contiguous(), size, blocks, **config)
 
-    _launch("memory_scale", state, start)
+    launch("memory_scale", "*", state, (size,), start)
 
 
 _PASSES = Passes(advance, advance_backward, scale)
-
-
-def _launch(name: str, like: Tensor, start: Callable[[Config], None]) -> None:
-    launch(name, "*", like.device, start)
 
 
 def ahead_of_time() -> list[Compilation]:

@@ -70,7 +70,7 @@ def forward(rows: Rows, borders: Tensor, with_products: bool) -> Sweep:
             CELL=_number(rows.cell), **config,
         )  # fmt: skip
 
-    _launch("newton_sweep", borders, start)
+    _launch("newton_sweep", rows.gates, (variables, width), start)
     return Sweep(states, ends, products)
 
 
@@ -90,7 +90,7 @@ def entering(
             VARIABLES=variables, REVERSE=reverse, **config,
         )  # fmt: skip
 
-    _launch("newton_borders", products, start)
+    _launch("newton_borders", products, (variables, width), start)
     return found, last
 
 
@@ -133,7 +133,7 @@ def _pull(solution: Solution, *chunked: Tensor | None) -> None:
     """The kernel's arguments from `entering` on."""
     rows, left = solution.rows, chunked[-1]
     assert left is not None
-    _, batch, chunks, width = left.shape
+    variables, batch, chunks, width = left.shape
     grad = solution.at_output
     known = (
         solution.states,
@@ -149,12 +149,14 @@ def _pull(solution: Solution, *chunked: Tensor | None) -> None:
             CELL=_number(rows.cell), **config,
         )  # fmt: skip
 
-    _launch("newton_pull", left, start)
+    _launch("newton_pull", rows.gates, (variables, width), start)
 
 
-def _launch(name: str, like: Tensor, start: Callable[[Config], None]) -> None:
+def _launch(
+    name: str, like: Tensor, sizes: tuple[int, ...], start: Callable[[Config], None]
+) -> None:
     if like.numel():
-        launch(name, "*", like.device, start)
+        launch(name, "*", like, sizes, start)
 
 
 def _inputs(rows: Rows) -> list[Tensor | None]:

@@ -102,7 +102,7 @@ def _forward(
         )  # fmt: skip
 
     if h.numel():
-        launch("nonlinear_rnn_forward", "*", gates.device, start)
+        launch("nonlinear_rnn_forward", "*", weights, (cell, dim), start)
     return h, parts, path
 
 
@@ -142,7 +142,7 @@ def _backward(
         )  # fmt: skip
 
     if dh.numel():
-        launch("nonlinear_rnn_backward", "*", dh.device, start)
+        launch("nonlinear_rnn_backward", "*", weights, (cell, dim), start)
     return dparts, dfirst.permute(2, 0, 1, 3).contiguous()
 
 

@@ -27,12 +27,12 @@ def log_sigmoid(x):
 @triton.jit
 def matrix_of(
     weights, gate: tl.constexpr, head, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    GATES: tl.constexpr, BACK: tl.constexpr,
+    GATES: tl.constexpr, BACK: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """`(in, out)` of a gate and head, of weights `(G, H, out, in)`, or with BACK `(out, in)`; one
-    that is not there is not read."""
+    """`(in, out)` of a gate and head, of weights `(G, H, out, in)`, or with BACK `(out, in)`; the
+    other way about if TURNED; one that is not there is not read."""
     first, second = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
-    if BACK:
+    if BACK != TURNED:
         at = first * D + second
     else:
         at = second * D + first
@@ -41,21 +41,33 @@ def matrix_of(
 
 
 @triton.jit
-def times(x, matrix):
-    """Float32 x times the matrix of a gate. For one of bfloat16 x is the sum of two of them, so
-    that what is fed back is not rounded to 8 bits (wider than 64 channels it is: registers would
-    run out); for one of float32 both are sums of three, which are products of float32 but for the
-    last bit, on tensor cores."""
+def times(x, matrix, TURNED: tl.constexpr):
+    """Float32 x times the matrix of a gate, which comes transposed if TURNED. For one of bfloat16 x
+    is the sum of two of them, so that what is fed back is not rounded to 8 bits (wider than 64
+    channels it is: registers would run out); for one of float32 both are sums of three, which are
+    products of float32 but for the last bit, on tensor cores.
+
+    TURNED is for chips whose compiler divides the rows of a product among all warps: those of the
+    matrix then, since each warp would keep a whole matrix for the 16 rows of x."""
+    if TURNED:
+        x = tl.trans(x)
     if matrix.dtype != tl.bfloat16:
-        if INTERPRETED:  # it knows no such products
-            product = dot(x, matrix)
-        else:
-            product = tl.dot(x, matrix, input_precision="bf16x6", out_dtype=tl.float32)
+        product = _product(x, matrix, TURNED)
     else:
         high = narrow(x, tl.bfloat16)
-        product = dot(high, matrix)
+        product = _product(high, matrix, TURNED)
         if matrix.shape[0] <= 64:
-            product += dot(narrow(x - high.to(tl.float32), tl.bfloat16), matrix)
+            product += _product(narrow(x - high.to(tl.float32), tl.bfloat16), matrix, TURNED)
+    return tl.trans(product) if TURNED else product
+
+
+@triton.jit
+def _product(x, matrix, TURNED: tl.constexpr):
+    first, second = (matrix, x) if TURNED else (x, matrix)
+    if INTERPRETED or matrix.dtype == tl.bfloat16:  # the interpreter knows no sums of three
+        product = dot(first, second)
+    else:
+        product = tl.dot(first, second, input_precision="bf16x6", out_dtype=tl.float32)
     return product
 
 
@@ -81,7 +93,7 @@ def forward_kernel(
     gates, weights, bias, starts, parts, path, out, B, T,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
     STATES: tl.constexpr, GATES: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Fills parts, path but for its first states, and out `(B, T, H, D)`, from gates
     `(B, T, G, H, D)`, weights `(G, H, D, D)`, bias `(.., H, D)` and starts `(B, T)`."""
@@ -103,10 +115,10 @@ def forward_kernel(
     if CELL == SLSTM:
         n = tl.load(first + 2 * span + tile, mask=mask, other=0.0)
         m = tl.load(first + 3 * span + tile, mask=mask, other=0.0)
-    w0 = matrix_of(weights, 0, head, H, D, WIDTH, GATES, False)
-    w1 = matrix_of(weights, 1, head, H, D, WIDTH, GATES, False)
-    w2 = matrix_of(weights, 2, head, H, D, WIDTH, GATES, False)
-    w3 = matrix_of(weights, 3, head, H, D, WIDTH, GATES, False)
+    w0 = matrix_of(weights, 0, head, H, D, WIDTH, GATES, False, TURNED)
+    w1 = matrix_of(weights, 1, head, H, D, WIDTH, GATES, False, TURNED)
+    w2 = matrix_of(weights, 2, head, H, D, WIDTH, GATES, False, TURNED)
+    w3 = matrix_of(weights, 3, head, H, D, WIDTH, GATES, False, TURNED)
     for t in range(T):
         position = rows * T + t
         if starts is not None:
@@ -118,12 +130,12 @@ def forward_kernel(
                 n, m = tl.where(fresh, 0.0, n), tl.where(fresh, -float("inf"), m)
         x = gates + position[:, None] * (GATES * H * D) + head * D + column[None, :]
         part = parts + ((zero + t) * lanes + head * B + row) * (PARTS * D)
-        p0 = times(h, w0)
+        p0 = times(h, w0, TURNED)
         if CELL == ELMAN:
             h = tanh(p0 + _given(x, 0, bias, 0, head, column, mask, H, D))
         else:
-            p1 = times(h, w1)
-            p2 = times(h, w2)
+            p1 = times(h, w1, TURNED)
+            p2 = times(h, w2, TURNED)
             p0 += _given(x, 0, bias, 0, head, column, mask, H, D)
             p1 += _given(x, 1, bias, 1, head, column, mask, H, D)
         if CELL == GRU:
@@ -137,7 +149,7 @@ def forward_kernel(
             tl.store(part + 2 * D + tile_of_parts, p2, mask=mask)
             tl.store(part + 3 * D + tile_of_parts, new, mask=mask)
         if STATES > 1:
-            p3 = times(h, w3)
+            p3 = times(h, w3, TURNED)
             z = tanh(p2 + _given(x, 2, bias, 2, head, column, mask, H, D))
             o = tl.sigmoid(p3 + _given(x, 3, bias, 3, head, column, mask, H, D))
             tl.store(part + tile_of_parts, o, mask=mask)

@@ -26,7 +26,7 @@ def backward_kernel(
     weights, starts, parts, path, dout, dlast, dparts, dfirst, B, T,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
     STATES: tl.constexpr, GATES: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Fills dparts like parts and dfirst `(S, H, B, D)` like dlast, but for states that no
     gradient passes through; dout is `(B, T, H, D)`."""
@@ -47,10 +47,10 @@ def backward_kernel(
         dc = tl.load(dlast + size + lane + tile, mask=mask, other=0.0)
     if CELL == SLSTM:
         dn = tl.load(dlast + 2 * size + lane + tile, mask=mask, other=0.0)
-    w0 = matrix_of(weights, 0, head, H, D, WIDTH, GATES, True)
-    w1 = matrix_of(weights, 1, head, H, D, WIDTH, GATES, True)
-    w2 = matrix_of(weights, 2, head, H, D, WIDTH, GATES, True)
-    w3 = matrix_of(weights, 3, head, H, D, WIDTH, GATES, True)
+    w0 = matrix_of(weights, 0, head, H, D, WIDTH, GATES, True, TURNED)
+    w1 = matrix_of(weights, 1, head, H, D, WIDTH, GATES, True, TURNED)
+    w2 = matrix_of(weights, 2, head, H, D, WIDTH, GATES, True, TURNED)
+    w3 = matrix_of(weights, 3, head, H, D, WIDTH, GATES, True, TURNED)
     for back in range(T):
         t = zero + T - 1 - back
         position = rows * T + t
@@ -65,7 +65,7 @@ def backward_kernel(
             h = tl.load(after + tile, mask=mask, other=0.0)
             d0 = dh * (1.0 - h * h)
             tl.store(dparts + part + tile_of_parts, d0, mask=mask)
-            dh = times(d0, w0)
+            dh = times(d0, w0, TURNED)
         else:
             first = tl.load(parts + part + tile_of_parts, mask=mask, other=0.0)
             second = tl.load(parts + part + D + tile_of_parts, mask=mask, other=0.0)
@@ -124,11 +124,11 @@ def backward_kernel(
             tl.store(dparts + part + D + tile_of_parts, d1, mask=mask)
             tl.store(dparts + part + 2 * D + tile_of_parts, d2, mask=mask)
         if STATES > 1:
-            dh = times(d3, w3)
+            dh = times(d3, w3, TURNED)
         if CELL != ELMAN:
-            dh += times(d0, w0)
-            dh += times(d1, w1)
-            dh += times(d2, w2)
+            dh += times(d0, w0, TURNED)
+            dh += times(d1, w1, TURNED)
+            dh += times(d2, w2, TURNED)
         if starts is not None:
             dh = tl.where(fresh, 0.0, dh)
             if STATES > 1:

@@ -110,7 +110,7 @@ def forward_pass(
         scan_outputs(a, b, ids, incoming, (h, last), cut, config)
 
     if h.numel():
-        launch("linear_scan", "*", a.device, start)
+        launch("linear_scan", "*", a, (a.shape[2], "whole"), start)
     return h, last
 
 
@@ -146,7 +146,7 @@ def backward_pass(
         scan_gradients(a, h, first, ids, grad, incoming, written, cut, config)
 
     if h.numel():
-        launch("linear_scan_backward", "*", a.device, start)
+        launch("linear_scan_backward", "*", a, (a.shape[2], "whole"), start)
     return results
 
 
@@ -167,7 +167,7 @@ def _summarize(a: Tensor, b: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor
         borders(maps, None, None, results, False, config)
 
     if a.numel():
-        launch("linear_scan", "*", a.device, start)
+        launch("linear_scan", "*", a, (a.shape[2], "summary"), start)
     return results
 
 

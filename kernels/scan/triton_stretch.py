@@ -50,7 +50,8 @@ def _maps(a: Tensor, b: Tensor, ids: Tensor | None, reverse: bool) -> tuple[Tens
         borders(maps, None, None, (transition, state), reverse, config)
 
     if a.numel():
-        launch("linear_scan_backward" if reverse else "linear_scan", "*", a.device, start)
+        name = "linear_scan_backward" if reverse else "linear_scan"
+        launch(name, "*", a, (a.shape[2], "summary"), start)
     return transition, state, maps
 
 
@@ -70,7 +71,7 @@ def _finish(first: Tensor, maps: Tensor, a: Tensor, b: Tensor, ids: Tensor | Non
         scan_outputs(a, b, ids, incoming, (h, last), cut_rows(a), config)
 
     if a.numel():
-        launch("linear_scan", "*", a.device, start)
+        launch("linear_scan", "*", a, (a.shape[2], "outputs"), start)
     return h
 
 
@@ -123,7 +124,7 @@ def _all_gradients(
         scan_gradients(a, h, first, ids, dh, incoming, written, cut_rows(a), config)
 
     if a.numel():
-        launch("linear_scan_backward", "*", a.device, start)
+        launch("linear_scan_backward", "*", a, (a.shape[2], "outputs"), start)
     return results
 
 

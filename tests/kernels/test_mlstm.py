@@ -204,3 +204,12 @@ def test_what_does_not_fit_is_refused(change: tuple[int, Tensor], words: str) ->
         mlstm(*operands(4), initial_state=torch.zeros(BATCH, HEADS, 3))
     with pytest.raises(ValueError, match="eps is -1"):
         mlstm(*operands(4), eps=-1.0)
+
+
+@pytest.mark.quick
+def test_a_forced_triton_says_what_serves() -> None:
+    words = "no Triton kernel is written for .* backend 'chunked' serves it"
+    with pytest.raises(ValueError, match=f"mlstm: backend 'triton' cannot run: {words}"):
+        mlstm(*operands(4), backend="triton")
+    with pytest.raises(ValueError, match=words):
+        mlstm_stretch(*operands(4), backend="triton")

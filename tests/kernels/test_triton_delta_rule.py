@@ -51,6 +51,26 @@ def test_grouped_heads_and_odd_sizes(gate: str) -> None:
     compare(args)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("key", "value"), [(80, 40), (144, 24)])
+def test_several_tiles_of_keys(gate: str, key: int, value: int) -> None:
+    """The last of them, of keys and of values, not full."""
+    args = make(19, gate, batch=1, groups=1, heads=1, key=key, value=value, beta=(0.0, 2.0))
+    compare(args, chunk_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gate", "dtype"), [*((g, torch.float32) for g in GATES), ("head", torch.bfloat16)]
+)
+def test_the_widest_heads(gate: str, dtype: torch.dtype) -> None:
+    """From a state, through two chunks and documents that end in each."""
+    exact = dtype == torch.float32
+    args = make(21, gate, batch=1, groups=1, heads=1, key=256, value=256, beta=(0.0, 1.0 + exact))
+    limits = (1e-5, 1e-5) if exact else (6e-3, 8e-3)
+    compare(args, dtype, *limits, segment_ids=ids(7, 11, 3)[None].to(DEVICE), chunk_size=16)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("gate", GATES)
 def test_documents_that_start_anywhere(gate: str) -> None:
@@ -124,10 +144,15 @@ def test_nothing_leaks_into_the_next_document(gate: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "dtype"), [*((g, torch.float32) for g in GATES), ("head", torch.bfloat16)]
+    ("gate", "dtype", "key"),
+    [
+        *((gate, torch.float32, 16) for gate in GATES),
+        ("head", torch.bfloat16, 16),
+        pytest.param("key", torch.bfloat16, 144, marks=pytest.mark.slow),
+    ],
 )
-def test_summary(gate: str, dtype: torch.dtype) -> None:
-    args = on_device(make(17, gate, batch=1, groups=1, heads=1, beta=(0.0, 2.0)), dtype)
+def test_summary(gate: str, dtype: torch.dtype, key: int) -> None:
+    args = on_device(make(17, gate, batch=1, groups=1, heads=1, key=key, beta=(0.0, 2.0)), dtype)
     del args["q"], args["initial_state"]
     names = [n for n, x in args.items() if x is not None]
 
@@ -161,8 +186,8 @@ def test_traces_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.quick
 def test_refusals() -> None:
-    args = make(2, key=130)
-    with pytest.raises(ValueError, match="cannot run: it takes keys of 1 to 128 numbers here"):
+    args = make(2, key=257)
+    with pytest.raises(ValueError, match="cannot run: it takes keys of 1 to 256 numbers, got 257"):
         gated_delta_rule(**cast(args, torch.float32), backend="triton")
     with pytest.raises(ValueError, match=r"cannot run: it takes float32, .* got float64"):
         gated_delta_rule(**make(2), backend="triton")

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rondo.kernels import nonlinear_rnn
+from rondo.kernels import nonlinear_rnn, triton_support
 from rondo.kernels.nonlinear_rnn import CELLS
 from rondo.tests.kernels.test_nonlinear_rnn import BATCH, compare, documents, draw, operands, run
 from rondo.tests.numerics import gradients
@@ -45,6 +45,14 @@ def check(name: str, dtypes: str, time: int, dim: int, packed: bool) -> None:
 def test_matches_reference(name: str) -> None:
     check(name, "float32", 5, 20, packed=True)
     check(name, "bfloat16", 4, 16, packed=True)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", CELLS)
+def test_matrices_that_come_transposed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "chip_family", lambda device: "gfx942")
+    check(name, "float32", 3, 20, packed=True)
+    check(name, "bfloat16", 3, 16, packed=False)
 
 
 @pytest.mark.parametrize("dtypes", ("mixed", "float16"))

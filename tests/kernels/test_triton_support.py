@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,7 +84,10 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
         assert choice("auto") is len  # even where the interpreter could run
         assert choice("auto", "cuda") is sum
         assert choice("auto", "cuda", "it is Tuesday") is len
+        cuda, functions = torch.device("cuda"), {"chunked": len}
+        assert backend.choose("other", "auto", functions, cuda, "it has none") is len
     assert "op runs on backend chunked (triton cannot: it is Tuesday)" in caplog.text
+    assert "other runs on backend chunked (triton cannot: it has none)" in caplog.text
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choice("auto", "cuda") is len
     with pytest.raises(ModuleNotFoundError, match="pip install triton") as error:
@@ -168,19 +173,33 @@ def test_measured_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
             raise triton.runtime.errors.OutOfResources(9, 8, "shared memory")
         measured.append(config["SIZE"])
 
+    call = ("op", "d64", "float32 64")
     candidates = tuple({"SIZE": size} for size in (7, 1, 3))
     for _ in range(2):  # the second time from the file
-        assert triton_support._fastest("op", "d64", CPU, candidates, start) == {"SIZE": 3}
+        assert triton_support._fastest(call, CPU, candidates, start) == {"SIZE": 3}
         triton_support._measured.clear()
     assert measured == [7, 3]
     kept = json.loads(triton_support.cache_file().read_text())
-    assert kept == {f"op | d64 | chip | triton {triton.__version__}": {"SIZE": 3}}
+    assert kept == {f"op | d64 | float32 64 | chip | triton {triton.__version__}": {"SIZE": 3}}
     other = ({"SIZE": 9}, {"SIZE": 8})  # the table has changed: measured again
-    assert triton_support._fastest("op", "d64", CPU, other, start) == {"SIZE": 8}
+    assert triton_support._fastest(call, CPU, other, start) == {"SIZE": 8}
+
+
+def test_each_dtype_and_size_is_measured_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setenv("RONDO_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(triton_support, "chip_family", lambda device: "sm80")
+    monkeypatch.setattr(triton_support, "_fastest", lambda call, *others: asked.append(call))
+    monkeypatch.setitem(CONFIGS, "op", {"*": ({"SIZE": 1}, {"SIZE": 2})})
+    for dtype, sizes in ((torch.float32, (64, "forward")), (torch.bfloat16, (128,))):
+        like = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        launch("op", "d128", like, sizes, lambda config: None)
+    assert asked == [("op", "d128", "float32 64 forward"), ("op", "d128", "bfloat16 128")]
 
 
 def test_launch_takes_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONFIGS, "op", {"*": ({"SIZE": 1}, {"SIZE": 2})})
     started: list[dict[str, int]] = []
-    launch("op", "d64", CPU, started.append)
+    launch("op", "d64", torch.empty(0), (64,), started.append)
     assert started == [{"SIZE": 1}]
