@@ -25,6 +25,10 @@ from rondo.tests.numerics import assert_ratio, gradients
 
 OPERATORS = ("scan", "conv", "attend")
 LONG = 150  # more than two chunks of 64, and not a multiple of one
+ROUNDING = {torch.float64: 1.0, torch.float32: 1e6}
+"""By how much more than in float64 results may differ; gradients that cancel have little else."""
+BACKENDS = {"cpu": ("chunked",), "cuda": ("chunked", "auto")}
+"""Those held against the reference: "auto" takes kernels on a GPU, for what they serve."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,27 @@ class Case:
     mixer: str
     options: dict[str, Any] = field(default_factory=dict)
     dim: int = 32
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+    """Of what is compared; float32 is what kernels for GPUs take."""
 
     def __str__(self) -> str:
         return "-".join([self.mixer, *(f"{k}={v}" for k, v in self.options.items())])
 
+    def near(self, name: str, actual: Tensor, expected: Tensor, limit: float) -> None:
+        """Fails above `limit`, which is for float64."""
+        assert_ratio(name, actual, expected, limit * ROUNDING[self.dtype])
 
-def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Mixer, dict[str, Tensor]]:
+    def documents(self, starts: int, other: int = 1) -> Tensor:
+        """Ids of two rows of LONG tokens whose second document `other` starts at `starts`."""
+        ids = torch.zeros(2, LONG, dtype=torch.long, device=self.device)
+        ids[:, starts:] = other
+        return ids
+
+
+def build(case: Case, dtype: torch.dtype | None = None) -> tuple[Mixer, dict[str, Tensor]]:
     """The mixer of layer 1 of 3, with livelier weights than a fresh model's, and what its shared
-    modules say. Parameters are the same numbers in every dtype."""
+    modules say. Parameters are the same numbers in every dtype (without one, the case's)."""
     config = ModelConfig(dim=case.dim, num_layers=3, pattern=[case.mixer], init_std=0.3)
     config.mixers = {case.mixer: case.options}
     spec: LayerSpec = config.layers()[1]
@@ -53,14 +70,15 @@ def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Mixer, dict[s
             params = dict(module.named_parameters())
             for name, value in initial_values(module, seed=5):
                 params[name].copy_(value)
-            module.to(dtype)
+            module.to(case.device, dtype or case.dtype)
     return mixer, {name: module() for name, module in shared.items()}
 
 
-def inputs(case: Case, batch: int, time: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random activations, the same numbers in every dtype."""
+def inputs(case: Case, batch: int, time: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Random activations, the same numbers in every dtype (without one, the case's)."""
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(batch, time, case.dim, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(batch, time, case.dim, generator=generator, dtype=torch.float64)
+    return x.to(case.device, dtype or case.dtype)
 
 
 def context(
@@ -70,9 +88,9 @@ def context(
     if segment_ids is None:
         index = torch.arange(start, start + x.shape[1]).expand(x.shape[:2])
     else:
-        lengths = [torch.bincount(row)[torch.unique(row)] for row in segment_ids]
+        lengths = [row.unique(return_counts=True)[1] for row in segment_ids.cpu()]
         index = torch.stack([torch.cat([torch.arange(int(n)) for n in row]) for row in lengths])
-    return SequenceContext(positions=index, segment_ids=segment_ids, shared=shared)
+    return SequenceContext(index.to(x.device), segment_ids, shared)
 
 
 @contextmanager
@@ -90,9 +108,10 @@ def backend(mixer: Mixer, name: str) -> Iterator[None]:
 
 
 def backends_agree(case: Case) -> None:
-    """Reference and chunked: output, and gradients of the input and of every parameter."""
+    """Reference and others: output, and gradients of the input and of every parameter."""
     mixer, shared = build(case)
     names = [name for name, _ in mixer.named_parameters()]
+    backends = BACKENDS[case.device]
 
     def run(x: Tensor, *params: Tensor) -> list[Tensor]:
         values = dict(zip(names, params, strict=True))
@@ -101,14 +120,15 @@ def backends_agree(case: Case) -> None:
     for time in (1, 7, LONG):
         x = inputs(case, 2, time)
         results = {}
-        for name in ("reference", "chunked"):
+        for name in ("reference", *backends):
             with backend(mixer, name):
                 outputs, grads = gradients(run, [x, *mixer.parameters()])
                 results[name] = [*outputs, *grads]
-        for part, expected, actual in zip(
-            ["output", "x", *names], results["reference"], results["chunked"], strict=True
-        ):
-            assert_ratio(f"{part} at T={time}", actual, expected, 1e-8)
+        for name in backends:
+            for part, expected, actual in zip(
+                ["output", "x", *names], results["reference"], results[name], strict=True
+            ):
+                case.near(f"{part} of {name} at T={time}", actual, expected, 1e-8)
 
 
 def documents_are_separate(case: Case) -> None:
@@ -116,16 +136,15 @@ def documents_are_separate(case: Case) -> None:
     mixer, shared = build(case)
     first = 71  # longer than a chunk, ends inside one
     x = inputs(case, 2, LONG)
-    segments = torch.zeros(2, LONG, dtype=torch.long)
-    segments[:, first:] = 1
+    segments = case.documents(first)
     packed, state = mixer(x, context(x, shared, segment_ids=segments))
     for part in (slice(0, first), slice(first, LONG)):
         alone, alone_state = mixer(x[:, part], context(x[:, part], shared))
-        assert_ratio(f"document {part}", packed[:, part], alone, 1e-9)
+        case.near(f"document {part}", packed[:, part], alone, 1e-9)
     for name in alone_state:
         if name.split(".")[-1] in ("k", "v"):  # a cache keeps more than it may still read
             continue
-        assert_ratio(f"state {name}", state[name], alone_state[name], 1e-9)
+        case.near(f"state {name}", state[name], alone_state[name], 1e-9)
     # Bit for bit, in the precision of real runs.
     mixer, shared = build(case, torch.float32)
     x = x.float()
@@ -155,8 +174,7 @@ def state_carries_over(case: Case) -> None:
     """Two stretches with carried state equal the whole, packed documents in the second or not."""
     mixer, shared = build(case)
     x = inputs(case, 2, LONG)
-    segments = torch.zeros(2, LONG, dtype=torch.long)
-    segments[:, 120:] = 3
+    segments = case.documents(120, 3)
     for cut in (1, 64, 77):
         for ids in (None, segments):
             ctx = context(x, shared, segment_ids=ids)
@@ -168,8 +186,8 @@ def state_carries_over(case: Case) -> None:
                 )
                 y, state = mixer(x[:, part], piece, state)
                 outputs.append(y)
-            assert_ratio(f"cut at {cut}", torch.cat(outputs, 1), expected, 1e-9)
-            _same_state(state, last)
+            case.near(f"cut at {cut}", torch.cat(outputs, 1), expected, 1e-9)
+            _same_state(case, state, last)
 
 
 def decode_equals_prefill(case: Case) -> None:
@@ -181,8 +199,8 @@ def decode_equals_prefill(case: Case) -> None:
     for t in range(x.shape[1]):
         y, state = mixer(x[:, t : t + 1], context(x[:, t : t + 1], shared, t), state)
         outputs.append(y)
-    assert_ratio("decode", torch.cat(outputs, 1), expected, 1e-9)
-    _same_state(state, last)
+    case.near("decode", torch.cat(outputs, 1), expected, 1e-9)
+    _same_state(case, state, last)
     shapes = mixer.state_shapes(2, x.shape[1])
     for name, (shape, _) in shapes.items():
         if tuple(state[name].shape) != shape:
@@ -202,14 +220,14 @@ def gradients_flow_through_state(case: Case) -> None:
         return [mixer(x[:, 70:], context(x[:, 70:], shared, 70), state)[0]]
 
     (_, [expected]), (_, [actual]) = gradients(whole, [x]), gradients(halves, [x])
-    assert_ratio("gradient of x", actual, expected, 1e-8)
+    case.near("gradient of x", actual, expected, 1e-8)
 
 
 def bfloat16_stays_close(case: Case) -> None:
     """bfloat16 activations over float32 parameters drift from float64 within 5%."""
-    exact, exact_shared = build(case)
+    exact, exact_shared = build(case, torch.float64)
     mixer, shared = build(case, torch.float32)
-    x = inputs(case, 2, LONG)
+    x = inputs(case, 2, LONG, torch.float64)
     expected, _ = exact(x, context(x, exact_shared))
     x16 = x.bfloat16()
     actual, state = mixer(x16, context(x16, shared))
@@ -247,7 +265,7 @@ def cost_is_counted(case: Case) -> None:
     cost = mixer.cost(time)
     if cost.parameters != sum(p.numel() for p in mixer.parameters()):
         raise AssertionError(f"parameters: {cost.parameters}")
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, backend(mixer, "chunked"):
         mixer(x, context(x, shared))
     counted = counter.get_total_flops() / time
     linear = cost.flops - mixer.operator_flops(time)
@@ -276,12 +294,12 @@ def _untouched(mixer: Mixer, actual: Tensor, expected: Tensor) -> bool:
     return float(error) <= limit * float(size)
 
 
-def _same_state(actual: State, expected: State) -> None:
+def _same_state(case: Case, actual: State, expected: State) -> None:
     if actual.keys() != expected.keys():
         raise AssertionError(f"states hold {set(actual)} and {set(expected)}")
     for name, value in expected.items():
         if value.is_floating_point():
-            assert_ratio(f"state {name}", actual[name], value, 1e-9)
+            case.near(f"state {name}", actual[name], value, 1e-9)
         elif not torch.equal(actual[name], value):
             raise AssertionError(f"state {name}: {actual[name]} instead of {value}")
 

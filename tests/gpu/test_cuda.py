@@ -159,63 +159,6 @@ def test_norms(dim: int, dtype: torch.dtype) -> None:
         assert_ratio("norm", got.cpu(), want, LIMITS[dtype])
 
 
-LONG = {
-    "linear_scan": lambda t: (linear_scan, [(1, t, 64)] * 2),
-    "short_conv": lambda t: (short_conv, [(1, t, 64), (64, 4)]),
-    "linear_attention": lambda t: (gated_linear_attention, [(1, t, 2, 64)] * 3),
-    "delta_rule": lambda t: (gated_delta_rule, [*[(1, t, 2, 64)] * 3, (1, t, 2)]),
-}
-
-
-@pytest.mark.parametrize("time", [65_537, 131_072])
-@pytest.mark.parametrize("name", LONG)
-def test_long_rows(name: str, time: int) -> None:
-    """The end of a long row is what its end alone gives, since decays forget the rest."""
-    operator, shapes = LONG[name](time)
-    inputs = [random(*shape, seed=i).to(DEVICE, torch.float32) for i, shape in enumerate(shapes)]
-    if name == "linear_scan":
-        inputs[0] = inputs[0].sigmoid() / 2
-    if name == "delta_rule":
-        inputs[1], inputs[3] = l2_norm(inputs[1]), inputs[3].sigmoid()
-    if name in ("linear_attention", "delta_rule"):
-        inputs.append(torch.full((1, time, 2), -1.0, device=DEVICE))
-
-    def ends(*arguments: torch.Tensor) -> list[torch.Tensor]:
-        return [operator(*arguments)[0][:, -64:]]
-
-    last = [x[:, -512:] if x.ndim > 2 else x for x in inputs]
-    expected, actual = gradients(ends, last), gradients(ends, inputs)
-    assert_ratio("outputs", actual[0][0], expected[0][0], 1e-4)
-    for got, want in zip(actual[1], expected[1], strict=True):
-        got = got[:, -512:] if got.ndim > 2 else got
-        assert_ratio("gradient", got, want, 1e-4)
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_more_heads_than_a_grid_has_rows(name: str) -> None:
-    """Of all rows together more than 65,535: the last ones are what they are alone."""
-    operator, inputs = OPERATORS[name]
-    inputs = [
-        x[:1, :20].to(DEVICE, torch.float32).repeat(16_400, *[1] * (x.ndim - 1)) for x in inputs
-    ]
-    assert len(inputs[0]) * H > 65_535
-    many, last = operator(*inputs)
-    alone, state = operator(*(x[-3:] for x in inputs))
-    assert_ratio("outputs", many[-3:], alone, 1e-5)
-    assert_ratio("states", last[-3:], state, 1e-5)
-
-
-def test_more_than_two_billion_elements() -> None:
-    """Offsets that 32 bits do not hold."""
-    x = torch.zeros(2**31 // 4096 + 8, 4096, device="cuda", dtype=torch.bfloat16)
-    x[-1] = torch.arange(4096, device="cuda")
-    with torch.no_grad():
-        y = rms_norm(x)
-        conv, _ = short_conv(x[None], torch.ones(4096, 2, device="cuda", dtype=x.dtype))
-    assert_ratio("norm", y[-1:], rms_norm(x[-1:], backend="reference"), 1e-2)
-    assert torch.equal(conv[0, -1], x[-1])
-
-
 ROUTERS = ("linear", "rmoe")
 PATTERNS = {name: (name, {}) for name in sorted(MIXERS)} | {
     f"moe, {router}": (
