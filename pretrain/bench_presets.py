@@ -4,12 +4,14 @@
 
 A step is forward, mean cross-entropy, backward and fused AdamW, in bfloat16 over float32
 parameters, on random tokens; the best of the rounds after warm-up counts. A model that does not fit
-is tried again with half the sequences.
+is tried again with half the sequences, one that cannot be compiled without. Figures are written
+after each, and what fails is a row that says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -17,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rondo.errors import UserError, run_command
+from rondo.kernels.bench.worker import Failure, Worker
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import from_preset
 from rondo.parallel.hardware import peak_flops, peak_memory
 from rondo.pretrain.bench import our_step
 
-PRESETS = ("gated-deltanet-340m", "gated-deltanet-1.3b", "rmoe-0.9b")
+PRESETS = ("gated-deltanet-1.3b", "gated-deltanet-340m", "rmoe-0.9b")
 WARMUP = 3
 
 
@@ -33,9 +37,11 @@ def measure(
 ) -> dict[str, Any]:
     """Figures of training a model of `config` on `(batch, length)` tokens."""
     with torch.device(device):
-        model = Decoder(config, seed=0)
+        model = Decoder(config)
+        fill(model, torch.Generator(device).manual_seed(0))
     model.activation_dtype = torch.bfloat16
     if compiled:
+        torch.compiler.reset()  # shapes of another model would count as ones that change
         for block in model.blocks.values():
             block.compile()
     tokens = torch.randint(config.vocab_size, (batch, length), device=device)
@@ -59,11 +65,22 @@ def measure(
     }
 
 
+def fill(model: nn.Module, generator: torch.Generator) -> None:
+    """Initial values drawn on the default device: on a CPU, a billion take half a minute."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.initializer(tuple(param.shape), generator))  # type: ignore
+
+
 def fitting(
     config: ModelConfig, batch: int, length: int, device: torch.device, rounds: int, compiled: bool
 ) -> dict[str, Any]:
     """`measure` with the most sequences, of batch, batch / 2, ..., that fit."""
     while True:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             return measure(config, batch, length, device, rounds, compiled)
         except torch.OutOfMemoryError:
@@ -72,38 +89,61 @@ def fitting(
                     f"sequences of {length} tokens do not fit; take a smaller --length"
                 ) from None
         batch //= 2
-        torch.cuda.empty_cache()
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Prints a row a preset and writes all of them into a file."""
+    """Prints a row a preset and writes all of them into a file; 1 when one has no figures."""
     if not torch.cuda.is_available():
         raise UserError("bench_presets needs a CUDA device, and there is none here")
-    device = torch.device("cuda", torch.cuda.current_device())
-    chip, rows = torch.cuda.get_device_name(device), []
+    device, end = torch.device("cuda", 0), time.perf_counter() + options.seconds
+    chip, worker = torch.cuda.get_device_name(device), Worker()
+    rows: list[dict[str, Any]] = []
     print(f"{chip}, torch {torch.__version__}\n\n| preset | sequences | tokens/s | MFU | memory |")
     print("| --- | --- | --- | --- | --- |")
-    start = time.perf_counter()
     for name in options.presets:
-        if time.perf_counter() - start > options.seconds:
+        if time.perf_counter() > end:
             print(f"\n{options.seconds:.0f} s are up: {name} and what follows are left out")
             break
-        figures = fitting(
-            from_preset(name), options.batch, options.length, device, options.rounds,
-            not options.eager,
-        )  # fmt: skip
-        rows.append({"preset": name, **figures})
-        print(
-            f"| {name} | {figures['batch']} x {figures['length']} "
-            f"| {figures['tokens_per_second']:,.0f} | {figures['mfu']:.1%} "
-            f"| {figures['peak_memory'] / 2**30:.1f} GiB |",
-            flush=True,
-        )
-        torch.cuda.reset_peak_memory_stats()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"presets-{chip.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps({"chip": chip, "torch": torch.__version__, "rows": rows}, indent=1))
-    return 0
+        rows.append({"preset": name, **attempts(worker, name, options, device, end)})
+        print(line(rows[-1]), flush=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"presets-{chip.lower().replace(' ', '-')}.json"
+        found = {"chip": chip, "torch": torch.__version__, "rows": rows}
+        path.write_text(json.dumps(found, indent=1))
+    worker.close()
+    return 1 if any("tokens_per_second" not in row for row in rows) else 0
+
+
+def attempts(
+    worker: Worker, name: str, options: argparse.Namespace, device: torch.device, end: float
+) -> dict[str, Any]:
+    """Figures of a preset, compiled if it can be; `errors` says what failed."""
+    errors: list[str] = []
+    for compiled in (False,) if options.eager else (True, False):
+        left = end - time.perf_counter()
+        if left <= 0:
+            errors.append("the time was up")
+            break
+        asked = from_preset(name), options.batch, options.length, device, options.rounds, compiled
+        try:
+            figures = worker.ask(left, fitting, *asked)
+            return {**figures, "errors": errors}
+        except Failure as failure:
+            errors.append(f"{'compiled' if compiled else 'eager'}: {failure}")
+    return {"errors": errors}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    failed = "; ".join(row["errors"]).replace("|", "/")
+    if "tokens_per_second" not in row:
+        return f"| {row['preset']} | failed: {failed} | | | |"
+    note = f" (eager; {failed})" if failed else ""
+    return (
+        f"| {row['preset']} | {row['batch']} x {row['length']} | "
+        f"{row['tokens_per_second']:,.0f}{note} | {row['mfu']:.1%} | "
+        f"{row['peak_memory'] / 2**30:.1f} GiB |"
+    )
 
 
 def main() -> int:

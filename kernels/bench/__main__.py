@@ -4,153 +4,135 @@
 
 Ours and the peers take the same inputs in the same run. Each row gives milliseconds, the bytes and
 products an operator cannot avoid by the time it took, as shares of what this chip does at best (a
-copy, a product of matrices; measured first), and how many times faster it is than each peer.
+copy, a product of matrices; measured first), and how many times faster it is than each peer. The
+table is written after every case. What fails is a row that says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rondo.kernels.bench.cases import LONGEST, OPERATORS, PRESETS, SHAPES, Case, make_case
+from rondo.kernels.bench import table, timing
+from rondo.kernels.bench.cases import OPERATORS, PRESETS
+from rondo.kernels.bench.order import Key, ordered
 from rondo.kernels.bench.peers import PEERS
+from rondo.kernels.bench.timing import OURS
+from rondo.kernels.bench.worker import Failure, Worker
+
+LONGEST_WAIT = 60.0
+"""Seconds that one case may take of ours or of a peer, compiling and tuning included."""
 
 
-def milliseconds(run: Callable[[], Any], device: torch.device, budget: float = 0.12) -> float:
-    """Median time of a call, over as many as take `budget` seconds, after one that compiles."""
-    run()
-    once = _timed(run, device)
-    times = [_timed(run, device) for _ in range(max(3, min(50, int(1e3 * budget / once))))]
-    return sorted(times)[len(times) // 2]
+class Bench:
+    """Times cases in a process of their own until the time is up."""
 
+    def __init__(
+        self,
+        worker: Worker,
+        device: torch.device,
+        best: dict[str, float],
+        seconds: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.worker, self.device, self.best = worker, device, best
+        self.clock, self.end = clock, clock() + seconds
+        self.lost: dict[tuple[str, str], str] = {}
+        """(operator, ours or a peer) -> why the process did not survive it, or that it is absent:
+        it is not tried again."""
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    run()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last)
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - self.clock()
 
-
-def ceilings(device: torch.device, size: int = 8192) -> dict[str, float]:
-    """Bytes and bfloat16 FLOPs a second that a large copy and a large product reach."""
-    x = torch.empty(8 * size * size, dtype=torch.bfloat16, device=device)
-    y = torch.empty_like(x)
-    a = torch.randn(size, size, device=device).bfloat16()
-    copy = milliseconds(lambda: y.copy_(x), device)
-    product = milliseconds(lambda: a @ a, device)
-    return {"bytes": 2e3 * x.nbytes / copy, "flops": 2e3 * size**3 / product}
-
-
-def directions(case: Case, call: Callable[..., Tensor], device: torch.device) -> dict[str, float]:
-    """Milliseconds of the forward pass alone, and of both."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return call(**case.inputs)
-
-    upstream = torch.ones_like(forward())
-
-    def both() -> None:
-        torch.autograd.grad(call(**case.inputs), list(case.inputs.values()), upstream)
-
-    return {"forward": milliseconds(forward, device), "both": milliseconds(both, device)}
-
-
-def measure(case: Case, device: torch.device, best: dict[str, float]) -> list[dict[str, Any]]:
-    """A row a direction of a case: ours, then peers by name (a time, or why there is none)."""
-    with torch.no_grad():
-        output = case.run(**case.inputs)
-    ours = directions(case, case.run, device)
-    peers: dict[str, dict[str, float] | str] = {}
-    for name, load in PEERS[case.operator].items():
-        try:
-            call = load()
-            peers[name] = directions(case, lambda c=call, **x: c(**x, **case.extra), device)
-        except ImportError:
-            peers[name] = "not installed"
-        except Exception as error:
-            # Whatever a peer does not serve here must not end the run, and is shown.
-            peers[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
-    rows = []
-    for direction, spent in ours.items():
-        backward = direction == "both"
-        flops = case.flops + backward * case.backward_flops
-        rows.append(
-            {
-                "operator": case.operator,
-                "preset": case.preset,
-                "shape": f"{case.batch} x {case.time}",
-                "direction": direction,
-                "milliseconds": spent,
-                "bandwidth": 1e3 * case.bytes(output, backward) / spent / best["bytes"],
-                "compute": 1e3 * flops / spent / best["flops"],
-                "peers": {n: p if isinstance(p, str) else p[direction] for n, p in peers.items()},
+    def rows(self, key: Key) -> list[table.Row]:
+        """A row a direction of a case, or one that says why there is none."""
+        ours = self._ask(key, OURS)
+        peers = {name: self._ask(key, name) for name in PEERS[key.operator]}
+        named = {"operator": key.operator, "preset": key.preset}
+        named["shape"] = f"{key.batch} x {key.length}"
+        rows = []
+        for direction in ("forward", "both"):
+            row: table.Row = {**named, "direction": direction, "milliseconds": None}
+            if isinstance(ours, str):
+                row["error"] = ours
+            else:
+                spent = ours[direction]["milliseconds"]
+                row |= {
+                    "milliseconds": spent,
+                    "bandwidth": 1e3 * ours[direction]["bytes"] / spent / self.best["bytes"],
+                    "compute": 1e3 * ours[direction]["flops"] / spent / self.best["flops"],
+                }
+            row["peers"] = {
+                name: found if isinstance(found, str) else found[direction]["milliseconds"]
+                for name, found in peers.items()
             }
-        )
-    return rows
+            rows.append(row)
+        return rows
 
-
-def line(row: dict[str, Any]) -> str:
-    """A row of the table: times a peer takes are given as a multiple of ours."""
-    peers = [
-        f"{name} {spent / row['milliseconds']:.2f}x" if isinstance(spent, float) else f"{name} -"
-        for name, spent in row["peers"].items()
-    ]
-    return (
-        f"| {row['operator']} | {row['preset']} | {row['shape']} | {row['direction']} "
-        f"| {row['milliseconds']:.3f} | {row['bandwidth']:.0%} | {row['compute']:.0%} "
-        f"| {', '.join(peers)} |"
-    )
-
-
-HEADER = (
-    "| operator | preset | batch x time | pass | ms | bandwidth | FLOPs | speed over peers |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
-)
-
-
-def run(
-    operators: list[str],
-    presets: list[str],
-    shapes: tuple[tuple[int, int], ...],
-    device: torch.device,
-    best: dict[str, float],
-    seconds: float,
-) -> list[dict[str, Any]]:
-    """Measures case by case, prints as it goes, and stops when the time is up (saying so)."""
-    start, rows = time.perf_counter(), []
-    cases = [(o, p, *s) for s in shapes for p in presets for o in operators]
-    cases = [case for case in cases if case[3] <= LONGEST.get(case[0], case[3])]
-    for done, (operator, preset, batch, length) in enumerate(cases):
-        if time.perf_counter() - start > seconds:
-            print(f"\n{seconds:.0f} s are up: {len(cases) - done} of {len(cases)} cases left out")
-            break
+    def _ask(self, key: Key, party: str) -> dict[str, dict[str, float]] | str:
+        """What `timing.measure` says, or why it says nothing."""
+        if (key.operator, party) in self.lost:
+            return self.lost[key.operator, party]
+        if self.left() <= 0:
+            return "the time was up"
+        seconds = min(LONGEST_WAIT, self.left())
         try:
-            case = make_case(operator, preset, batch, length, device)
-            rows += measure(case, device, best)
-            print("\n".join(line(row) for row in rows[-2:]), flush=True)
-        except torch.OutOfMemoryError:
-            print(f"| {operator} | {preset} | {batch} x {length} | out of memory | | | | |")
-        case = None
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return rows
+            return self.worker.ask(seconds, timing.measure, *key, party, self.device)
+        except Failure as failure:
+            said = "not installed" if failure.absent else f"failed: {failure}"
+            if failure.memory:
+                said = "out of memory"
+            if failure.absent:
+                self.lost[key.operator, party] = said
+            elif failure.fatal and seconds == LONGEST_WAIT:
+                self.lost[key.operator, party] = f"{said} (at {key.batch} x {key.length})"
+            return said
+
+    def run(self, keys: list[Key], keep: Callable[[list[table.Row], int], None]) -> list[table.Row]:
+        """Takes case after case, prints rows, and hands all so far, and how many cases are left,
+        to `keep`."""
+        rows: list[table.Row] = []
+        for done, key in enumerate(keys, 1):
+            if self.left() <= 0:
+                print(f"\nthe time is up: {len(keys) - done + 1} of {len(keys)} cases left out")
+                break
+            found = self.rows(key)
+            rows += found
+            print("\n".join(map(table.line, found)), flush=True)
+            keep(rows, len(keys) - done)
+        return rows
+
+
+def compile_all(
+    operators: list[str], presets: list[str], device: torch.device, seconds: float, jobs: int
+) -> None:
+    """Fills the cache of compiled kernels, of ours and of peers, in some processes at once."""
+    end = time.perf_counter() + seconds
+    workers = [Worker() for _ in range(jobs)]
+    tasks = [(o, p, party) for o in operators for p in presets for party in (OURS, *PEERS[o])]
+
+    def work(worker: Worker) -> None:
+        while tasks and time.perf_counter() < end:
+            task = tasks.pop(0)
+            try:
+                left = min(LONGEST_WAIT, end - time.perf_counter())
+                worker.ask(left, timing.compile_for, *task, device)
+            except Failure as failure:
+                if not failure.absent:
+                    print(f"{' '.join(task)}: {failure}", flush=True)
+        worker.close()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, workers))
 
 
 def main() -> int:
@@ -163,25 +145,45 @@ def main() -> int:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--seconds", type=float, default=180, help="begin no case after this long")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder")
+    parser.add_argument(
+        "--compile", action="store_true", help="only fill the cache of compiled kernels"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "rondo.kernels.bench: no CUDA device here, and nothing else to time\n")
-    device = torch.device("cuda", torch.cuda.current_device())
-    chip, best = torch.cuda.get_device_name(device), ceilings(device)
-    title = (
-        f"{chip}, torch {torch.__version__}: {best['bytes'] / 1e12:.2f} TB/s, "
-        f"{best['flops'] / 1e12:.0f} TFLOP/s (bfloat16), measured; `{' '.join(sys.argv)}`"
-    )
-    print(f"{title}\n\n{HEADER}", flush=True)
-    rows = run(options.operators, options.presets, SHAPES, device, best, options.seconds)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels-{chip.lower().replace(' ', '-')}"
-    path.with_suffix(".md").write_text("\n".join([title, "", HEADER, *map(line, rows), ""]))
-    path.with_suffix(".json").write_text(
-        json.dumps({"chip": chip, "torch": torch.__version__, "best": best, "rows": rows}, indent=1)
-    )
+    device = torch.device("cuda", 0)
+    if options.compile:
+        jobs = max(1, min(6, (os.cpu_count() or 1) // 2))
+        compile_all(options.operators, options.presets, device, options.seconds, jobs)
+        return 0
+    return time_all(options, device)
+
+
+def time_all(options: argparse.Namespace, device: torch.device) -> int:
+    """Times what the command line asks for; 1 when something of ours failed."""
+    start, worker = time.perf_counter(), Worker()
+    chip = torch.cuda.get_device_name(device)
+    try:
+        best: dict[str, float] = worker.ask(LONGEST_WAIT, timing.ceilings, device)
+        title = (
+            f"{chip}, torch {torch.__version__}: {best['bytes'] / 1e12:.2f} TB/s, "
+            f"{best['flops'] / 1e12:.0f} TFLOP/s (bfloat16), measured; `{' '.join(sys.argv)}`"
+        )
+        print(f"{title}\n\n{table.HEADER}", flush=True)
+        path = options.out / f"kernels-{chip.lower().replace(' ', '-')}"
+        facts: dict[str, Any] = {"chip": chip, "torch": torch.__version__, "best": best}
+        spent = time.perf_counter() - start
+        rows = Bench(worker, device, best, options.seconds - spent).run(
+            ordered(options.operators, options.presets),
+            lambda rows, left_out: table.write(path, title, facts, rows, left_out),
+        )
+    finally:
+        worker.close()
+    failed = {(r["operator"], r["error"]) for r in rows if "failed" in r.get("error", "")}
+    for operator, error in sorted(failed):
+        print(f"\n{operator}: {error}", file=sys.stderr)
     print(f"\nwritten to {path}.md and .json")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -32,8 +32,6 @@ CELL_DIM = 128
 """Channels of a head whose gates see all of it: the most that a kernel holds."""
 CHUNK = 64
 """Tokens in a chunk: what a chunked form computes depends on it."""
-SHAPES = ((32, 2048), (8, 8192), (2, 32768), (1, 131072))
-"""Batch and time."""
 
 
 @dataclass

@@ -13,16 +13,41 @@ import pytest
 import torch
 
 from rondo.kernels.bench import __main__ as bench
-from rondo.kernels.bench import cases, peers
+from rondo.kernels.bench import cases, order, peers, table, timing
+from rondo.kernels.bench.order import Key
+from rondo.kernels.bench.worker import Failure, failure
 
 CPU = torch.device("cpu")
+BEST = {"bytes": 1e6, "flops": 1e6}
 SMALL = cases.Preset(16, 40, 2, 8, 4, 2, 8)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.PRESETS, "1.3b", SMALL)
-    monkeypatch.setattr(bench, "milliseconds", lambda run, device: (run(), 2.0)[1])
+    monkeypatch.setattr(timing, "milliseconds", lambda run, device: (run(), 2.0)[1])
+
+
+class Here:
+    """Does in this process what a worker does in another; `takes` seconds of a clock go by."""
+
+    def __init__(self, takes: float = 0.0) -> None:
+        self.now, self.takes = 0.0, takes
+
+    def ask(self, seconds: float, function: Any, *arguments: Any) -> Any:
+        assert seconds > 0
+        self.now += self.takes
+        try:
+            return function(*arguments)
+        except Exception as error:
+            raise Failure(*failure(error)) from None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def timed(worker: Any, seconds: float = math.inf) -> bench.Bench:
+    return bench.Bench(worker, CPU, BEST, seconds, clock=lambda: worker.now)
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)
@@ -40,7 +65,7 @@ def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
             lambda **given: case.run(**{n: x for n, x in given.items() if n not in case.extra})
         )
     monkeypatch.setitem(peers.PEERS, operator, found)
-    forward, both = bench.measure(case, CPU, {"bytes": 1e6, "flops": 1e6})
+    forward, both = timed(Here()).rows(Key(operator, "1.3b", 2, 6))
     assert (forward["direction"], both["direction"]) == ("forward", "both")
     assert both["bandwidth"] > forward["bandwidth"] > 0
     assert both["peers"] == {
@@ -48,7 +73,7 @@ def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "absent": "not installed",
         "broken": "failed: RuntimeError: heads must be",
     }
-    assert "itself 1.00x, absent -, broken -" in bench.line(both)
+    assert "itself 1.00x, absent -, broken -" in table.line(both)
     assert json.loads(json.dumps(both)) == both
 
 
@@ -68,8 +93,7 @@ def test_peers_from_torch_compute_the_same(operator: str, peer: str) -> None:
 
 
 def test_loops_are_timed_on_short_rows_alone() -> None:
-    best, long = {"bytes": 1e6, "flops": 1e6}, 2 * cases.LONGEST["lstm"]
-    assert bench.run(["lstm"], ["1.3b"], ((1, long),), CPU, best, math.inf) == []
+    assert {key.length for key in order.ordered(["lstm"], ["1.3b"])} == {2048, 8192}
     gates = torch.zeros(1, 1, 4, 1, 8).expand(1, peers.LONGEST_LOOP + 1, 4, 1, 8)
     with pytest.raises(ValueError, match="not timed beyond 2048 positions"):
         peers.PEERS["lstm"]["loop"]()(gates, torch.zeros(4, 1, 8, 8))
@@ -82,7 +106,9 @@ def test_bytes_and_flops() -> None:
     assert (case.bytes(output, False), case.bytes(output, True)) == (4 * one, 11 * one)
     assert case.flops == 2 * 2 * (2 * 6 * 6 * 8 * 2) / 2  # two products, half of each masked
     # A copy of the output and a product of the same work are at the ceiling.
-    row = bench.measure(case, CPU, {"bytes": 2 * one / 1e-3, "flops": case.flops / 2e-3})[0]
+    bench_here = timed(Here())
+    bench_here.best = {"bytes": 2 * one / 1e-3, "flops": case.flops / 2e-3}
+    row = bench_here.rows(Key("attention", "1.3b", 2, 6))[0]
     assert row["bandwidth"] == pytest.approx(1.0)
     assert row["compute"] == pytest.approx(1.0)
 
@@ -110,47 +136,130 @@ def test_flops_are_those_of_the_mixer(
     assert case.flops / (2 * 6) == pytest.approx(layer.operator_flops(6) - convolutions)
 
 
-def test_stops_when_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
-    best = {"bytes": 1e6, "flops": 1e6}
-    shapes = ((1, 4), (2, 4))
-    rows = bench.run(["rms_norm"], ["1.3b"], shapes, CPU, best, math.inf)
+def test_the_most_telling_cases_come_first() -> None:
+    keys = order.ordered(list(cases.OPERATORS), ["1.3b", "7b"])
+    assert len(set(keys)) == len(keys) == 146
+    among = [o for o in cases.OPERATORS if order.shared(o)]
+    assert {"delta_rule_key_decay", "attention", "linear_scan"} < set(among)
+    assert not order.shared("para_gru") and not order.shared("neural_memory")
+    every = len(cases.OPERATORS)
+    assert [key.operator for key in keys[:every]] == [
+        *among, *(o for o in cases.OPERATORS if o not in among),
+    ]  # fmt: skip
+    assert {(key.preset, key.length) for key in keys[: len(among)]} == {("1.3b", 8192)}
+    following = keys[every : every + 3 * len(among)]
+    assert {(key.preset, key.length) for key in following[: len(among)]} == {("7b", 8192)}
+    assert {(key.preset, key.length) for key in following[len(among) :]} >= {
+        *(("1.3b", 2048), ("7b", 2048)),
+    }
+    rest = [key for key in keys[every:] if key.operator not in among]
+    assert keys[-len(rest) :] == rest
+
+
+def test_stops_when_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock by which ours takes a second, and so does a peer."""
+    monkeypatch.setitem(peers.PEERS, "rms_norm", {"torch": peers.PEERS["rms_norm"]["torch"]})
+    keys, kept = order.ordered(["rms_norm"], ["1.3b"], ((1, 4), (2, 4), (3, 4))), []
+    worker = Here(takes=1.0)
+    rows = timed(worker, 2.5).run(keys, lambda rows, left: kept.append((len(rows), left)))
     assert [row["shape"] for row in rows] == ["1 x 4"] * 2 + ["2 x 4"] * 2
-    assert bench.run(["rms_norm"], ["1.3b"], shapes, CPU, best, -1.0) == []
-    assert "2 of 2 cases left out" in capsys.readouterr().out
+    assert kept == [(2, 2), (4, 1)]  # written after every case
+    assert rows[-1]["peers"] == {"torch": "the time was up"}
+    assert "the time is up: 1 of 3 cases left out" in capsys.readouterr().out
 
 
+class Breaks(Here):
+    """A worker that fails one operator, and whose process a peer of another ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, ...]] = []
+
+    def ask(self, seconds: float, function: Any, *arguments: Any) -> Any:
+        self.asked.append(arguments[:-1])
+        operator, _, batch, _, party, _ = arguments
+        if (operator, party) == ("rms_norm", "ours") and batch == 1:
+            raise Failure("RuntimeError: no such | kernel")
+        if (operator, party, batch) == ("short_conv", "ours", 1):
+            raise Failure("out of memory: 3 GiB", "memory")
+        if (operator, party) == ("linear_scan", "fla"):
+            raise Failure("took longer than 60 s", fatal=True)
+        return super().ask(seconds, function, *arguments)
+
+
+def test_one_failure_leaves_the_others() -> None:
+    worker = Breaks()
+    keys = order.ordered(["rms_norm", "short_conv", "linear_scan"], ["1.3b"], ((1, 4), (2, 4)))
+    rows = timed(worker).run(keys, lambda rows, left: None)
+    found = {(row["operator"], row["shape"], row["direction"]): row for row in rows}
+    assert len(found) == 12
+    broken = found["rms_norm", "1 x 4", "both"]
+    assert (broken["milliseconds"], broken["error"]) == (
+        None,
+        "failed: RuntimeError: no such | kernel",
+    )
+    assert broken["peers"]["torch"] == 2.0
+    assert "| failed: RuntimeError: no such / kernel | | | torch 2.000 ms" in table.line(broken)
+    assert found["short_conv", "1 x 4", "both"]["error"] == "out of memory"
+    assert found["rms_norm", "2 x 4", "both"]["milliseconds"] == 2.0
+    # What hung once is not waited for again; what is not installed is not looked for again.
+    scans = [found["linear_scan", shape, "both"]["peers"] for shape in ("1 x 4", "2 x 4")]
+    assert scans == [
+        {"fla": "failed: took longer than 60 s"},
+        {"fla": "failed: took longer than 60 s (at 1 x 4)"},
+    ]
+    asked = [key for key in worker.asked if key[0] == "linear_scan" or key[4] == "liger"]
+    assert [key[4] for key in asked if key[2] == 2] == ["ours"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
 def test_writes_what_it_prints(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    broken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All that `make gpu` does of it, but for the device."""
-    measured = bench.run
+    make = timing.make_case
 
-    def on_cpu(operators: list[str], *others: Any) -> list[dict[str, Any]]:
-        return measured(operators, ["1.3b"], ((1, 4),), CPU, *others[3:])
+    def on_cpu(operator: str, preset: str, batch: int, length: int, device: Any) -> cases.Case:
+        assert device == torch.device("cuda", 0)
+        if broken and operator == "para_gru":
+            raise RuntimeError("no such kernel")
+        return make(operator, preset, 1, 4, CPU)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Chip 9")
-    monkeypatch.setattr(bench, "ceilings", lambda device: {"bytes": 1e12, "flops": 1e14})
-    monkeypatch.setattr(bench, "run", on_cpu)
+    monkeypatch.setattr(timing, "make_case", on_cpu)
+    monkeypatch.setattr(bench, "Worker", Here)
+    for name, value in {"is_available": True, "get_device_name": "Some Chip 9"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(timing, "ceilings", lambda device: {"bytes": 1e12, "flops": 1e14})
     command = ["bench", "--operators", "para_gru", "rms_norm", "--out", str(tmp_path / "new")]
-    monkeypatch.setattr(sys, "argv", command)
-    assert bench.main() == 0
+    monkeypatch.setattr(sys, "argv", [*command, "--presets", "1.3b"])
+    assert bench.main() == int(broken)
     path = tmp_path / "new" / "kernels-some-chip-9"
     found = json.loads(path.with_suffix(".json").read_text())
-    assert [row["operator"] for row in found["rows"]] == ["para_gru"] * 2 + ["rms_norm"] * 2
-    table = path.with_suffix(".md").read_text()
-    assert table.startswith("Some Chip 9, torch")
-    assert "1.00 TB/s, 100 TFLOP/s" in table
-    said = capsys.readouterr().out
-    lines = [text for text in table.splitlines() if text.startswith("| ")]
-    assert len(lines) == 6 and all(text in said for text in lines)
-    assert "chunked 1.00x |" in lines[2]
+    assert found["left_out"] == 0
+    names = [row["operator"] for row in found["rows"]]
+    assert names == ["rms_norm"] * 2 + ["para_gru"] * 2 + ["rms_norm"] * 6 + ["para_gru"] * 6
+    text = path.with_suffix(".md").read_text()
+    assert text.startswith("Some Chip 9, torch")
+    assert "1.00 TB/s, 100 TFLOP/s" in text
+    said = capsys.readouterr()
+    lines = [each for each in text.splitlines() if each.startswith("| ")]
+    assert len(lines) == 18 and all(each in said.out for each in lines)
+    if broken:
+        assert "failed: RuntimeError: no such kernel | | | chunked -" in lines[4]
+        assert said.err == "\npara_gru: failed: RuntimeError: no such kernel\n"
+    else:
+        assert "chunked 1.00x |" in lines[4]
 
 
 def test_ceilings_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    best = bench.ceilings(CPU, 32)
+    best = timing.ceilings(CPU, 32)
     assert min(best.values()) > 0
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rondo.errors import UserError
-from rondo.models import ModelConfig
+from rondo.kernels.bench.worker import Failure
+from rondo.models import Decoder, ModelConfig
 from rondo.pretrain import bench_presets
 from rondo.pretrain.bench_presets import bench, fitting, measure
 
@@ -60,6 +66,64 @@ def test_figures_of_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_presets_are_there() -> None:
     for name in bench_presets.PRESETS:
         assert bench_presets.from_preset(name).vocab_size > 0
+
+
+class Fails:
+    """A worker that has no memory for one preset, and cannot compile another."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str | None, bool]] = []
+
+    def ask(self, seconds: float, function: Any, config: ModelConfig, *options: Any) -> Any:
+        assert seconds > 0 and function is fitting
+        pickle.dumps((function, config, *options))
+        self.asked.append((config.preset, options[-1]))
+        if config.preset == "gated-deltanet-1.3b":
+            raise Failure("UserError: sequences of 8 tokens do not fit")
+        if options[-1]:
+            raise Failure("BackendCompilerFailed: no | compiler")
+        return {"batch": 2, "length": 8, "tokens_per_second": 9.0, "mfu": 0.5, "peak_memory": 1}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize(("seconds", "tried"), [(math.inf, 2), (-1.0, 0)])
+def test_one_failure_leaves_the_others(
+    seconds: float,
+    tried: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Chip 9")
+    monkeypatch.setattr(bench_presets, "Worker", lambda: worker)
+    worker = Fails()
+    presets = ["gated-deltanet-1.3b", "gated-deltanet-340m"]
+    options = argparse.Namespace(
+        presets=presets, seconds=seconds, eager=False, batch=4, length=8, rounds=1, out=tmp_path
+    )
+    assert bench(options) == (1 if tried else 0)
+    assert worker.asked == [(name, compiled) for name in presets[:tried] for compiled in (1, 0)]
+    said = capsys.readouterr().out
+    if not tried:
+        assert "gated-deltanet-1.3b and what follows are left out" in said
+        return
+    failed, eager = json.loads((tmp_path / "presets-some-chip-9.json").read_text())["rows"]
+    assert failed["errors"] == [
+        "compiled: UserError: sequences of 8 tokens do not fit",
+        "eager: UserError: sequences of 8 tokens do not fit",
+    ]
+    assert eager["mfu"] == 0.5
+    assert "| 9 (eager; compiled: BackendCompilerFailed: no / compiler) | 50.0% |" in said
+
+
+def test_parameters_are_filled_on_the_device_of_the_model() -> None:
+    model = Decoder(CONFIG)
+    bench_presets.fill(model, torch.Generator().manual_seed(0))
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert values.isfinite().all() and 0.01 < values.std() < 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

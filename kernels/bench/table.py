@@ -1,0 +1,41 @@
+"""The table and the JSON of what was timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+HEADER = (
+    "| operator | preset | batch x time | pass | ms | bandwidth | FLOPs | speed over peers |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def line(row: Row) -> str:
+    """A row of the table: times a peer takes are given as a multiple of ours."""
+    start = f"| {row['operator']} | {row['preset']} | {row['shape']} | {row['direction']} "
+    spent = row["milliseconds"]
+    peers = ", ".join(f"{name} {_speed(found, spent)}" for name, found in row["peers"].items())
+    if spent is None:
+        return f"{start}| {row['error'].replace('|', '/')} | | | {peers} |"
+    return f"{start}| {spent:.3f} | {row['bandwidth']:.0%} | {row['compute']:.0%} | {peers} |"
+
+
+def _speed(found: float | str, ours: float | None) -> str:
+    if isinstance(found, str):
+        return "-"
+    return f"{found:.3f} ms" if ours is None else f"{found / ours:.2f}x"
+
+
+def write(path: Path, title: str, facts: Row, rows: list[Row], left_out: int) -> None:
+    """Writes `path`.md and `path`.json, whole at any time."""
+    end = [f"\n{left_out} cases left out: the time was up."] if left_out else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join([title, "", HEADER, *map(line, rows), *end, ""])
+    found = json.dumps({**facts, "left_out": left_out, "rows": rows}, indent=1)
+    for suffix, content in ((".md", text), (".json", found)):
+        part = path.with_suffix(".part")
+        part.write_text(content)
+        part.replace(path.with_suffix(suffix))
