@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rondo.kernels.bench.cases import Case, make_case
+from rondo.kernels.bench.cases import LONGEST, Case, make_case
 from rondo.kernels.bench.peers import PEERS
 
 OURS = "ours"
@@ -98,9 +98,15 @@ def measure(
 
 def compile_for(operator: str, preset: str, party: str, device: torch.device) -> None:
     """Runs a case once in both directions at a short length, so that what it compiles lies in the
-    cache on disk. Lengths share kernels, but for those of rows that are few and long."""
+    cache on disk. Lengths share kernels, but for those of rows that are few and long.
+
+    Raises:
+        ImportError: the peer is not installed.
+    """
     call = None if party == OURS else PEERS[operator][party]()
     for batch, length in ((8, 2048), (1, 16384)):
+        if length > LONGEST.get(operator, length):
+            continue
         case = make_case(operator, preset, batch, length, device)
         run = case.run if call is None else (lambda **x: call(**x, **case.extra))  # noqa: B023
         with torch.no_grad():

@@ -1,8 +1,10 @@
 #!/bin/sh
 # make gpu: the tests and timings that need a CUDA device, with the interpreter at hand when its
 # torch sees one (nothing is installed), else with the project's own environment. All of it takes
-# less than eight minutes: tests are interrupted after four, and timings, which lie in
-# docs/benchmarks then, begin nothing new when what is left has to suffice for what follows.
+# less than eight minutes. First all tests, in some processes at once, while others compile what is
+# timed next; then operators, then presets, alone on the device. Each phase begins nothing new when
+# its time is up, is ended soon after, and leaves in docs/benchmarks what it has measured; a phase
+# that fails does not keep the next from running.
 cd "$(dirname "$0")/../.." || exit 1
 start=$(date +%s)
 left() { # seconds until $1 before the end, at least 1
@@ -16,21 +18,66 @@ if not torch.cuda.is_available():
 needed = "numpy", "triton", "pytest", "yaml"
 print(*(name for name in needed if importlib.util.find_spec(name) is None))'
 lacking=
+found=
 for python in "$PYTHON" "$BIN/python"; do
     absent=$("$python" -c "$missing" 2>/dev/null) || continue
-    if [ -n "$absent" ]; then
-        lacking="$lacking $python sees one but lacks: $absent."
-        continue
-    fi
-    export PYTHONPATH=.typing
-    timeout -s INT 240 "$python" -m pytest tests/gpu tests/kernels/test_triton_*.py tests/kernels/test_expert_rows.py
-    tests=$?
-    "$python" -m rondo.kernels.bench --seconds "$(left 200)" \
-        && "$python" -m rondo.pretrain.bench_presets --seconds "$(left 70)" && exit $tests
-    exit 1
+    [ -z "$absent" ] && found=$python && break
+    lacking="$lacking $python sees one but lacks: $absent."
 done
-if [ -n "$lacking" ]; then
+if [ -z "$found" ] && [ -n "$lacking" ]; then
     echo "make gpu: nothing was run, for want of packages beside a CUDA device:$lacking" >&2
     exit 1
 fi
-echo "make gpu: no CUDA device here; nothing was run"
+if [ -z "$found" ]; then
+    echo "make gpu: no CUDA device here; nothing was run"
+    exit 0
+fi
+
+export PYTHONPATH=.typing
+logs=$(mktemp -d) || exit 1
+jobs=
+trap 'rm -rf "$logs"' EXIT
+trap 'kill $jobs 2>/dev/null; exit 130' INT TERM
+begin() { # runs in the background, for as long as tests may take; $1 is the name of its log
+    name=$1
+    shift
+    (
+        timeout -k 5 "$(left 300)" "$found" "$@" > "$logs/$name" 2>&1
+        echo $? > "$logs/$name.code"
+    ) &
+    jobs="$jobs $!"
+}
+until=$(left 310)
+begin mixers tests/gpu/until.py "$until" tests/gpu/test_mixers.py
+begin operators tests/gpu/until.py "$until" tests/gpu/test_cuda.py
+begin long tests/gpu/until.py "$until" tests/gpu/test_attention.py tests/gpu/test_long.py
+others=
+for file in tests/kernels/test_triton_*.py tests/kernels/test_expert_rows.py; do
+    case $file in
+        *_compile.py | *_offsets.py) ;; # need no device
+        *_delta_rule.py | *_stretch.py) ;; # most to compile: by themselves
+        *) others="$others $file" ;;
+    esac
+done
+begin delta tests/gpu/until.py "$until" \
+    tests/kernels/test_triton_delta_rule.py tests/kernels/test_triton_stretch.py
+begin kernels tests/gpu/until.py "$until" $others
+begin compile -m rondo.kernels.bench --compile --seconds "$until"
+wait
+code=0
+for log in mixers operators long delta kernels; do
+    ended=$(cat "$logs/$log.code")
+    echo "== tests: $log"
+    cat "$logs/$log"
+    case $ended in
+        0) ;;
+        2 | 124 | 137) code=1 && echo "make gpu: these tests did not end in time" ;;
+        *) code=1 ;;
+    esac
+done
+echo "== operators"
+cat "$logs/compile"
+timeout -k 5 "$(left 105)" "$found" -m rondo.kernels.bench --seconds "$(left 115)" || code=1
+echo "== presets"
+timeout -k 5 "$(left 6)" "$found" -m rondo.pretrain.bench_presets --seconds "$(left 14)" || code=1
+exit $code

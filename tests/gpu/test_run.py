@@ -13,18 +13,22 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-MODULES = re.findall(r"-m (rondo\.[\w.]+)", (HERE / "run.sh").read_text())
+MODULES = ("rondo.kernels.bench", "rondo.pretrain.bench_presets")
+COMPILING = f"-m {MODULES[0]} --compile"
 
 
-def interpreter(folder: Path, name: str, *, gpu: bool, lacks: str = "", tests: int = 0) -> Path:
-    """A stand-in that writes down what it is to run; the tests end with the code `tests`."""
+def interpreter(
+    folder: Path, name: str, *, gpu: bool, lacks: str = "", fails: str = "", code: int = 0
+) -> Path:
+    """A stand-in that writes down what it is to run; arguments with `fails` in them end with the
+    code."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         f"#!/bin/sh\n"
         f'[ "$1" = -c ] && {{ echo {lacks}; exit {int(not gpu)}; }}\n'
         f'echo "{name} $*" >> {folder}/log\n'
-        f'[ "$2" = pytest ] && exit {tests}\nexit 0\n'
+        f'case "$*" in {fails or "nothing"}*) echo "said by {fails}"; exit {code};; esac\nexit 0\n'
     )
     path.chmod(0o755)
     return path
@@ -59,18 +63,43 @@ def test_it_takes_the_interpreter_that_sees_a_gpu(tmp_path: Path, own: bool, tak
     interpreter(tmp_path, "bin/python", gpu=True)
     code, _, ran = run(tmp_path, interpreter(tmp_path, "plain", gpu=own))
     assert code == 0
-    assert ran[0].startswith(f"{taken} -m pytest tests/gpu tests/kernels/test_triton_compile.py ")
+    assert {line.split()[0] for line in ran} == {taken}
+    compiling = [line for line in ran[:-2] if COMPILING in line]
+    tests = [line for line in ran[:-2] if line.startswith(f"{taken} tests/gpu/until.py 170 ")]
+    assert len(tests) == 5 and len(compiling) == 1 and len(ran) == 8
+    files = [file for line in tests for file in line.split()[3:]]
+    wanted = [*HERE.glob("test_*.py"), *(ROOT / "tests/kernels").glob("test_triton_*.py")]
+    wanted += [ROOT / "tests/kernels/test_expert_rows.py"]
+    no_device = {"test_run.py", "test_triton_compile.py", "test_triton_offsets.py"}
+    assert sorted(ROOT / file for file in files) == sorted(
+        path for path in wanted if path.name not in no_device
+    )
+    # Timings come after, with what is left of 480 seconds.
     seconds = [
-        int(re.fullmatch(rf"{taken} -m {m} --seconds (\d+)", line)[1])
-        for m, line in zip(MODULES, ran[1:], strict=True)
+        int(re.fullmatch(rf"{taken} -m {module} --seconds (\d+)", line)[1])
+        for module, line in zip(MODULES, ran[-2:], strict=True)
     ]
-    assert seconds == [pytest.approx(280, abs=5), pytest.approx(410, abs=5)]
+    assert seconds == [pytest.approx(365, abs=5), pytest.approx(466, abs=5)]
 
 
 @pytest.mark.quick
-def test_a_failed_test_fails_it_after_the_timings(tmp_path: Path) -> None:
-    code, _, ran = run(tmp_path, interpreter(tmp_path, "plain", gpu=True, tests=3))
-    assert (code, len(ran)) == (3, 3)
+@pytest.mark.parametrize(
+    "fails", ["tests/gpu/until.py*mixers", *(f"-m?{module}?--sec" for module in MODULES)]
+)
+def test_what_fails_keeps_nothing_from_running(tmp_path: Path, fails: str) -> None:
+    python = interpreter(tmp_path, "plain", gpu=True, fails=fails, code=3)
+    code, said, ran = run(tmp_path, python)
+    assert (code, len(ran)) == (1, 8)
+    assert f"said by {fails}" in said
+
+
+@pytest.mark.quick
+def test_it_says_which_tests_did_not_end(tmp_path: Path) -> None:
+    python = interpreter(tmp_path, "plain", gpu=True, fails="tests/gpu/until.py*test_cuda", code=2)
+    code, said, _ = run(tmp_path, python)
+    assert code == 1
+    assert said.count("did not end in time") == 1
+    assert said.index("tests: operators") < said.index("did not end") < said.index("tests: long")
 
 
 @pytest.mark.quick
@@ -81,6 +110,18 @@ def test_it_names_packages_that_are_missing(tmp_path: Path) -> None:
     interpreter(tmp_path, "bin/python", gpu=True)
     code, _, ran = run(tmp_path, tmp_path / "plain")
     assert code == 0 and {line.split()[0] for line in ran} == {"bin/python"}
+
+
+@pytest.mark.slow
+def test_tests_are_interrupted_when_their_time_is_up(tmp_path: Path) -> None:
+    slow = tmp_path / "test_slow.py"
+    slow.write_text(
+        "import time\ndef test_first(): assert False\ndef test_last(): time.sleep(60)\n"
+    )
+    command = [sys.executable, str(HERE / "until.py"), "8", "--rootdir", str(tmp_path), str(slow)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "1 failed" in done.stdout and "KeyboardInterrupt" in done.stdout
 
 
 def bare(code: str) -> str:
@@ -113,10 +154,10 @@ def test_the_tests_need_nothing_else() -> None:
     code = """
 import glob, pytest, sys
 files = glob.glob("tests/kernels/test_triton_*.py")
-given = ["tests/gpu", *files, "tests/kernels/test_expert_rows.py"]
+given = [*glob.glob("tests/gpu/test_*.py"), *files, "tests/kernels/test_expert_rows.py"]
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *given]))
 """
-    assert "tests/gpu/test_cuda.py" in bare(code)
+    assert "tests/gpu/test_mixers.py" in bare(code)
 
 
 @pytest.mark.slow

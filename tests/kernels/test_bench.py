@@ -189,6 +189,29 @@ class Breaks(Here):
         return super().ask(seconds, function, *arguments)
 
 
+def test_compiles_beforehand_what_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Key] = []
+    make = timing.make_case
+
+    def small(*key: Any) -> cases.Case:
+        made.append(Key(*key[:4]))
+        return make(*key[:2], 1, 4, CPU)
+
+    monkeypatch.setattr(timing, "make_case", small)
+    monkeypatch.setattr(bench, "Worker", Here)
+    bench.compile_all(["lstm", "rms_norm"], ["1.3b"], CPU, math.inf, 2)
+    parties = ["ours", "torch"]  # of both; there are no other packages
+    assert sorted(made) == sorted(
+        [Key("lstm", "1.3b", 8, 2048)] * 3  # and a loop
+        + [Key("rms_norm", "1.3b", *shape) for shape in ((8, 2048), (1, 16384)) for _ in parties]
+    )
+    made.clear()
+    bench.compile_all(["rms_norm"], ["1.3b"], CPU, -1.0, 2)
+    assert made == [] and capsys.readouterr().out == ""
+
+
 def test_one_failure_leaves_the_others() -> None:
     worker = Breaks()
     keys = order.ordered(["rms_norm", "short_conv", "linear_scan"], ["1.3b"], ((1, 4), (2, 4)))
@@ -235,6 +258,7 @@ def test_writes_what_it_prints(
     for name, value in {"is_available": True, "get_device_name": "Some Chip 9"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)
     monkeypatch.setattr(timing, "ceilings", lambda device: {"bytes": 1e12, "flops": 1e14})
     command = ["bench", "--operators", "para_gru", "rms_norm", "--out", str(tmp_path / "new")]
     monkeypatch.setattr(sys, "argv", [*command, "--presets", "1.3b"])
