@@ -182,7 +182,7 @@ def test_decoder_trains_and_generates(name: str) -> None:
         norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
         losses.append((loss.item(), norm.item()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-7)
-    model.to(torch.bfloat16)
+    model.float().activation_dtype = torch.bfloat16
     assert generate(model, tokens[:, :9].cuda(), max_tokens=5).shape == (2, 14)
 
 
