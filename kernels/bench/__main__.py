@@ -156,7 +156,10 @@ def main() -> int:
         jobs = max(1, min(6, (os.cpu_count() or 1) // 2))
         compile_all(options.operators, options.presets, device, options.seconds, jobs)
         return 0
-    return time_all(options, device)
+    try:
+        return time_all(options, device)
+    except Failure as failure:
+        parser.exit(1, f"rondo.kernels.bench: the chip's ceilings: {failure}\n")
 
 
 def time_all(options: argparse.Namespace, device: torch.device) -> int:

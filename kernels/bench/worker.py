@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 
-START = 60.0
-"""Seconds a process may take to import what it needs, beside those of its first task."""
-
 
 class Failure(Exception):
     """A task that gave no result; the message says why."""
@@ -36,7 +33,8 @@ class Worker:
         self._pipe: Any = None
 
     def ask(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function(*arguments)` returns there (all must be picklable).
+        """What `function(*arguments)` returns there (all must be picklable). The first time, and
+        after a loss, a process is started: some seconds, of those given.
 
         Raises:
             Failure: it raised, took longer than `seconds`, or the process died.
@@ -47,7 +45,6 @@ class Worker:
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
             theirs.close()
-            seconds += START
         self._pipe.send((function, arguments))
         try:
             if not self._pipe.poll(seconds):

@@ -79,5 +79,5 @@ echo "== operators"
 cat "$logs/compile"
 timeout -k 5 "$(left 105)" "$found" -m rondo.kernels.bench --seconds "$(left 115)" || code=1
 echo "== presets"
-timeout -k 5 "$(left 6)" "$found" -m rondo.pretrain.bench_presets --seconds "$(left 14)" || code=1
+timeout -k 5 "$(left 6)" "$found" -m rondo.pretrain.bench_presets --rounds 3 --seconds "$(left 14)" || code=1
 exit $code

@@ -80,15 +80,18 @@ class Fails:
         self.asked.append((config.preset, options[-1]))
         if config.preset == "gated-deltanet-1.3b":
             raise Failure("UserError: sequences of 8 tokens do not fit")
-        if options[-1]:
+        batch, compiled = options[0], options[-1]
+        if config.preset == "rmoe-0.9b" and compiled:
             raise Failure("BackendCompilerFailed: no | compiler")
-        return {"batch": 2, "length": 8, "tokens_per_second": 9.0, "mfu": 0.5, "peak_memory": 1}
+        assert batch == (2 if compiled else 4)
+        speed = 9.0 + compiled
+        return {"batch": 2, "length": 8, "tokens_per_second": speed, "mfu": 0.5, "peak_memory": 1}
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-@pytest.mark.parametrize(("seconds", "tried"), [(math.inf, 2), (-1.0, 0)])
+@pytest.mark.parametrize(("seconds", "tried"), [(math.inf, 3), (-1.0, 0)])
 def test_one_failure_leaves_the_others(
     seconds: float,
     tried: int,
@@ -100,23 +103,25 @@ def test_one_failure_leaves_the_others(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Chip 9")
     monkeypatch.setattr(bench_presets, "Worker", lambda: worker)
     worker = Fails()
-    presets = ["gated-deltanet-1.3b", "gated-deltanet-340m"]
+    presets = ["gated-deltanet-1.3b", "gated-deltanet-340m", "rmoe-0.9b"]
     options = argparse.Namespace(
         presets=presets, seconds=seconds, eager=False, batch=4, length=8, rounds=1, out=tmp_path
     )
     assert bench(options) == (1 if tried else 0)
-    assert worker.asked == [(name, compiled) for name in presets[:tried] for compiled in (1, 0)]
+    assert worker.asked == [(name, compiled) for name in presets[:tried] for compiled in (0, 1)]
     said = capsys.readouterr().out
     if not tried:
         assert "gated-deltanet-1.3b and what follows are left out" in said
         return
-    failed, eager = json.loads((tmp_path / "presets-some-chip-9.json").read_text())["rows"]
+    failed, fast, eager = json.loads((tmp_path / "presets-some-chip-9.json").read_text())["rows"]
     assert failed["errors"] == [
-        "compiled: UserError: sequences of 8 tokens do not fit",
         "eager: UserError: sequences of 8 tokens do not fit",
+        "compiled: UserError: sequences of 8 tokens do not fit",
     ]
+    assert fast["modes"] == {"eager": 9.0, "compiled": 10.0} and fast["tokens_per_second"] == 10.0
     assert eager["mfu"] == 0.5
-    assert "| 9 (eager; compiled: BackendCompilerFailed: no / compiler) | 50.0% |" in said
+    assert "| 2 x 8 | 10 (eager 9; compiled 10) | 50.0% |" in said
+    assert "| 9 (eager 9; compiled: BackendCompilerFailed: no / compiler) | 50.0% |" in said
 
 
 def test_parameters_are_filled_on_the_device_of_the_model() -> None:
