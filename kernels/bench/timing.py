@@ -63,6 +63,13 @@ def directions(case: Case, call: Callable[..., Tensor], device: torch.device) ->
     return {"forward": milliseconds(forward, device), "both": milliseconds(both, device)}
 
 
+def _release(device: torch.device) -> None:
+    """Gives back memory that nothing holds."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def measure(
     operator: str, preset: str, batch: int, length: int, party: str, device: torch.device
 ) -> dict[str, dict[str, float]]:
@@ -91,9 +98,7 @@ def measure(
         }
     finally:
         case = output = None
-        if device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        _release(device)
 
 
 def compile_for(operator: str, preset: str, party: str, device: torch.device) -> None:
@@ -113,3 +118,5 @@ def compile_for(operator: str, preset: str, party: str, device: torch.device) ->
             run(**case.inputs)
         output = run(**case.inputs)
         torch.autograd.grad(output, list(case.inputs.values()), torch.ones_like(output))
+        case = run = output = None
+        _release(device)  # other processes test on it meanwhile

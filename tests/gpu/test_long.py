@@ -147,8 +147,9 @@ def check_attention(draw: Draw, time: int) -> None:
         return [attention(q[:, -READ:], k, v, backend="reference")]
 
     expected, actual = gradients(alone, [x.float() for x in qkv]), gradients(ends, qkv)
+    limit = max(1e-3, LIMITS[draw.dtype])  # products of float32 are sums of less exact ones
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
-        assert_ratio("attention", got, want, LIMITS[draw.dtype])
+        assert_ratio("attention", got, want, limit)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
