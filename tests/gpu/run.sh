@@ -42,10 +42,17 @@ begin() { # runs in the background, for as long as tests may take; $1 is the nam
     name=$1
     shift
     (
-        timeout -k 5 "$(left 300)" "$found" "$@" > "$logs/$name" 2>&1
+        timeout -k 5 "$(left 300)" "$found" "$@" > "$logs/$name" 2>&1 &
+        trap "kill $!" TERM
+        wait $!
         echo $? > "$logs/$name.code"
     ) &
     jobs="$jobs $!"
+}
+alone() { # runs for $1 seconds at most, and waits in a way that a signal ends
+    timeout -k 5 "$1" "$found" -m "$2" $3 &
+    jobs=$!
+    wait "$jobs" || code=1
 }
 until=$(left 310)
 begin mixers tests/gpu/until.py "$until" tests/gpu/test_mixers.py
@@ -77,7 +84,7 @@ for log in mixers operators long delta kernels; do
 done
 echo "== operators"
 cat "$logs/compile"
-timeout -k 5 "$(left 105)" "$found" -m rondo.kernels.bench --seconds "$(left 115)" || code=1
+alone "$(left 105)" rondo.kernels.bench "--seconds $(left 115)"
 echo "== presets"
-timeout -k 5 "$(left 6)" "$found" -m rondo.pretrain.bench_presets --rounds 3 --seconds "$(left 14)" || code=1
+alone "$(left 6)" rondo.pretrain.bench_presets "--rounds 3 --seconds $(left 14)"
 exit $code

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,31 @@ def test_it_says_which_tests_did_not_end(tmp_path: Path) -> None:
     assert code == 1
     assert said.count("did not end in time") == 1
     assert said.index("tests: operators") < said.index("did not end") < said.index("tests: long")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("slow", "started"), [("tests/gpu/until.py", 5), ("-m?rondo.kernels.bench?--sec", 1)]
+)
+def test_a_signal_ends_all(tmp_path: Path, slow: str, started: int) -> None:
+    python = interpreter(tmp_path, "plain", gpu=True)
+    text = python.read_text().replace(
+        "exit 0\n", f'case "$*" in {slow}*) echo $$ >> {tmp_path}/pids; exec sleep 50;; esac\n'
+    )
+    python.write_text(text)
+    environment = {**os.environ, "PYTHON": str(python), "BIN": str(tmp_path)}
+    running = subprocess.Popen(["sh", str(HERE / "run.sh")], env=environment)
+    pids, end = tmp_path / "pids", time.monotonic() + 30
+    while not (pids.exists() and len(pids.read_text().splitlines()) == started):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(0.2)
+    running.terminate()
+    assert running.wait(timeout=20) == 130
+    for pid in pids.read_text().split():
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < end, "a process outlives the signal"
+            time.sleep(0.05)
 
 
 @pytest.mark.quick
