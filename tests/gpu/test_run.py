@@ -19,7 +19,14 @@ COMPILING = f"-m {MODULES[0]} --compile"
 
 
 def interpreter(
-    folder: Path, name: str, *, gpu: bool, lacks: str = "", fails: str = "", code: int = 0
+    folder: Path,
+    name: str,
+    *,
+    gpu: bool,
+    lacks: str = "",
+    yaml: bool = True,
+    fails: str = "",
+    code: int = 0,
 ) -> Path:
     """A stand-in that writes down what it is to run; arguments with `fails` in them end with the
     code."""
@@ -27,6 +34,7 @@ def interpreter(
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         f"#!/bin/sh\n"
+        f'[ "$2" = "import yaml" ] && exit {int(not yaml)}\n'
         f'[ "$1" = -c ] && {{ echo {lacks}; exit {int(not gpu)}; }}\n'
         f'echo "{name} $*" >> {folder}/log\n'
         f'case "$*" in {fails or "nothing"}*) echo "said by {fails}"; exit {code};; esac\nexit 0\n'
@@ -95,6 +103,13 @@ def test_what_fails_keeps_nothing_from_running(tmp_path: Path, fails: str) -> No
 
 
 @pytest.mark.quick
+def test_without_yaml_all_but_presets_run(tmp_path: Path) -> None:
+    code, said, ran = run(tmp_path, interpreter(tmp_path, "plain", gpu=True, yaml=False))
+    assert (code, len(ran)) == (0, 7)
+    assert MODULES[0] in ran[-1] and "presets are YAML" in said
+
+
+@pytest.mark.quick
 def test_it_says_which_tests_did_not_end(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "plain", gpu=True, fails="tests/gpu/until.py*test_cuda", code=2)
     code, said, _ = run(tmp_path, python)
@@ -130,9 +145,9 @@ def test_a_signal_ends_all(tmp_path: Path, slow: str, started: int) -> None:
 
 @pytest.mark.quick
 def test_it_names_packages_that_are_missing(tmp_path: Path) -> None:
-    code, said, ran = run(tmp_path, interpreter(tmp_path, "plain", gpu=True, lacks="pytest yaml"))
+    code, said, ran = run(tmp_path, interpreter(tmp_path, "plain", gpu=True, lacks="pytest triton"))
     assert (code, ran) == (1, [])
-    assert f"{tmp_path}/plain sees one but lacks: pytest yaml." in said
+    assert f"{tmp_path}/plain sees one but lacks: pytest triton." in said
     interpreter(tmp_path, "bin/python", gpu=True)
     code, _, ran = run(tmp_path, tmp_path / "plain")
     assert code == 0 and {line.split()[0] for line in ran} == {"bin/python"}
