@@ -107,6 +107,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+            if weight is None and ctx.count == 1:
+                return _by_weight_norm(grad, x, inverse), None, None, None
             return *_by_layer_norm(grad, x, weight, inverse, ctx.count), None, None
         rows, wide_grad = _rows(x), _rows(grad).to(inverse.dtype, copy=True)
         grad_weight = _WeightGradient(weight, x.new_empty(1, x.shape[-1]))
@@ -136,6 +138,18 @@ def _by_layer_norm(
         return grad_x.view(x.shape), None
     grad_weight = widen(grads * rows).T @ inverse
     return grad_x.view(x.shape), grad_weight.squeeze(1).to(weight.dtype)
+
+
+def _by_weight_norm(grad: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient of an L2 norm's x by torch's one pass for weight normalisation, which makes
+    `(d - n * sum(d * n)) / v` of `d` and the norms v of rows, here the inverses of `inverse`.
+
+    Not for weights: `d * weight` would be rounded to the dtype of x on the way in."""
+    rows = _rows(x).contiguous()
+    grad_x, _ = torch.ops.aten._weight_norm_interface_backward(
+        _rows(grad).contiguous(), rows, rows.new_ones(len(rows), 1), inverse.reciprocal(), 0
+    )
+    return grad_x.view(x.shape)
 
 
 class _NormThenGate(torch.autograd.Function):

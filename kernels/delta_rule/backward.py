@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.delta_rule.gates import HeadGates, dot, matmul, scaled
+from rondo.kernels.delta_rule.gates import HeadGates, dot, scaled
 from rondo.kernels.delta_rule.key_gates import KeyGates
 from rondo.kernels.delta_rule.layout import from_chunks, to_chunks
 from rondo.kernels.delta_rule.operands import Operands, make_gates, make_operands
@@ -50,12 +50,12 @@ def backward(
     d_written, d_states, d_first = _through_states(saved, x, d_outputs, d_state)
     written, states = saved.written.to(dtype), saved.states.to(dtype)
 
-    d_values = matmul(saved.inverse.mT, d_written)
+    d_values = torch.bmm(saved.inverse.mT, d_written)
     d_readings = [*d_outputs, d_values]
-    d_from_start = [matmul(d, states.mT) for d in d_readings]
-    d_products = [matmul(d, written.mT) for d in d_readings]
+    d_from_start = [torch.bmm(d, states.mT) for d in d_readings]
+    d_products = [torch.bmm(d, written.mT) for d in d_readings]
     d_products[-1].tril_(-1)
-    d_to_end = matmul(written, d_states.mT)
+    d_to_end = torch.bmm(written, d_states.mT)
     sums = ()
     if log_decay is not None:
         sums = _gate_sums(gates, x, d_from_start, d_to_end, states, d_states)
@@ -89,11 +89,11 @@ def _through_states(
     chain, dtype = saved.states.dtype, x.keys.dtype
     d_read = None
     if d_outputs:
-        d_written = matmul(saved.products[0].mT, d_outputs[0])
-        d_read = matmul(x.from_start[0].mT, d_outputs[0])
+        d_written = torch.bmm(saved.products[0].mT, d_outputs[0])
+        d_read = torch.bmm(x.from_start[0].mT, d_outputs[0])
     else:
         d_written = torch.zeros_like(saved.written)
-    w = matmul(saved.inverse, x.from_start[-1]).to(chain)
+    w = torch.bmm(saved.inverse, x.from_start[-1]).to(chain)
     d_states, d_first = _retreat(
         w, d_written, d_read, x.to_end.to(chain), x.through, d_state.flatten(0, 1)
     )
@@ -114,17 +114,18 @@ def _retreat(
 
     Returns the gradients of the states after every chunk, and of the first state.
     """
-    d_states = w.new_empty(*w.shape[:2], *d_state.shape[1:])
-    d_state = d_state.clone()
-    erase, d_rows = w.mT.unbind(), d_written.unbind()
-    for n in reversed(range(len(d_rows))):
-        after = d_states[n].copy_(d_state)
-        d_rows[n].baddbmm_(to_end[n], after)
-        if through is not None:
-            d_state.mul_(through[n])
-        if d_read is not None:
-            d_state.add_(d_read[n])
-        d_state.add_(torch.bmm(erase[n], d_rows[n]))
+    rows, d_state = len(d_state), d_state.clone()
+    d_states = w.new_empty(len(w), *d_state.shape[1:])
+    decays = None if through is None else through.split(rows)
+    reads = None if d_read is None else d_read.split(rows)
+    steps = [x.split(rows) for x in (d_states, w.mT, d_written, to_end)]
+    for n, (after, erase, d_rows, write) in reversed([*enumerate(zip(*steps, strict=True))]):
+        d_rows.baddbmm_(write, after.copy_(d_state))
+        if decays is not None:
+            d_state.mul_(decays[n])
+        if reads is not None:
+            d_state.add_(reads[n])
+        d_state.add_(torch.bmm(erase, d_rows))
     return d_states, d_state
 
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from rondo.kernels.backend import full_precision
 from rondo.kernels.delta_rule.backward import Saved, backward
-from rondo.kernels.delta_rule.gates import add_matmul, matmul, wide
+from rondo.kernels.delta_rule.gates import wide
 from rondo.kernels.delta_rule.layout import from_chunks, to_chunks
 from rondo.kernels.delta_rule.operands import make_gates, make_operands, make_pairs
 from rondo.kernels.delta_rule.triangular import invert_unit_lower
@@ -52,15 +52,14 @@ class ChunkedDelta(torch.autograd.Function):
         gates = make_gates(log_decay, segment_ids, pairs, chunk, v)
         x = make_operands(q, k, beta, gates, scale, chunk, dtype)
         products = gates.products(x.readers, x.keys)
-        lower = products[-1].flatten(0, 1).to(wide(dtype))
-        inverse = invert_unit_lower(lower).to(dtype).view_as(products[-1])
+        inverse = invert_unit_lower(products[-1].to(wide(dtype))).to(dtype)
         chain = dtype if q is not None else wide(dtype)
-        w = matmul(inverse, x.from_start[-1]).to(chain)
-        written = matmul(inverse, to_chunks(v, chunk) * x.beta).to(chain)
+        w = torch.bmm(inverse, x.from_start[-1]).to(chain)
+        written = torch.bmm(inverse, to_chunks(v, chunk) * x.beta).to(chain)
         states, last = _advance(w, written, x.to_end.to(chain), x.through, state.flatten(0, 1))
         o = v.new_empty(0)
         if q is not None:
-            o = add_matmul(matmul(x.from_start[0], states), products[0], written)
+            o = torch.bmm(x.from_start[0], states).baddbmm_(products[0], written)
             o = from_chunks(o, v.shape[0], v.shape[2:3])
         ctx.save_for_backward(
             q, k, v, beta, log_decay, segment_ids, pairs, inverse, written, states, *products
@@ -80,17 +79,18 @@ class ChunkedDelta(torch.autograd.Function):
 def _advance(
     w: Tensor, u: Tensor, to_end: Tensor, through: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence over chunks. Turns `u` into V' in place.
+    """The recurrence over chunks, from `state` `(B * H, K, V)`. Turns `u` into V' in place.
 
-    Returns the states before every chunk in the dtype of `w`, and the last state.
+    Returns the states before every chunk `(Y, K, V)` in the dtype of `w`, and the last state.
     """
-    states = w.new_empty(*w.shape[:2], *state.shape[1:])
-    state = state.clone()
-    for n, (erase, written, write) in enumerate(zip(w, u, to_end.mT, strict=True)):
-        before = states[n].copy_(state)
-        written.baddbmm_(erase, before)
-        if through is not None:
-            state.mul_(through[n])
+    rows, state = len(state), state.clone()
+    states = w.new_empty(len(w), *state.shape[1:])
+    decays = None if through is None else through.split(rows)
+    steps = (x.split(rows) for x in (states, w, u, to_end.mT))
+    for n, (before, erase, written, write) in enumerate(zip(*steps, strict=True)):
+        written.baddbmm_(erase, before.copy_(state))
+        if decays is not None:
+            state.mul_(decays[n])
         state.add_(torch.bmm(write, written))
     return states, state
 

@@ -29,11 +29,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def pair_factors(
     log_decay: Tensor | None, same: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """`exp(G_i - G_j)` between reader i and writer j of a chunk, `(N, X, C, C)`.
+    """`exp(G_i - G_j)` between reader i and writer j of a chunk, `(Y, C, C)`.
 
     Args:
-        log_decay: `(N, X, C, 1)`, or None for no decay.
-        same: `(N, X, C, C)` mask of `document_pairs`, or None for one document.
+        log_decay: `(Y, C, 1)`, or None for no decay.
+        same: `(Y, C, C)` mask of `document_pairs`, or None for one document.
         dtype: of the result.
 
     Returns:
@@ -42,7 +42,8 @@ def pair_factors(
     if log_decay is None:
         return same
     total = _exact_sums(log_decay, dtype)
-    pairs = (total - total.mT).to(wide(dtype)).clamp_(max=0).exp2_().tril_().to(dtype)
+    # Above the diagonal it is infinite until it is written over.
+    pairs = (total - total.mT).to(wide(dtype)).exp2_().tril_().to(dtype)
     return pairs if same is None else pairs.mul_(same)
 
 
@@ -50,9 +51,9 @@ class HeadGates:
     """One decay per head and token, or none.
 
     Attributes, None where there is nothing to multiply with:
-        pairs: `(N, X, C, C)`, see `pair_factors`.
-        from_start, to_end: `(N, X, C, 1)`.
-        through: `(N, X, 1, 1)`, from state to state, float32 or float64.
+        pairs: `(Y, C, C)`, see `pair_factors`.
+        from_start, to_end: `(Y, C, 1)`.
+        through: `(Y, 1, 1)`, from state to state, float32 or float64.
     """
 
     from_start: Tensor | None = None
@@ -68,7 +69,7 @@ class HeadGates:
     ) -> None:
         """
         Args:
-            log_decay: `(N, X, C, 1)` or None.
+            log_decay: `(Y, C, 1)` or None.
             docs: masks of packed documents, or None.
             pairs: from `pair_factors`.
             dtype: of the matrix products; factors are rounded to it.
@@ -86,14 +87,14 @@ class HeadGates:
             self.through = scaled(last.to(kind).exp2(), self.through)
 
     def products(self, readers: Sequence[Tensor], writers: Tensor) -> list[Tensor]:
-        """Decayed dot products `(N, X, C, C)` of each of `readers` with `writers`, for j <= i."""
-        return [self._mask(matmul(r, writers.mT)) for r in readers]
+        """Decayed dot products `(Y, C, C)` of each of `readers` with `writers`, for j <= i."""
+        return [self._mask(torch.bmm(r, writers.mT)) for r in readers]
 
     def _mask(self, x: Tensor) -> Tensor:
         return x.tril_() if self.pairs is None else x.mul_(self.pairs)
 
     def reduce(self, first: Tensor, second: Tensor) -> Tensor:
-        """Elementwise product of `(N, X, C, K)` tensors, summed to the shape of the gate, wide."""
+        """Elementwise product of `(Y, C, K)` tensors, summed to the shape of the gate, wide."""
         return dot(first, second)
 
     def backward(
@@ -110,7 +111,7 @@ class HeadGates:
             grads: of the products; overwritten.
             products, readers, writers: what the forward pass returned and got.
             sums: gradients with respect to `G_i`, `G_C - G_j` (shaped as the gate) and `G_C`
-                (`(N, X, 1, K)`) from everywhere else; not used when there is no gate.
+                (`(Y, 1, K)`) from everywhere else; not used when there is no gate.
 
         Returns:
             Gradients of the readers, of the writers, and of `log_decay`.
@@ -119,10 +120,10 @@ class HeadGates:
         if self.gated:
             log_decay = self._gate_gradient(grads, products, *sums)
         grads = [self._mask(g) for g in grads]
-        d_writers = matmul(grads[0].mT, readers[0])
+        d_writers = torch.bmm(grads[0].mT, readers[0])
         for g, r in zip(grads[1:], readers[1:], strict=True):
-            add_matmul(d_writers, g.mT, r)
-        return [matmul(g, writers) for g in grads], d_writers, log_decay
+            d_writers.baddbmm_(g.mT, r)
+        return [torch.bmm(g, writers) for g in grads], d_writers, log_decay
 
     def _gate_gradient(
         self,
@@ -167,14 +168,3 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of the rows, `(.., 1)`, wide."""
     # sum accumulates bfloat16 in float32; asking it for float32 would copy its input first.
     return (a * b).sum(-1, keepdim=True).to(wide(a.dtype))
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Product of `(N, X, ., .)` tensors as one batch."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
-
-
-def add_matmul(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`out += a @ b` in place, for contiguous `(N, X, ., .)` `out`."""
-    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-    return out

@@ -28,17 +28,17 @@ class Level(NamedTuple):
 
 
 class KeyGates:
-    """`from_start` and `to_end` are `(N, X, C, K)`, `through` is `(N, X, K, 1)`, and `pairs` only
-    keeps documents apart. Y below is N * X."""
+    """`from_start` and `to_end` are `(Y, C, K)`, `through` is `(Y, K, 1)`, and `pairs` only
+    keeps documents apart."""
 
     def __init__(
         self, log_decay: Tensor, docs: Documents | None, pairs: Tensor | None, dtype: torch.dtype
     ) -> None:
-        """Arguments as for `HeadGates`; `log_decay` is `(N, X, C, K)`, `pairs` from
+        """Arguments as for `HeadGates`; `log_decay` is `(Y, C, K)`, `pairs` from
         `document_pairs`."""
         kind = wide(dtype)
         self.pairs = pairs
-        before = (log_decay.to(kind) * LOG2E).clamp_(min=FLOOR).flatten(0, 1)
+        before = (log_decay.to(kind) * LOG2E).clamp_(min=FLOOR)
         after = torch.zeros_like(before)
         size = log_decay.shape[-2]
         self.levels: list[Level] = []
@@ -50,26 +50,23 @@ class KeyGates:
             columns += rows[:, :, -1:]
             rows += inclusive[:, :, 0, -1:]
             half *= 2
-        shape = log_decay.shape[:2]
-        before, after = before.exp2_().unflatten(0, shape), after.exp2_().unflatten(0, shape)
+        before, after = before.exp2_(), after.exp2_()
         self.from_start = scaled(before.to(dtype), None if docs is None else docs.incoming)
         self.to_end = scaled(after.to(dtype), None if docs is None else docs.outgoing)
         self.through = scaled(before[..., -1:, :].mT, None if docs is None else docs.through)
 
     def products(self, readers: Sequence[Tensor], writers: Tensor) -> list[Tensor]:
         """See `HeadGates.products`."""
-        shape, size = writers.shape[:2], writers.shape[-2]
-        flat = writers.flatten(0, 1)
+        size = writers.shape[1]
         results = []
         for r in readers:
-            r = r.flatten(0, 1)
             out = r.new_zeros(r.shape[0], size, size)
-            torch.diagonal(out, dim1=1, dim2=2).copy_((r * flat).sum(-1))
+            torch.diagonal(out, dim1=1, dim2=2).copy_((r * writers).sum(-1))
             for level in self.levels:
-                rows, columns = _rows(r, level), _columns(flat, level)
+                rows, columns = _rows(r, level), _columns(writers, level)
                 corner = _corners(out, level.half)
                 corner.copy_(torch.bmm(rows, columns.mT).view(corner.shape))
-            results.append(out.unflatten(0, shape))
+            results.append(out)
         return results if self.pairs is None else [x.mul_(self.pairs) for x in results]
 
     def reduce(self, first: Tensor, second: Tensor) -> Tensor:
@@ -85,12 +82,9 @@ class KeyGates:
         sums: Sequence[Tensor],
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """See `HeadGates.backward`; goes back through the levels, largest blocks first."""
-        shape = writers.shape[:2]
         if self.pairs is not None:
             grads = [g.mul_(self.pairs) for g in grads]
-        grads, readers = [g.flatten(0, 1) for g in grads], [r.flatten(0, 1) for r in readers]
-        writers = writers.flatten(0, 1)
-        before, after, through = (x.flatten(0, 1) for x in sums)
+        before, after, through = sums
         before[:, -1:] += through
         diagonals = [g.diagonal(dim1=1, dim2=2).unsqueeze(-1) for g in grads]
         d_readers = [d * writers for d in diagonals]
@@ -113,11 +107,7 @@ class KeyGates:
             exclusive[:, :, 0] += (d_columns * columns).view_as(level.columns)
             d_columns = d_columns.view_as(level.columns) * level.columns
             _halves(d_writers, level.half)[:, :, 0] += d_columns
-        return (
-            [d.unflatten(0, shape) for d in d_readers],
-            d_writers.unflatten(0, shape),
-            before.unflatten(0, shape),
-        )
+        return d_readers, d_writers, before
 
 
 def _halves(x: Tensor, half: int) -> Tensor:

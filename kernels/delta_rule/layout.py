@@ -1,5 +1,6 @@
-"""Chunked layout `(N, B * H, C, D)`: chunks outermost, so that one chunk of every sequence and
-head is one contiguous batch of matrices, and what documents allow to pass between its tokens."""
+"""Chunked layout `(Y, C, D)`, Y = N B H: of every sequence and head one chunk, then all the next
+ones, so that a chunk of all of them is one contiguous batch of matrices; and what documents allow
+to pass between its tokens."""
 
 from __future__ import annotations
 
@@ -11,23 +12,27 @@ from torch import Tensor
 
 
 def to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """`(B, T, *heads, D)` to `(N, B * H, C, D)`, contiguous; T is a multiple of `chunk`."""
-    x = x.unflatten(1, (x.shape[1] // chunk, chunk)).movedim(2, -2).transpose(0, 1)
-    return x.reshape(x.shape[0], -1, chunk, x.shape[-1])
+    """`(B, T, *heads, D)` to `(Y, C, D)`, contiguous; T is a multiple of `chunk`."""
+    batch, time, *heads, width = x.shape
+    x = x.view(batch, time // chunk, chunk, *heads, width)
+    order = (1, 0, *range(3, x.dim() - 1), 2, x.dim() - 1)
+    return x.permute(order).reshape(-1, chunk, width)
 
 
 def from_chunks(x: Tensor, batch: int, heads: Sequence[int]) -> Tensor:
-    """`(N, B * H, C, D)` to `(B, T, *heads, D)`, contiguous."""
-    x = x.unflatten(1, (batch, *heads)).transpose(0, 1).movedim(-2, 2)
-    return x.flatten(1, 2).contiguous()
+    """`(Y, C, D)` to `(B, T, *heads, D)`, contiguous."""
+    chunk, width = x.shape[1:]
+    x = x.view(-1, batch, *heads, chunk, width)
+    order = (1, 0, x.dim() - 2, *range(2, x.dim() - 2), x.dim() - 1)
+    return x.permute(order).reshape(batch, -1, *heads, width)
 
 
 class Documents(NamedTuple):
-    """Ones and zeros that keep packed documents apart, `(N, B * H, ., .)`."""
+    """Ones and zeros that keep packed documents apart."""
 
-    incoming: Tensor  # (.., C, 1): token continues the document of the state before the chunk
-    outgoing: Tensor  # (.., C, 1): token is of the document of the state after the chunk
-    through: Tensor  # (.., 1, 1): both are one document
+    incoming: Tensor  # (Y, C, 1): token continues the document of the state before the chunk
+    outgoing: Tensor  # (Y, C, 1): token is of the document of the state after the chunk
+    through: Tensor  # (Y, 1, 1): both are one document
 
 
 def documents(segment_ids: Tensor, chunk: int, heads: int, dtype: torch.dtype) -> Documents:
@@ -42,7 +47,7 @@ def documents(segment_ids: Tensor, chunk: int, heads: int, dtype: torch.dtype) -
 
 
 def document_pairs(segment_ids: Tensor, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """Who sees whom in a chunk: `(N, B * H, C, C)`, 1 where the column is not after the row and of
+    """Who sees whom in a chunk: `(Y, C, C)`, 1 where the column is not after the row and of
     the same document."""
     ids = _chunk_ids(segment_ids, chunk)
     return _over_heads((ids.unsqueeze(-1) == ids.unsqueeze(-2)).tril(), heads, dtype)
@@ -54,4 +59,4 @@ def _chunk_ids(segment_ids: Tensor, chunk: int) -> Tensor:
 
 def _over_heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype)
-    return x.unsqueeze(2).expand(*x.shape[:2], heads, *x.shape[2:]).flatten(1, 2)
+    return x.unsqueeze(2).expand(*x.shape[:2], heads, *x.shape[2:]).flatten(0, 2)

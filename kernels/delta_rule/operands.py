@@ -13,7 +13,7 @@ from rondo.kernels.delta_rule.layout import document_pairs, documents, to_chunks
 
 
 class Operands(NamedTuple):
-    """Chunked inputs of the matrix products, all `(N, B * H, C, .)`."""
+    """Chunked inputs of the matrix products, all `(Y, C, .)`."""
 
     readers: list[Tensor]  # the scaled queries unless there are none, then -beta k
     keys: Tensor

@@ -27,13 +27,10 @@ def invert_unit_lower(lower: Tensor) -> Tensor:
     _diagonal_blocks(inverse, block).copy_(_eliminate(_diagonal_blocks(lower, block)))
     inverse.tril_(-1).diagonal(dim1=1, dim2=2).fill_(1)
     while block < size:
-        below = _diagonal_blocks(lower, 2 * block)[..., block:, :block].reshape(-1, block, block)
-        pair = _diagonal_blocks(inverse, 2 * block)
-        first = pair[..., :block, :block].reshape(-1, block, block)
-        second = pair[..., block:, block:].reshape(-1, block, block)
-        merged = torch.bmm(second, torch.bmm(below, first))
-        corner = pair[..., block:, :block]
-        corner.copy_(merged.view(corner.shape))
+        for start in range(0, size, 2 * block):
+            first, second = (slice(at, at + block) for at in (start, start + block))
+            left = torch.bmm(lower[:, second, first], inverse[:, first, first])
+            inverse[:, second, first] = torch.bmm(inverse[:, second, second], left)
         block *= 2
     return inverse
 

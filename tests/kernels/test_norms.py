@@ -101,6 +101,25 @@ def test_float32_weight_with_bfloat16_input() -> None:
         assert torch.autograd.grad(y.sum(), weight)[0].dtype == torch.float32
 
 
+def test_transposed_inputs() -> None:
+    x, _, weight = make(6, 8)
+    for norm in (l2_norm, lambda y: rms_norm(y, weight[:6])):
+        wanted = gradients(lambda y, norm=norm: [norm(y)], [x.T.contiguous()])
+        turned = gradients(lambda y, norm=norm: [norm(y.T)], [x])
+        torch.testing.assert_close(turned[0], wanted[0])
+        torch.testing.assert_close(turned[1][0].T, wanted[1][0])
+
+
+def test_float32_weight_is_not_rounded_on_the_way_back() -> None:
+    x, upstream, _ = make(64, 256)
+    x, weight = x.bfloat16().requires_grad_(), torch.full((256,), 1 + 2**-9)  # 1 in bfloat16
+    actual = torch.autograd.grad(rms_norm(x, weight), x, upstream.bfloat16())[0].double()
+    wide = x.detach().double().requires_grad_()
+    expected = torch.autograd.grad(rms_norm(wide, weight.double()), wide, upstream)[0]
+    share = (actual * expected).sum() / expected.square().sum()
+    assert abs(share - 1) < 2**-11
+
+
 @pytest.mark.parametrize("backend", ("reference", "chunked"))
 def test_matches_torch(backend: str) -> None:
     x, gate, weight = make(3, 5, 16)
