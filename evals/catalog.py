@@ -97,7 +97,7 @@ def known() -> list[str]:
 
 
 def kind_and_size(name: str) -> tuple[str, int] | None:
-    """Of a task from a seed, `mqar_16`; None for all others."""
+    """Of a task from a seed, `parity_16`, or `mqar_64_4`: 4 of `mqar_64`; None for all others."""
     match = re.fullmatch(r"(\w+)_(\d+)", name)
     if match is None or match[1] not in (*KINDS, *needle.KINDS, *ruler.KINDS):
         return None

@@ -40,7 +40,7 @@ class EvalConfig:
     tasks: str
     """Names with commas between them: any of lm-eval's (`lm_eval ls tasks`), `bits_per_byte`,
     `positions_8192` (loss and states by position in texts of so many tokens), or one from a seed
-    with its size, as in `mqar_16,parity_40,passkey_1024`."""
+    with its size, as in `mqar_64_4,parity_40,passkey_1024`."""
     step: int | None = None
     """Of a run, the checkpoint with this number of steps."""
     limit: int | None = None

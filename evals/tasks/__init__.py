@@ -9,10 +9,19 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from rondo.errors import UserError
-from rondo.evals.tasks.recall import mqar, mqar_all, mqar_small, mqar_twice, path_finding
+from rondo.evals.tasks.recall import (
+    MQAR_LENGTHS,
+    mqar,
+    mqar_all,
+    path_finding,
+    recall,
+    recall_small,
+    recall_twice,
+)
 from rondo.evals.tasks.state_tracking import (
     Walk,
     cycle_navigation,
@@ -36,7 +45,15 @@ _STATES: dict[str, Callable[[random.Random, int], Walk]] = {
     "s5_generators": lambda draw, size: group_word(draw, size, 5, generators=True),
     "a5_generators": lambda draw, size: group_word(draw, size, 5, even=True, generators=True),
 }
-LABELLED: dict[str, Callable[[random.Random, int], Walk]] = {**_STATES, "mqar_all": mqar_all}
+MQAR: dict[str, Callable[[random.Random, int], Walk]] = {
+    **{f"mqar_{length}": partial(mqar, length=length) for length in MQAR_LENGTHS},
+    # As in figure 2 of Zoology: nothing between the questions.
+    **{f"mqar_zeros_{length}": partial(mqar, length=length, fill=False) for length in MQAR_LENGTHS},
+    **{f"mqar_small_{length}": partial(mqar, length=length, words=512) for length in MQAR_LENGTHS},
+    "mqar_all": mqar_all,
+}
+"""By length; sizes are pairs: `mqar_64` of 4."""
+LABELLED: dict[str, Callable[[random.Random, int], Walk]] = {**_STATES, **MQAR}
 """Tasks with an answer beside their words."""
 
 
@@ -50,12 +67,25 @@ def _text(walk: Callable[[random.Random, int], Walk]) -> Callable[..., tuple[str
     return ask
 
 
+def _question(walk: Callable[[random.Random, int], Walk]) -> Callable[..., tuple[str, str]]:
+    """A task that asks for one of the answers, each as often: the text up to there. The mean over
+    texts is then that over all answers, of which each text has as many."""
+
+    def ask(draw: random.Random, size: int) -> tuple[str, str]:
+        words, answers = walk(draw, size)
+        asked = draw.choice([i for i, answer in enumerate(answers) if answer is not None])
+        return " ".join(words[: asked + 1]), str(answers[asked])
+
+    return ask
+
+
 KINDS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     **{name: _text(walk) for name, walk in _STATES.items()},
+    **{name: _question(walk) for name, walk in MQAR.items()},
     "delayed_match": delayed_match,
-    "mqar": mqar,
-    "mqar_small": mqar_small,
-    "mqar_twice": mqar_twice,
+    "recall": recall,
+    "recall_small": recall_small,
+    "recall_twice": recall_twice,
     "path_finding": path_finding,
 }
 
@@ -79,17 +109,18 @@ def examples(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Exa
         UserError: kind or split is unknown, or the size is below 1, or too small for two splits.
     """
     draws = _draws(KINDS, kind, size, split, seed)
-    for prompt, answer in _of_split(draws, kind, size, split, lambda each: each[0]):
+    for prompt, answer in _of_split(draws, kind, size, split, lambda each: each[0].split()):
         yield Example(prompt, f" {answer}")
 
 
 def labelled(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Walk]:
     """As `examples`, with an answer beside every word that has one; `kind` is a key of `LABELLED`.
 
-    A text belongs to a split by all of its words: beginnings of longer ones may be in the other.
+    A text belongs to a split by all of its words, of MQAR by its pairs: beginnings of other texts
+    may be in the other split.
     """
     draws = _draws(LABELLED, kind, size, split, seed)
-    yield from _of_split(draws, kind, size, split, lambda walk: f"{' '.join(walk[0])} =")
+    yield from _of_split(draws, kind, size, split, lambda walk: [*walk[0], "="])
 
 
 def _draws(
@@ -111,13 +142,15 @@ def _draws(
 
 
 def _of_split(
-    draws: Iterator[T], kind: str, size: int, split: str, prompt: Callable[[T], str]
+    draws: Iterator[T], kind: str, size: int, split: str, words: Callable[[T], list[str]]
 ) -> Iterator[T]:
-    """The draws whose prompt is of the split, by its hash."""
+    """The draws whose words are of the split, by their hash; of MQAR the pairs alone decide, so
+    that no question about them is in the other split."""
     rejected = 0
     for each in draws:
         rejected += 1
-        if (zlib.crc32(prompt(each).encode()) % 4 == 0) == (split == "test"):
+        told = words(each)[: 2 * size if kind in MQAR else None]
+        if (zlib.crc32(" ".join(told).encode()) % 4 == 0) == (split == "test"):
             rejected = 0
             yield each
         elif rejected == _PATIENCE:
