@@ -1,23 +1,23 @@
 """Texts with answers, generated from a seed: what recurrent models can and cannot keep.
 
 `KINDS[kind](draw, size)` gives one prompt and its answer. `examples` draws from them, and gives
-each prompt to one split only, by its hash.
+each prompt to one split only, by its hash; paths on a graph have splits of their own (`paths`).
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 from rondo.errors import UserError
+from rondo.evals.tasks import paths
 from rondo.evals.tasks.recall import (
     MQAR_LENGTHS,
     mqar,
     mqar_all,
-    path_finding,
     recall,
     recall_small,
     recall_twice,
@@ -86,8 +86,11 @@ KINDS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     "recall": recall,
     "recall_small": recall_small,
     "recall_twice": recall_twice,
-    "path_finding": path_finding,
 }
+PLANNING = "path_finding"
+"""The one task of which a split is drawn as a whole; sizes are nodes of its graph."""
+NAMES = (*KINDS, PLANNING)
+"""What `examples` knows."""
 
 
 class Example(NamedTuple):
@@ -98,18 +101,23 @@ class Example(NamedTuple):
 
 
 def examples(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Example]:
-    """Endless examples; one in four prompts is of the test split, and never in the other.
+    """Endless examples. A prompt of the test split, one in four, is never in the other.
 
     Args:
-        kind: a key of `KINDS`.
-        size: bits, numbers, permutations, pairs or edges; for `delayed_match` the delay.
+        kind: one of `NAMES`.
+        size: bits, numbers, permutations, pairs or nodes; for `delayed_match` the delay.
         split: "train" or "test".
 
     Raises:
         UserError: kind or split is unknown, or the size is below 1, or too small for two splits.
     """
-    draws = _draws(KINDS, kind, size, split, seed)
-    for prompt, answer in _of_split(draws, kind, size, split, lambda each: each[0].split()):
+    _check(NAMES, kind, size, split)
+    if kind == PLANNING:
+        found = paths.lines(size, split, seed)
+    else:
+        draws = _draws(KINDS[kind], kind, size, split, seed)
+        found = _of_split(draws, kind, size, split, lambda each: each[0].split())
+    for prompt, answer in found:
         yield Example(prompt, f" {answer}")
 
 
@@ -119,26 +127,26 @@ def labelled(kind: str, size: int, split: str, *, seed: int = 0) -> Iterator[Wal
     A text belongs to a split by all of its words, of MQAR by its pairs: beginnings of other texts
     may be in the other split.
     """
-    draws = _draws(LABELLED, kind, size, split, seed)
+    _check(LABELLED, kind, size, split)
+    draws = _draws(LABELLED[kind], kind, size, split, seed)
     yield from _of_split(draws, kind, size, split, lambda walk: [*walk[0], "="])
 
 
-def _draws(
-    kinds: dict[str, Callable[[random.Random, int], T]],
-    kind: str,
-    size: int,
-    split: str,
-    seed: int,
-) -> Iterator[T]:
+def _check(kinds: Iterable[str], kind: str, size: int, split: str) -> None:
     if kind not in kinds:
         raise UserError(f"kind: unknown task {kind!r} (known: {', '.join(kinds)})")
     if split not in SPLITS:
         raise UserError(f"split: expected train or test, got {split!r}")
     if size < 1:
         raise UserError(f"size: must be at least 1, got {size}")
+
+
+def _draws(
+    one: Callable[[random.Random, int], T], kind: str, size: int, split: str, seed: int
+) -> Iterator[T]:
     draw = random.Random(f"{kind} {size} {split} {seed}")
     while True:
-        yield kinds[kind](draw, size)
+        yield one(draw, size)
 
 
 def _of_split(

@@ -1,8 +1,7 @@
-"""Recall: which value went with a key, asked many times (MQAR, arXiv 2312.04927) or once; paths."""
+"""Recall: the value of a key, asked for many times (MQAR, arXiv 2312.04927) or once."""
 
 from __future__ import annotations
 
-import itertools
 import random
 
 from rondo.errors import UserError
@@ -92,15 +91,3 @@ def recall_twice(draw: random.Random, size: int) -> tuple[str, str]:
     reading a recurrent model knows what to keep."""
     prompt, answer = recall(draw, size)
     return f"{prompt} ? {prompt}", answer
-
-
-def path_finding(draw: random.Random, size: int) -> tuple[str, str]:
-    """A directed line of `size` edges between letters, shuffled among as many edges of a second
-    line; the end of the line that begins at a given letter is asked for."""
-    if size > 12:
-        raise UserError(f"size: path_finding has room for 12 edges, got {size}")
-    names = draw.sample("abcdefghijklmnopqrstuvwxyz", 2 * (size + 1))
-    lines = [names[: size + 1], names[size + 1 :]]
-    edges = [f"{a}{b}" for line in lines for a, b in itertools.pairwise(line)]
-    draw.shuffle(edges)
-    return f"{' '.join(edges)} ? {lines[0][0]}", lines[0][-1]
