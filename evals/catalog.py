@@ -91,7 +91,7 @@ def known() -> list[str]:
     """Our tasks; SIZE stands for a number."""
     return [
         TEXT_TASK,
-        f"{positions.KIND}_SIZE",
+        *(f"{kind}_SIZE" for kind in positions.KINDS),
         *(f"{kind}_SIZE" for kind in (*NAMES, *needle.KINDS, *ruler.KINDS)),
     ]
 
