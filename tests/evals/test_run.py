@@ -24,7 +24,7 @@ from rondo.tests.distributed.spawn import run_ranks
 from rondo.tests.evals.runs import write_run
 
 pytest.importorskip("lm_eval")
-TASKS = "bits_per_byte,parity_12,passkey_150"
+TASKS = "bits_per_byte,parity_12,passkey_300"
 
 
 @pytest.fixture(scope="module")
