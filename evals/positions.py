@@ -75,8 +75,14 @@ def rows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[
 
 def degenerate(kind: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
     """As `rows`: the end of a document and the tokens of one letter, again and again; as many texts
-    as there are letters at most. `kind` is a key of `DEGENERATE`."""
+    as there are letters at most. `kind` is a key of `DEGENERATE`.
+
+    Raises:
+        UserError: the tokenizer makes no token of a letter.
+    """
     tokens = [tokenizer.encode(letter) for letter in DEGENERATE[kind][:count]]
+    if not all(tokens):
+        raise UserError(f"{kind}_{length}: the tokenizer has no token for one of its texts")
     return [[tokenizer.eod, *(own * length)[:length]] for own in tokens]
 
 

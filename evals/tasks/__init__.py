@@ -29,6 +29,7 @@ from rondo.evals.tasks.state_tracking import (
     group_word,
     modular_arithmetic,
     parity,
+    two_steps,
 )
 
 T = TypeVar("T")
@@ -53,7 +54,11 @@ MQAR: dict[str, Callable[[random.Random, int], Walk]] = {
     "mqar_all": mqar_all,
 }
 """By length; sizes are pairs: `mqar_64` of 4."""
-LABELLED: dict[str, Callable[[random.Random, int], Walk]] = {**_STATES, **MQAR}
+LABELLED: dict[str, Callable[[random.Random, int], Walk]] = {
+    **_STATES,
+    **MQAR,
+    "s3_two_steps": lambda draw, size: two_steps(group_word(draw, size, 3)),
+}
 """Tasks with an answer beside their words."""
 
 

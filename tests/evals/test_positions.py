@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +113,9 @@ def test_degenerate_texts_are_one_token_again_and_again() -> None:
     assert degenerate("newlines", tokenizer, 4, 9) == [[256, *b"\n\n\n\n"]]
     assert degenerate("capitals", tokenizer, 3, 2) == [[256, *b"AAA"], [256, *b"BBB"]]
     assert len(degenerate("capitals", tokenizer, 3, 99)) == 26
+    words: Any = SimpleNamespace(eod=0, encode=lambda text: [1 for _ in text.split()])
+    with pytest.raises(UserError, match="newlines_4: the tokenizer has no token"):
+        degenerate("newlines", words, 4, 1)
 
 
 @torch.no_grad()

@@ -40,6 +40,10 @@ def solve(kind: str, prompt: str, size: int) -> str:
         return str(eval(prompt.rstrip("=")) % 5)
     if kind == "cycle_navigation":
         return str((prompt.count("right") - prompt.count("left")) % 5)
+    if kind == "s3_two_steps":
+        words = prompt.split()[:-1]
+        assert words[1::2] == [f"{word}'" for word in words[::2]]
+        kind, prompt = "s3", f"{' '.join(words[::2])} ="
     if kind in ("s3", "s5", "a5", "s5_generators", "a5_generators"):
         points = int(kind[1])
         all_of_them = matrices(points) if kind[0] == "s" else rotations(points)
