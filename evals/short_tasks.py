@@ -76,13 +76,13 @@ TASKS = {
     "parity_40": _tracking(40, (128, 256), 2, 500, "parity"),
     "modular_arithmetic": _product(10, (40,), 5, 1500),
     "s3": _tracking(16, (64,), 6, 600),
-    "s3_two_steps": _tracking(16, (64,), 6, 1000),
+    "s3_two_steps": _tracking(16, (64,), 6, 600),
     "a5_generators": _product(16, (64,), 60, 1000),
     "s5_generators": _product(16, (64,), 120, 1000),
     "a5": _product(16, (64,), 60, 2500),
     "s5": _product(16, (64,), 120, 2500),
 }
-DELTA_RULES = ("gated_deltanet", "reflecting")
+DELTA_RULES = ("gated_deltanet", "reflecting", "deltanet", "deltanet_reflecting")
 DELTA_RULE_PLAN: dict[str, Any] = {"lr": 3e-3, "init_std": 0.02, "first": None}
 """What delta rules track a state with: larger weights at first, or a higher rate, fail in some
 seeds, where the other rows need both."""
@@ -99,7 +99,7 @@ class ShortTasksConfig:
     )
     """Rows: mixers of the recipe `short-tasks`, with commas between them; slashes between those of
     layers. `matching` is attention without positions, `reflecting` Gated DeltaNet with eigenvalues
-    down to -1."""
+    down to -1, `deltanet_reflecting` so DeltaNet."""
     tasks: str = "mqar_all,parity"
     """Columns: mqar_all, mqar_small_64_4 (4 pairs in 64 words), parity,
     parity_40 (trained on 3 to 40 bits), cycle_navigation, cycle_navigation_100 (trained on 100
