@@ -18,7 +18,7 @@ from lm_eval.tasks._factory import TaskFactory
 from rondo.errors import UserError
 from rondo.evals import needle, positions, ruler
 from rondo.evals.local_data import find_file, read_rows
-from rondo.evals.tasks import KINDS, examples
+from rondo.evals.tasks import NAMES, PLANNING, examples, paths
 from rondo.pretrain.data import Tokenizer
 from rondo.pretrain.data.corpora import open_corpus
 
@@ -91,15 +91,15 @@ def known() -> list[str]:
     """Our tasks; SIZE stands for a number."""
     return [
         TEXT_TASK,
-        f"{positions.KIND}_SIZE",
-        *(f"{kind}_SIZE" for kind in (*KINDS, *needle.KINDS, *ruler.KINDS)),
+        *(f"{kind}_SIZE" for kind in positions.KINDS),
+        *(f"{kind}_SIZE" for kind in (*NAMES, *needle.KINDS, *ruler.KINDS)),
     ]
 
 
 def kind_and_size(name: str) -> tuple[str, int] | None:
-    """Of a task from a seed, `mqar_16`; None for all others."""
+    """Of a task from a seed, `parity_16`, or `mqar_64_4`: 4 of `mqar_64`; None for all others."""
     match = re.fullmatch(r"(\w+)_(\d+)", name)
-    if match is None or match[1] not in (*KINDS, *needle.KINDS, *ruler.KINDS):
+    if match is None or match[1] not in (*NAMES, *needle.KINDS, *ruler.KINDS):
         return None
     return match[1], int(match[2])
 
@@ -149,18 +149,15 @@ def _generated_task(name: str, sources: Sources) -> ConfigurableTask:
     def build(**_: Any) -> Any:
         return _splits([{"prompt": p, "answer": a} for p, a in texts(name, sources)])
 
+    kind, size = kind_and_size(name) or (name, 0)
     how: dict[str, Any] = {"output_type": "loglikelihood", "metric_list": _MEAN}
-    if name.startswith(tuple(ruler.KINDS)):
-        how = {
-            "output_type": "generate_until",
-            "generation_kwargs": {
-                "until": [],
-                "do_sample": False,
-                "max_gen_toks": ruler.NEW_TOKENS,
-            },
-            "process_results": ruler.found_value,
-            "metric_list": _MEAN[:1],
-        }
+    if kind in ruler.KINDS:
+        how = _generates(ruler.NEW_TOKENS, [], ruler.found_value, ["acc"])
+    elif kind == PLANNING:
+        encode = sources.tokenizer.encode
+        tokens = paths.longest(size, sources.seed) * max(len(encode(f" {n}")) for n in range(size))
+        score = partial(paths.found_path, nodes=size, seed=sources.seed)
+        how = _generates(tokens, ["\n"], score, ["acc", "acc_degree_1", "acc_degree_2"])
     return ConfigurableTask(
         config={
             **_dataset(build),
@@ -174,6 +171,18 @@ def _generated_task(name: str, sources: Sources) -> ConfigurableTask:
     )
 
 
+def _generates(
+    tokens: int, until: list[str], score: Callable[..., dict[str, float]], metrics: list[str]
+) -> dict[str, Any]:
+    """Settings of a task that scores greedy text of so many tokens, with means of `metrics`."""
+    return {
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": until, "do_sample": False, "max_gen_toks": tokens},
+        "process_results": score,
+        "metric_list": [{**_MEAN[0], "metric": metric} for metric in metrics],
+    }
+
+
 def texts(name: str, sources: Sources) -> list[tuple[str, str]]:
     """Prompts and answers of a task from a seed, of the test split.
 
@@ -181,7 +190,7 @@ def texts(name: str, sources: Sources) -> list[tuple[str, str]]:
         UserError: the size is impossible.
     """
     kind, size = kind_and_size(name) or (name, 0)
-    if kind in KINDS:
+    if kind in NAMES:
         found = islice(examples(kind, size, "test", seed=sources.seed), sources.samples)
         return [(each.prompt, each.answer) for each in found]
     drawn = (ruler if kind in ruler.KINDS else needle).samples(

@@ -1,4 +1,5 @@
-"""A value hidden in a long text, asked for at its end (single needles, arXiv 2404.06654)."""
+"""A value hidden in a long text, asked for at its end: passkeys (arXiv 2410.07145), and single
+needles in real text (arXiv 2404.06654)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,31 +35,27 @@ class Kind(NamedTuple):
     question: str
     alphabet: str
     size: int
-    noise: bool
-    """In repeated sentences, else in real text."""
 
 
+_INSTRUCTION = "A pass key is told once in this long text. Keep it in mind, it is asked for below. "
 KINDS = {
     "passkey": Kind(
-        "The pass key is {}. Remember it. ",
+        "The pass key is {0}. Remember it. {0} is the pass key. ",
         "What is the pass key? The pass key is",
         "0123456789",
         5,
-        True,
     ),
     "number": Kind(
         "The special magic number is {}. ",
         "What is the special magic number? It is",
         "0123456789",
         7,
-        False,
     ),
     "word": Kind(
         "The special magic word is {}. ",
         "What is the special magic word? It is",
         "0123456789abcdef",
         8,
-        False,
     ),
 }
 
@@ -111,7 +109,13 @@ def samples(
     tokens: Callable[[str], int] = lambda text: len(text.encode()),
     split: str = "test",
 ) -> Iterator[Sample]:
-    """`count` samples of at most `length` tokens, as long as whole words allow.
+    """`count` samples of at most `length` tokens, as long as whole words allow; passkeys, as whole
+    blocks of sentences do.
+
+    A passkey's text is an instruction, `NOISE` again and again with one block of it replaced by one
+    that tells the key twice, and the question. Of `count` samples number i has its key at depth
+    (i + 1/2) / count: block `int(depth (blocks - 1))`. As in arXiv 2410.07145 but for the words,
+    the answer, which counts as part of the length, and keys, which belong to one split each.
 
     Args:
         kind: a key of `KINDS`.
@@ -125,20 +129,40 @@ def samples(
     if kind not in KINDS:
         raise UserError(f"kinds: unknown needle {kind!r} (known: {', '.join(KINDS)})")
     what = KINDS[kind]
-    hay = NOISE if what.noise else text()
     draw = random.Random(f"{kind} {length} {seed}")
-    for _ in range(count):
-        value = next(v for v in _values(what, draw) if split_of(v) == split)
+    values = (v for v in _values(what, draw) if split_of(v) == split)
+    if kind == "passkey":
+        for number, value in zip(range(count), values, strict=False):
+            depth = (number + 0.5) / count
+            yield Sample(_passkey_prompt(value, depth, length, tokens), f" {value}", depth)
+        return
+    hay = text()
+    for value in islice(values, count):
         needle, answer = what.needle.format(value), f" {value}."
         fixed = tokens(needle + what.question + answer) + 2
         if fixed >= length:
             raise UserError(f"lengths: {length} tokens leave no room beside {fixed} of the needle")
-        words = _words(hay, length - fixed, draw, tokens, what.noise)
+        words = _words(hay, length - fixed, draw, tokens)
         at = draw.randint(0, len(words))
         before, after = (" ".join(part) for part in (words[:at], words[at:]))
         parts = [before, needle.strip(), after, what.question]
         prompt = " ".join(part for part in parts if part)
         yield Sample(prompt, answer, at / max(1, len(words)))
+
+
+def _passkey_prompt(value: str, depth: float, length: int, tokens: Callable[[str], int]) -> str:
+    what = KINDS["passkey"]
+    fixed = tokens(_INSTRUCTION + what.question + f" {value}")
+    # Fewer where the block with the key has more tokens than the one that it replaces.
+    for blocks in range((length - fixed) // tokens(NOISE), 0, -1):
+        hay = [NOISE] * blocks
+        hay[int(depth * (blocks - 1))] = what.needle.format(value)
+        prompt = f"{_INSTRUCTION}{''.join(hay)}{what.question}"
+        if tokens(f"{prompt} {value}") <= length:
+            return prompt
+    raise UserError(
+        f"lengths: {length} tokens leave no room for a passkey beside {fixed} of what is around it"
+    )
 
 
 def split_of(value: str) -> str:
@@ -151,13 +175,11 @@ def _values(what: Kind, draw: random.Random) -> Iterator[str]:
         yield "".join(draw.choices(what.alphabet, k=what.size))
 
 
-def _words(
-    hay: str, room: int, draw: random.Random, tokens: Callable[[str], int], from_start: bool
-) -> list[str]:
+def _words(hay: str, room: int, draw: random.Random, tokens: Callable[[str], int]) -> list[str]:
     """Words of the hay, from a random place, that fill `room` tokens."""
     size = 8 * room  # characters: more than that many tokens have
-    start = 0 if from_start else draw.randrange(len(hay))
-    words = (hay * (size // len(hay) + 2))[start : start + size].split()[0 if from_start else 1 :]
+    start = draw.randrange(len(hay))
+    words = (hay * (size // len(hay) + 2))[start : start + size].split()[1:]
     low, high = 0, len(words)
     while low < high:  # the most words that fit
         middle = (low + high + 1) // 2

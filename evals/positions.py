@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from rondo.errors import UserError
+from rondo.evals import first_token
 from rondo.models import Decoder
 from rondo.models.decoder import DecoderState
 from rondo.models.mixer import Mixer
@@ -30,13 +31,17 @@ from rondo.pretrain.data.corpora import open_corpus
 from rondo.pretrain.plain import read_yaml
 
 KIND = "positions"
+DEGENERATE = {"newlines": "\n", "capitals": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+"""Texts of one token again and again, by task: each text of another of these letters in turn."""
+KINDS = (KIND, *DEGENERATE)
 _PIECE = 1024
 Curves = dict[str, dict[int, float]]
 
 
 def length_of(name: str) -> int | None:
-    """Tokens of a text of the task `positions_8192`; None for other tasks."""
-    match = re.fullmatch(rf"{KIND}_(\d+)", name)
+    """Tokens of a text of the task `positions_8192`, `newlines_8192` or `capitals_8192`; None for
+    other tasks."""
+    match = re.fullmatch(rf"(?:{'|'.join(KINDS)})_(\d+)", name)
     return int(match[1]) if match else None
 
 
@@ -68,6 +73,19 @@ def rows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[
     return found
 
 
+def degenerate(kind: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
+    """As `rows`: the end of a document and the tokens of one letter, again and again; as many texts
+    as there are letters at most. `kind` is a key of `DEGENERATE`.
+
+    Raises:
+        UserError: the tokenizer makes no token of a letter.
+    """
+    tokens = [tokenizer.encode(letter) for letter in DEGENERATE[kind][:count]]
+    if not all(tokens):
+        raise UserError(f"{kind}_{length}: the tokenizer has no token for one of its texts")
+    return [[tokenizer.eod, *(own * length)[:length]] for own in tokens]
+
+
 @torch.no_grad()
 def curves(
     model: Decoder, texts: list[list[int]], batch_size: int = 8, progress: bool = False
@@ -76,7 +94,8 @@ def curves(
 
     `loss` is that of the tokens from so many up to before twice as many before them, nats a token.
     By layer, after so many tokens: `state_norm` and `effective_rank` are means over heads,
-    `largest_norm` is that of the head where it is largest (Frobenius).
+    `largest_norm` is that of the head where it is largest (Frobenius), `largest_variance` that of
+    the numbers of the state of a head where it is largest.
     """
     length = len(texts[0]) - 1
     sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
@@ -133,6 +152,8 @@ def _of_state(model: Decoder, state: DecoderState) -> dict[str, float]:
         norms = heads.flatten(2).norm(dim=-1)
         found[f"state_norm/{label}"] = float(norms.mean(1).sum())
         found[f"largest_norm/{label}"] = float(norms.amax(1).sum())
+        variances = heads.flatten(2).var(-1, correction=0)
+        found[f"largest_variance/{label}"] = float(variances.amax(1).sum())
         if heads.ndim == 4 and mixer.state_heads == 1 and "recurrent" in kept:
             found[f"effective_rank/{label}"] = float(_effective_rank(heads).mean(1).sum())
     return found
@@ -168,11 +189,33 @@ def summary(found: Curves, trained: int | None) -> dict[str, float]:
     return values | ({"state_growth": max(growth)} if growth else {})
 
 
+def of_first_token(
+    model: Decoder, text: list[int], trained: int | None
+) -> tuple[Curves, dict[str, float]]:
+    """`first_token/LAYER` by position, the largest share over heads that is left of the first
+    token's state (`first_token.kept`), and its summary."""
+    length = len(text) - 1
+    ends = {1 << k for k in range(length.bit_length())} | {length}
+    ends |= {trained} if trained and trained <= length else set()
+    found = first_token.kept(model, text[:length], ends)
+    shown = {
+        f"first_token/{layer}": {at: max(shares) for at, shares in by_end.items()}
+        for layer, by_end in found.items()
+    }
+    return shown, first_token.summary(found, trained)
+
+
 def result(
-    name: str, found: Curves, trained: int | None, texts: int, about: dict[str, Any]
+    name: str,
+    found: Curves,
+    more: dict[str, float],
+    trained: int | None,
+    texts: int,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
-    """What `rondo eval` keeps, in the form of the harness's results, with `curves`."""
-    numbers = summary(found, trained)
+    """What `rondo eval` keeps, in the form of the harness's results, with `curves`; `more` are
+    numbers beside those of `summary`."""
+    numbers = summary(found, trained) | more
     numbers["perplexity"] = math.exp(numbers["loss"])
     return {
         "results": {name: {"alias": name, **{f"{k},none": v for k, v in numbers.items()}}},

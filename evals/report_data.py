@@ -192,7 +192,9 @@ def _scores(path: Path) -> dict[str, list[Score]]:
 
 def _positions(path: Path) -> dict[str, ByPosition]:
     found = {}
-    for file in sorted((path / "evals").glob("step-*/positions_*.json")):
+    for file in sorted((path / "evals").glob("step-*/*_*.json")):
+        if not file.name.startswith(("positions_", "newlines_", "capitals_")):
+            continue
         step, result = file.parent.name[5:], _json(file)
         curves = result.get("curves")
         if not step.isdecimal() or not isinstance(curves, dict):

@@ -19,7 +19,8 @@ error. A difference within two of them says little."""
 POSITIONS = """Texts longer than those in training, of the newest checkpoint that was scored on
 them; the dotted line is the length in training. Loss falls with the tokens before, to where a
 model makes no more use of them; a loss that rises beyond the line is a state that collapsed, and
-the norm that rises with it shows in which layer. A rank that stops growing is a full state."""
+the norm that rises with it shows in which layer. A rank that stops growing is a full state. A
+share of the first token that is above a half at the line: a head that has not learnt to forget."""
 FORGETTING = """Bits a byte of held-out text of each domain (columns) after each stage (rows);
 less is better. Down a column: how a domain fares while the model learns others. A value that
 rises below the row of the domain's own stage is forgetting."""

@@ -39,8 +39,9 @@ class EvalConfig:
     """A checkpoint folder, or a run folder (its newest checkpoint)."""
     tasks: str
     """Names with commas between them: any of lm-eval's (`lm_eval ls tasks`), `bits_per_byte`,
-    `positions_8192` (loss and states by position in texts of so many tokens), or one from a seed
-    with its size, as in `mqar_16,parity_40,passkey_1024`."""
+    `positions_8192` (loss and states by position in texts of so many tokens; `newlines_8192` and
+    `capitals_8192` are of one token again and again), or one from a seed with its size, as in
+    `mqar_64_4,parity_40,passkey_1024`."""
     step: int | None = None
     """Of a run, the checkpoint with this number of steps."""
     limit: int | None = None
@@ -140,12 +141,18 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
 def _positions(
     name: str, config: EvalConfig, checkpoint: Path, model: Decoder, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """The result of `positions_N`."""
+    """The result of `positions_N`, `newlines_N` or `capitals_N`."""
     count = min(config.samples, config.limit or config.samples)
-    texts = positions.rows(config.text, tokenizer, positions.length_of(name) or 0, count)
-    found = positions.curves(model, texts, config.batch_size, progress=True)
+    kind, length = name.partition("_")[0], positions.length_of(name) or 0
+    if kind in positions.DEGENERATE:
+        texts = positions.degenerate(kind, tokenizer, length, count)
+    else:
+        texts = positions.rows(config.text, tokenizer, length, count)
     trained, about = positions.trained_length(checkpoint), _about(config, checkpoint)
-    return {**positions.result(name, found, trained, len(texts), about), "date": time.time()}
+    found = positions.curves(model, texts, config.batch_size, progress=True)
+    first, more = positions.of_first_token(model, texts[0], trained)
+    result = positions.result(name, {**found, **first}, more, trained, len(texts), about)
+    return {**result, "date": time.time()}
 
 
 def _about(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class WriteConfig:
 
     kind: str
     """parity, cycle_navigation, modular_arithmetic, s3, s5, a5, s5_generators, a5_generators,
-    delayed_match, mqar, mqar_small, mqar_twice or path_finding."""
+    delayed_match, mqar_64 (or 128, 256, 512, 1024), mqar_small_64..., mqar_zeros_64..., mqar_all,
+    recall, recall_small, recall_twice or path_finding."""
     output: str
     """JSON lines file; `rondo prepare --input FILE` reads it."""
     sizes: str = "12,16,20"

@@ -61,6 +61,15 @@ def group_word(
     return [str(index) for index in word], [str(p) for p in itertools.islice(products, 1, None)]
 
 
+def two_steps(walk: Walk) -> Walk:
+    """Two words for each, with the answer after the second: a delta rule, which multiplies its
+    state by one reflection a word, then has a product of two for each, as DeltaProduct with n_h = 2
+    does (arXiv 2502.10297)."""
+    words, answers = walk
+    twice = [each for word in words for each in (word, f"{word}'")]
+    return twice, [each for answer in answers for each in (None, answer)]
+
+
 @functools.cache
 def _products(points: int, even: bool) -> list[list[int]]:
     """`[p][q]`: the number of the permutation that is p, then q."""

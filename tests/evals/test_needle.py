@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rondo.errors import UserError
 from rondo.evals import ruler
 from rondo.evals.needle import (
     KINDS,
+    NOISE,
     NeedleConfig,
     accuracy,
     main,
@@ -30,7 +33,7 @@ def draw(kind: str, length: int = 300, count: int = 20, seed: int = 1) -> list[A
     return list(samples(kind, length, count, seed=seed, text=lambda: TEXT))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["number", "word"])
 @pytest.mark.parametrize("length", [160, 300, 2048])
 def test_a_sample_fills_its_length_and_holds_its_answer_once_before_the_question(
     kind: str, length: int
@@ -46,6 +49,42 @@ def test_a_sample_fills_its_length_and_holds_its_answer_once_before_the_question
     assert len({s.answer for s in found}) == len(found)
     depths = [s.depth for s in found]
     assert min(depths) < 0.3 and max(depths) > 0.7
+
+
+@pytest.mark.parametrize("length", [400, 1000, 5000])
+@pytest.mark.parametrize("width", [1, 3])
+def test_passkeys_have_the_shape_of_the_paper(length: int, width: int) -> None:
+    def tokens(text: str) -> int:  # three bytes a token, but a digit is one
+        return math.ceil(len(re.sub(r"\d", "", text)) / width) + len(re.findall(r"\d", text))
+
+    question = KINDS["passkey"].question
+    found = list(samples("passkey", length, 40, seed=1, text=lambda: "", tokens=tokens))
+    key = re.compile(r"The pass key is (\d{5})\. Remember it\. \1 is the pass key\. ")
+    for number, sample in enumerate(found):
+        value, prompt = sample.answer.strip(), sample.prompt
+        assert sample.answer == f" {value}" and prompt.endswith(question)
+        block = key.search(prompt)
+        assert block and block[1] == value and prompt.count(value) == 2
+        head = min(prompt.index(NOISE), block.start())
+        hay = key.sub("#", prompt[head : -len(question)]).replace(NOISE, ".")
+        assert {*hay} <= {"#", "."} and hay.count("#") == 1
+        assert sample.depth == (number + 0.5) / 40
+        assert hay.index("#") == int(sample.depth * (len(hay) - 1))
+        size, one = tokens(prompt + sample.answer), tokens(NOISE)
+        # No room for a block more; the one with the key may be shorter than the others.
+        assert size <= length < size + one + (one - tokens(block[0])) + 2
+    assert len({s.answer for s in found}) == 40
+    if length > 1000:
+        places = {s.prompt.index("The pass key is") for s in found}
+        assert len(places) > 8
+
+
+def test_a_long_key_takes_the_room_of_blocks() -> None:
+    def tokens(text: str) -> int:
+        return len(text) + 40 * text.count("Remember")
+
+    for sample in samples("passkey", 1000, 5, seed=1, text=lambda: "", tokens=tokens):
+        assert tokens(sample.prompt + sample.answer) <= 1000
 
 
 def test_samples_are_a_function_of_the_seed() -> None:
@@ -102,7 +141,7 @@ def test_texts_to_train_on(tmp_path: Path) -> None:
     for marks in (False, True):
         config = NeedleConfig(
             write=str(tmp_path / "needles.jsonl"),
-            lengths="200,250",
+            lengths="300,400",
             kinds="passkey",
             samples=3,
             marks=marks,
@@ -113,14 +152,15 @@ def test_texts_to_train_on(tmp_path: Path) -> None:
     assert len(rows) == 6 and all("pass key is" in row for row in rows)
     for row, with_marks in zip(rows, marked, strict=True):
         before, _, after = with_marks.partition("<<")
-        assert after.endswith(".>>") and before + after[:-2] == row
+        assert after[:-2].strip().isdecimal() and before + after[:-2] == row
 
 
 def test_refusals() -> None:
     with pytest.raises(UserError, match=r"unknown needle 'pass' .known: passkey, number, word"):
         draw("pass")
-    with pytest.raises(UserError, match="lengths: 60 tokens leave no room"):
-        draw("passkey", 60)
+    for kind in ("passkey", "word"):
+        with pytest.raises(UserError, match="lengths: 60 tokens leave no room"):
+            draw(kind, 60)
     with pytest.raises(UserError, match="a checkpoint to score is needed"):
         main([])
     with pytest.raises(UserError, match="samples: must be at least 1, got 0"):

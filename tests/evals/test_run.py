@@ -24,7 +24,7 @@ from rondo.tests.distributed.spawn import run_ranks
 from rondo.tests.evals.runs import write_run
 
 pytest.importorskip("lm_eval")
-TASKS = "bits_per_byte,parity_12,passkey_150"
+TASKS = "bits_per_byte,parity_12,passkey_300"
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,14 @@ def test_loss_and_states_by_position(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (run / "recipe.yaml").write_text("data: {sequence_length: 16}\n")
-    words = ["eval", str(run), "--tasks", "positions_50", "--text", str(run / "text.txt")]
+    words = [
+        "eval",
+        str(run),
+        "--tasks",
+        "positions_50,newlines_50",
+        "--text",
+        str(run / "text.txt"),
+    ]
     assert rondo([*words, "--samples", "2"]) == 0
     found = results(run, "positions_50")
     values = found["results"]["positions_50"]
@@ -109,6 +116,9 @@ def test_loss_and_states_by_position(run: Path) -> None:
     assert {"collapse,none", "state_growth,none"} <= values.keys()
     assert found["n-samples"]["positions_50"]["effective"] == 2
     events = EventAccumulator(str(run / "tensorboard" / "evals")).Reload()
+    found_too = results(run, "newlines_50")
+    assert found_too["n-samples"]["newlines_50"]["effective"] == 1
+    assert found_too["curves"].keys() == found["curves"].keys()
     (event,) = events.Scalars("evals/positions_50/loss/0000032")
     assert event.value == pytest.approx(found["curves"]["loss"]["32"], rel=1e-6)
 

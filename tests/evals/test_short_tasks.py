@@ -36,8 +36,8 @@ def test_rows_hold_answers_beside_words() -> None:
         pairs = dict(zip(row[:6:2], row[1:6:2], strict=True))
         assert [pairs[key] for key in row[6:]] == asked[6:]
     for name, task in TASKS.items():  # every text ends with an answer, and every word is known
-        size = task.sizes[0]
-        assert (rows(task.kind or name, size, "test", 3, 0).answers[:, -1] >= 0).all()
+        texts = rows(task.kind or name, task.sizes[0], "test", 3, 0)
+        assert not task.last or (texts.answers[:, -1] >= 0).all()
 
 
 def test_training_is_repeatable_and_learns() -> None:

@@ -16,7 +16,7 @@ from rondo.tests.slurm.cluster import Cluster, missing
 from rondo.tests.slurm.runs import Run
 
 STEPS, EVERY = 120, 40
-TASKS = ["bits_per_byte", "positions_2048", "mqar_8"]
+TASKS = ["bits_per_byte", "positions_2048", "recall_8"]
 RECIPE = [f"--steps={STEPS}", f"--checkpoint.every={EVERY}", f"--evals.every={EVERY}"]
 RECIPE += ["--evals.where=slurm", f"--evals.tasks=[{','.join(TASKS)}]", "--logging.norms_every=20"]
 RECIPE += ["--evals.limit=20", "--evals.slurm.partition=main", "--evals.slurm.cpus=1"]
