@@ -9,7 +9,7 @@ _ONE_FROM = 40.0
 
 
 def tanh_(x: Tensor) -> Tensor:
-    """`x.tanh_()`. torch's takes about 6 ns a number on a CPU (torch 2.13, one thread), `expm1` 0.7:
+    """`x.tanh_()`. torch takes 6 ns a number for it on a CPU (torch 2.13, one thread), 0.7 for expm1:
     tanh x = e / (e + 2) with e = exp(2x) - 1, to a few roundings for any x."""
     if x.device.type != "cpu":
         return x.tanh_()
