@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rondo.kernels.hyperbolic import tanh, tanh_
+
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
@@ -62,7 +64,7 @@ class ParaGRU:
         (h,), (a_z, a_r, a_n) = state, weights
         z = torch.addcmul(gates[0], h, a_z).sigmoid_()
         reset = torch.addcmul(gates[1], h, a_r).sigmoid_().mul_(h)
-        n = torch.addcmul(gates[2], reset, a_n, out=reset).tanh_()
+        n = tanh_(torch.addcmul(gates[2], reset, a_n, out=reset))
         return torch.lerp(h, n, z, out=n).unsqueeze(0)
 
     def linearize(
@@ -72,7 +74,7 @@ class ParaGRU:
         z = torch.addcmul(gates[0], h, a_z).sigmoid_()
         r = torch.addcmul(gates[1], h, a_r).sigmoid_()
         reset = h * r
-        n = torch.addcmul(gates[2], reset, a_n).tanh_()
+        n = tanh_(torch.addcmul(gates[2], reset, a_n))
         # Derivatives of h' by the three pre-activations; a tensor is used again once it is read.
         by_z = n - h
         by_n = _tanh_backward(z, n, grad_input=torch.empty_like(n))
@@ -108,10 +110,10 @@ class ParaLSTM:
         (c, h), (a_f, a_o, a_z, c_f, c_o) = state, weights
         next_state = c.new_empty(state.shape)
         f = torch.addcmul(gates[0], h, a_f).addcmul_(c, c_f).sigmoid_()
-        z = torch.addcmul(gates[2], h, a_z).tanh_()
+        z = tanh_(torch.addcmul(gates[2], h, a_z))
         after = torch.lerp(z, c, f, out=next_state[0])
         o = torch.addcmul(gates[1], h, a_o, out=z).addcmul_(after, c_o).sigmoid_()
-        torch.mul(o, torch.tanh(after, out=f), out=next_state[1])
+        torch.mul(o, tanh(after, out=f), out=next_state[1])
         return next_state
 
     def linearize(
@@ -122,10 +124,10 @@ class ParaLSTM:
         jacobian = c.new_empty(2, *state.shape)
         (c_c, c_h), (h_c, h_h) = jacobian
         f = torch.addcmul(gates[0], h, a_f).addcmul_(c, c_f).sigmoid_()
-        z = torch.addcmul(gates[2], h, a_z).tanh_()
+        z = tanh_(torch.addcmul(gates[2], h, a_z))
         after = torch.lerp(z, c, f, out=next_state[0])
         o = torch.addcmul(gates[1], h, a_o).addcmul_(after, c_o).sigmoid_()
-        by_o = torch.tanh(after)
+        by_o = tanh(after)
         torch.mul(o, by_o, out=next_state[1])
         # Derivatives of c' by the pre-activations of f and z, of h' by that of o and by c'; a
         # tensor is used again once it is read.

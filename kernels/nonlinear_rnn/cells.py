@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rondo.kernels.hyperbolic import tanh
+
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
@@ -86,12 +88,12 @@ class LSTM(Cell):
         slopes = torch.empty_like(parts)
         o, i, f, z = parts.unbind(3)
         by_o, by_i, by_f, by_z = slopes.unbind(3)
-        tanh = after[1].tanh()
-        _through_sigmoid(tanh, o, out=by_o)
+        shown = tanh(after[1])
+        _through_sigmoid(shown, o, out=by_o)
         _through_sigmoid(z, i, out=by_i)
         _through_sigmoid(before[1], f, out=by_f)
         _tanh_backward(i, z, grad_input=by_z)
-        by_c = _tanh_backward(o, tanh, grad_input=torch.empty_like(tanh))
+        by_c = _tanh_backward(o, shown, grad_input=torch.empty_like(shown))
         return _by_position(slopes[..., :1, :], slopes[..., 1:, :], _wide(by_c), _wide(f))
 
     def outs(self, dparts: Tensor) -> list[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rondo.kernels.nonlinear_rnn.cells import Cell
+from rondo.kernels.nonlinear_rnn.products import Products
 from rondo.kernels.segments import document_starts
 from rondo.kernels.tiles import values_are_known
 
@@ -130,13 +131,13 @@ def _run(cell: Cell, parts: Tensor, path: Tensor, weights: Tensor, cuts: dict[in
     `_weights`."""
     states = list(zip(*(x.unbind(0) for x in path), strict=True))
     products = parts.flatten(3)[..., : weights.shape[1]].unbind(0)
-    weights = weights.mT
+    by_weights = Products(weights, parts.shape[2])
     for t, (product, x) in enumerate(zip(products, cell.views(parts), strict=True)):
         before = states[t]
         if t in cuts:
             each = zip(cell.fresh, before, strict=True)
             before = tuple(torch.where(cuts[t], fresh, s) for fresh, s in each)
-        torch.baddbmm(product, before[0], weights, out=product)
+        by_weights.add(product, before[0])
         cell.step(x, before, states[t + 1])
 
 
@@ -154,6 +155,7 @@ def _run_back(
     gradients of the products to h, None: nowhere."""
     parts, before, after = kept
     width = 0 if back is None else back.shape[1]
+    by_weights = None if back is None else Products(back.mT, parts.shape[2])
     products = dparts.flatten(3)[..., :width].unbind(0)
     outs, grads, states = cell.outs(dparts), douts.unbind(0), carry.unsqueeze(3).unbind(0)
     to_h = carry[0].clone()
@@ -168,20 +170,21 @@ def _run_back(
                 keep = ~cuts[t + 1] if t + 1 in cuts else None
                 if keep is not None:
                     carry *= keep
-                dh = _before(grads[t], products[t + 1], back, keep)
+                dh = _before(grads[t], products[t + 1], by_weights, keep)
             cell.pull(dh.unsqueeze(2), states, slopes[t - start], outs[t])
-    if back is not None:
-        carry[0] += torch.bmm(products[0], back)
+    if by_weights is not None:
+        by_weights.add(carry[0], products[0])
 
 
-def _before(grad: Tensor, product: Tensor, back: Tensor | None, keep: Tensor | None) -> Tensor:
+def _before(
+    grad: Tensor, product: Tensor, by_weights: Products | None, keep: Tensor | None
+) -> Tensor:
     """The gradient `(H, B, D)` of an h: of the output, and of the product after it in the rows that
     `keep` names."""
-    if back is None:
+    if by_weights is None:
         return grad.clone()
-    if keep is None:
-        return torch.baddbmm(grad, product, back)
-    return torch.bmm(product, back).mul_(keep).add_(grad)
+    found = by_weights(product)
+    return (found if keep is None else found.mul_(keep)).add_(grad)
 
 
 def placed(x: Tensor, places: tuple[int, ...]) -> Tensor:

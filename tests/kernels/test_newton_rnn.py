@@ -219,23 +219,24 @@ def iterates(rows: Rows, first: Tensor, count: int) -> list[Tensor]:
     return found
 
 
-def solver_rows(name: str, time: int, scale: float, size: int) -> tuple[Rows, Tensor]:
-    gates, weights, _, _ = operands(name, time, scale=scale, width=16)
-    zero = gates.new_zeros(CELLS[name].variables, BATCH, 1, 16)
+def solver_rows(
+    name: str, time: int, scale: float, size: int, width: int = 16
+) -> tuple[Rows, Tensor]:
+    gates, weights, _, _ = operands(name, time, scale=scale, width=width)
+    zero = gates.new_zeros(CELLS[name].variables, BATCH, 1, width)
     return Rows(CELLS[name], gates, weights, None, None, size), zero
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("time", (256, 2048))
-def test_convergence_is_quadratic(name: str, time: int) -> None:
-    """In single positions: 3 iterations to 1e-7 and 4 to rounding, as published; gates of unit
-    variance are harder than those of a layer as it begins (test_para_rnn.py)."""
-    rows, first = solver_rows(name, time, 2 / math.sqrt(5 * 64), 1)
+@pytest.mark.parametrize(("time", "width"), ((256, 64), (2048, 256)))
+def test_convergence_is_quadratic(name: str, time: int, width: int) -> None:
+    """In single positions, at the weights they begin with: 3 iterations to 1e-7 and 4 to rounding,
+    as published. (The fewer channels, the larger the largest of their weights may come out.)"""
+    rows, first = solver_rows(name, time, 2 / math.sqrt(5 * width), 1, width)
     exact = forward(rows._replace(size=time), first, False).states
     errors = [float((x[-1] - exact[-1]).abs().max()) for x in iterates(rows, first, 4)]
     assert errors[0] > 0.1
-    third = 1e-7 if time == 256 else 2e-7  # the largest of eight times as many
-    for error, limit in zip(errors[1:], (0.2, 2e-3, third, 1e-14), strict=True):
+    for error, limit in zip(errors[1:], (0.2, 2e-3, 1e-7, 1e-14), strict=True):
         assert error < limit, errors
 
 

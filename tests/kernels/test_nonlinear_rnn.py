@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rondo.kernels import linear_scan, nonlinear_rnn
-from rondo.kernels.nonlinear_rnn import CELLS, chunked, reference
+from rondo.kernels.nonlinear_rnn import CELLS, chunked, products, reference
 from rondo.kernels.tiles import whole_tensors
 from rondo.tests.numerics import assert_ratio, gradients
 
@@ -81,6 +81,21 @@ def test_chunked_equals_the_loop(
         compare(found, expected, LIMITS[dtype])
         assert found[0][0].dtype == dtype
         assert found[0][1].dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("heads", (1, 2))
+def test_weights_laid_out_anew_are_the_same_weights(
+    name: str, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large heads have them on a CPU; here small ones."""
+    monkeypatch.setattr(products, "LEAST", 1)
+    exact = operands(name, 12, heads)
+    inputs = [x.float() for x in exact]
+    assert len(products.Products(inputs[1].transpose(0, 1).flatten(1, 2), BATCH).packed) == heads
+    for ids in (None, documents(12)):
+        expected = gradients(run(name, segment_ids=ids, backend="reference"), exact)
+        compare(gradients(run(name, segment_ids=ids, backend="chunked"), inputs), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
