@@ -39,8 +39,8 @@ class ParaRNNOptions:
     memory: float | None = None
     """Positions over which the channel with the longest memory forgets at the start, above 2: the
     share of its state that a step replaces (z of a GRU, 1 - f of an LSTM) is one in so many; the
-    channels' biases go there from one in two. None: biases from 0 to -1, about 4 positions for a
-    GRU and fewer than 2 for an LSTM."""
+    channels' biases go there from one in two. None: biases from 0 to -1, the longest memory about
+    4 positions for a GRU and 2 for an LSTM."""
     iterations: int = 3
     """Newton iterations that are expected; those beyond are counted."""
     max_iterations: int = 10
