@@ -71,8 +71,15 @@ TASKS = {
     ),
     "parity": _tracking(16, (64,), 2, 500),
     "cycle_navigation": _tracking(32, (100,), 5, 600),
-    # Trained on the length that is scored, and from 3 bits to 40 to be scored on six times as many.
-    "cycle_navigation_100": _tracking(100, (), 5, 600, "cycle_navigation"),
+    # Trained on the length that is scored, in many small steps.
+    "cycle_navigation_100": Task(
+        (100,),
+        (100,),
+        5,
+        Fit(2000, 32, 2048, 1e-2, first=3, grow_below=0.1),
+        kind="cycle_navigation",
+    ),
+    # From 3 bits to 40, scored on six times as many.
     "parity_40": _tracking(40, (128, 256), 2, 500, "parity"),
     "modular_arithmetic": _product(10, (40,), 5, 1500),
     "s3": _tracking(16, (64,), 6, 600),
@@ -99,7 +106,8 @@ class ShortTasksConfig:
     )
     """Rows: mixers of the recipe `short-tasks`, with commas between them; slashes between those of
     layers. `matching` is attention without positions, `reflecting` Gated DeltaNet with eigenvalues
-    down to -1, `deltanet_reflecting` so DeltaNet."""
+    down to -1, `deltanet_reflecting` so DeltaNet, `wide_para_gru` and `wide_para_lstm` have twice
+    the channels and a long memory at the start."""
     tasks: str = "mqar_all,parity"
     """Columns: mqar_all, mqar_small_64_4 (4 pairs in 64 words), parity,
     parity_40 (trained on 3 to 40 bits), cycle_navigation, cycle_navigation_100 (trained on 100

@@ -36,6 +36,11 @@ class ParaRNNOptions:
     recurrent_std: float | None = None
     """Standard deviation of recurrent weights at the start; None: 2 / √(5 width). About 2, without
     a limit, lets channels flip and count from the start, at more Newton iterations."""
+    memory: float | None = None
+    """Positions over which the channel with the longest memory forgets at the start, above 2: the
+    share of its state that a step replaces (z of a GRU, 1 - f of an LSTM) is one in so many; the
+    channels' biases go there from one in two. None: biases from 0 to -1, the longest memory about
+    4 positions for a GRU and 2 for an LSTM."""
     iterations: int = 3
     """Newton iterations that are expected; those beyond are counted."""
     max_iterations: int = 10
@@ -50,9 +55,9 @@ class ParaRNN(Mixer):
         gates = B u + b    h = cell(gates)    y = W_o (norm(h) · SiLU(v))
 
     and B block-diagonal over heads. Recurrent weights begin with standard deviation 2 / √(5 width),
-    or `recurrent_std`, B Xavier uniform within a head and gate, the first gate's bias falls from 0
-    to -1 over the channels, the others are 0. Norm over all channels. With `max_recurrent` training
-    keeps recurrent weights within it (`bounds`).
+    or `recurrent_std`, B Xavier uniform within a head and gate, the first gate's bias goes from 0
+    to -1 over the channels, or to what `memory` asks for, the others are 0. Norm over all channels.
+    With `max_recurrent` training keeps recurrent weights within it (`bounds`).
 
     State: `recurrent` `(B, H, D)`, of an LSTM `(B, 2, H, D)` with c first, float32; `conv`
     `(B, conv_width - 1, H·D)`.
@@ -62,6 +67,8 @@ class ParaRNN(Mixer):
     state_heads: ClassVar[int] = -2
     cell: ClassVar[str]
     """Name of `newton_rnn`'s cell."""
+    keeping: ClassVar[int]
+    """Sign of a bias of the first gate that keeps the state."""
     sharding: ClassVar[dict[str, str]] = {
         "x_proj": "column",
         "gate_proj": "column",
@@ -94,7 +101,7 @@ class ParaRNN(Mixer):
         heads, width = self.num_heads, self.head_dim
         bound = math.sqrt(3 / width)  # Xavier: √(6 / (inputs + outputs))
         self.mix = parameter((heads, GATES, width, width), uniform(-bound, bound))
-        self.bias = parameter((heads, GATES, width), _falling_bias)
+        self.bias = parameter((heads, GATES, width), self._bias_values)
         self.recurrent = parameter((heads, rows, width), self._recurrent_values())
         self.norm = GatedRMSNorm(self.inner, config.norm_eps)
         self.o_proj = Linear(self.inner, config.dim, std=config.residual_std)
@@ -105,6 +112,14 @@ class ParaRNN(Mixer):
         std, limit = self.options.recurrent_std, self.options.max_recurrent
         draw = normal(2 / math.sqrt(5 * self.inner) if std is None else std)
         return lambda shape, generator: draw(shape, generator).clamp_(-(limit or 1e9), limit or 1e9)
+
+    def _bias_values(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        heads, _, width = shape
+        bias = torch.zeros(shape)
+        memory = self.options.memory
+        last = -1.0 if memory is None else self.keeping * math.log(memory - 1)
+        bias[:, 0] = torch.linspace(0, last, heads * width).view(heads, width)
+        return bias
 
     @classmethod
     def problems(cls, config: ModelConfig, options: ParaRNNOptions) -> list[str]:
@@ -118,6 +133,8 @@ class ParaRNN(Mixer):
             )
         if options.tolerance is not None and options.tolerance >= 1:
             found.append(f"tolerance: must be below 1, got {options.tolerance}")
+        if options.memory is not None and options.memory <= 2:
+            found.append(f"memory: must be above 2, got {options.memory:g}")
         return found
 
     @classmethod
@@ -191,7 +208,7 @@ class ParaGRU(ParaRNN):
     """z = σ(g_z + a_z h), r = σ(g_r + a_r h), n = tanh(g_n + a_n h r), h' = (1 - z) h + z n,
     channel by channel; see `ParaRNN`."""
 
-    cell = "para_gru"
+    cell, keeping = "para_gru", -1
 
 
 @MIXERS.register("para_lstm")
@@ -199,11 +216,4 @@ class ParaLSTM(ParaRNN):
     """f = σ(g_f + a_f h + c_f c), z = tanh(g_z + a_z h), c' = f c + (1 - f) z,
     o = σ(g_o + a_o h + c_o c'), h' = o tanh(c'), channel by channel; see `ParaRNN`."""
 
-    cell = "para_lstm"
-
-
-def _falling_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    heads, _, width = shape
-    bias = torch.zeros(shape)
-    bias[:, 0] = -torch.linspace(0, 1, heads * width).view(heads, width)
-    return bias
+    cell, keeping = "para_lstm", 1

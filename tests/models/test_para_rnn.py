@@ -149,6 +149,7 @@ def test_health_reaches_the_metrics_by_layer(name: str) -> None:
         ({"num_heads": 5}, "num_heads: inner width 32 is not divisible by 5"),
         ({"iterations": 11}, "iterations: 11 are more than max_iterations, 10"),
         ({"tolerance": 2.0}, "tolerance: must be below 1, got 2.0"),
+        ({"memory": 2.0}, "memory: must be above 2, got 2"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], words: str) -> None:
@@ -168,3 +169,14 @@ def test_recurrent_weights_begin_as_asked(name: str) -> None:
     )
     assert 1.5 < wide.std() < 2.5 and usual.std() < 0.25
     assert torch.equal(cut, wide.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_begin_with_the_memory_asked_for(name: str) -> None:
+    model, usual = decoder(name, memory=101.0), decoder(name)
+    gate, *others = model.blocks["0"].mixer.get_parameter("bias").transpose(0, 1)  # type: ignore[union-attr]
+    replaced = torch.sigmoid(gate if name == "para_gru" else -gate).flatten()
+    assert math.isclose(replaced[0], 1 / 2) and math.isclose(replaced[-1], 1 / 101, rel_tol=1e-5)
+    assert (replaced.diff() < 0).all() and all(not other.any() for other in others)
+    bias = usual.blocks["0"].mixer.get_parameter("bias")  # type: ignore[union-attr]
+    assert bias[0, 0, 0] == 0 and bias[-1, 0, -1] == -1
