@@ -38,7 +38,7 @@ def job_command(record: EvalRecord, options: argparse.Namespace) -> list[str]:
     python = options.python or sys.executable
     words = [python, "-m", "rondo.launch.eval_job", str(record.run), f"--step={record.step}"]
     words += [f"--tasks={','.join(options.tasks)}", f"--retries={options.retries}", "--"]
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_size", "data_dir", "text", "samples", "seed"):
         if value := getattr(options, name):
             words += [f"--{name}", str(value)]
     return words

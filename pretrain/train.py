@@ -33,7 +33,7 @@ from rondo.pretrain.data import (
 )
 from rondo.pretrain.data.seen import NAME as SAMPLES
 from rondo.pretrain.domains import learnt_metrics
-from rondo.pretrain.eval_jobs import EvalJobs
+from rondo.pretrain.eval_jobs import EvalJobs, require_files
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.observe import Observer, Tables, due
 from rondo.pretrain.optim import set_learning_rate, updates_of
@@ -64,6 +64,7 @@ def train(recipe: Recipe) -> int:
             process group starts where that can be known then.
     """
     validate(recipe, world_size())
+    require_files(recipe)
     reuse_memory()
     folder = Path(recipe.output_dir) / recipe.name
     if recipe.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*")):
