@@ -123,7 +123,7 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
     ready = TaskManager(include_defaults=False)  # the whole list takes seconds to read
     for name, task in tasks.items():
         manager = harness_tasks() if isinstance(task, str) else ready
-        loaded = manager.load([task])
+        loaded = manager.load(task if isinstance(task, list) else [task])
         for each in loaded["tasks"].values():
             if each.get_config("num_fewshot") is None:
                 each.set_config("num_fewshot", 0)
