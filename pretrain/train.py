@@ -182,9 +182,11 @@ class Trainer:
                 before = {}
                 self.state["step"] = step + 1
                 scored = self.eval_jobs.due(step + 1)
-                saving = scored or step + 1 == stage.end or due(step, recipe.checkpoint.every)
+                saving = step + 1 == stage.end or due(step, recipe.checkpoint.every)
                 if stopping or saving:
                     self.save()
+                elif scored:
+                    self.eval_jobs.charge(self.save)
                 if stopping and not last:
                     self.checkpointer.close()
                     self.metrics.say(f"stopped by a signal after step {step + 1}; start again")

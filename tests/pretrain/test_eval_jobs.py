@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rondo.errors import UserError
-from rondo.parallel.checkpoint import files
+from rondo.parallel.checkpoint import Checkpointer, files
 from rondo.pretrain import load_recipe, train
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,20 @@ def test_in_the_loop(tmp_path: Path, control: Path) -> None:
     assert [seconds > 0.05 for seconds in lost(folder)][1:] == [False, False, True, False, False]
     results = json.loads((folder / "evals" / "step-000000003" / "a.json").read_text())
     assert results["results"]["a"]["acc,none"] == 0.5
+
+
+def test_a_checkpoint_for_scoring_alone_is_time_lost(
+    tmp_path: Path, control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpointer.save
+
+    def slow(self: Checkpointer, *given: Any) -> None:
+        time.sleep(0.6)
+        save(self, *given)
+
+    monkeypatch.setattr(Checkpointer, "save", slow)
+    folder = run(tmp_path, "--steps=6", "--checkpoint.every=4")  # scored: 2, 4 and 6
+    assert [seconds > 0.5 for seconds in lost(folder)] == [False, False, True, False, False, False]
 
 
 def test_local_files_are_handed_on(
