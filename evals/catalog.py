@@ -11,9 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry
 
 from rondo.errors import UserError
 from rondo.evals import needle, positions, ruler
@@ -59,10 +61,12 @@ class Catalog:
         self.sources = sources
 
     def find(self, name: str) -> Any:
-        """A task that `lm_eval.simple_evaluate` takes.
+        """What `TaskManager.load` takes: a task, a group of tasks (an average of them is reported
+        too), or the list of the tasks that a tag stands for.
 
         Raises:
-            UserError: there is no such task, or the data folder has no file for it.
+            UserError: there is no such task, or the data folder has no file for it or for one of
+                its parts.
         """
         if name == TEXT_TASK:
             return _text_task(self.sources.text)
@@ -79,12 +83,43 @@ class Catalog:
             )
         if folder is None:
             return name
-        file = find_file(folder, name)
-        return TaskFactory().build(
-            harness_tasks().task_index[name],
-            overrides=_dataset(partial(_local, file=file, task=name)),
-            registry=harness_tasks().task_index,
-        )
+        registry = harness_tasks().task_index
+        return _LocalTasks(folder, name).build(registry[name], registry=registry)
+
+
+class _LocalTasks(TaskFactory):
+    """Builds tasks, alone or as parts of the group or tag `asked`, on files in a folder."""
+
+    def __init__(self, folder: Path, asked: str) -> None:
+        super().__init__()
+        self.folder, self.asked = folder, asked
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
+        try:
+            file = find_file(self.folder, entry.name)
+        except UserError as error:
+            if entry.name == self.asked:
+                raise
+            raise UserError(f"{error}; {entry.name} is a part of {self.asked}") from error
+        local = _dataset(partial(_local, file=file, task=entry.name))
+        return super()._build_task(entry, {**(overrides or {}), **local})
+
+    def _build_group_members(
+        self,
+        member_list: list[str | dict[str, Any]],
+        group_name: str,
+        overrides: dict[str, Any] | None,
+        registry: dict[str, Entry],
+    ) -> list[Task | Group]:
+        for member in member_list:
+            part = member if isinstance(member, str) else member.get("task")
+            if isinstance(part, str) and part not in registry:
+                # The harness would load it from the hub.
+                raise UserError(
+                    f"data_dir: {part} of the group {group_name} is no task by itself, so that no "
+                    "file can stand in for its data set"
+                )
+        return super()._build_group_members(member_list, group_name, overrides, registry)
 
 
 def known() -> list[str]:

@@ -22,6 +22,7 @@ from rondo.evals import positions
 from rondo.models import Decoder, load
 from rondo.models.loading import find_checkpoint
 from rondo.pretrain.data import Tokenizer, load_tokenizer
+from rondo.pretrain.data.embedded import EMBEDDED
 from rondo.pretrain.options import parse_command
 
 USAGE = "rondo eval CHECKPOINT_OR_RUN --tasks A,B [--option value]..."
@@ -29,6 +30,7 @@ FEWSHOT_SEED = 1234  # the default of the harness
 _STDERR_DRAWS = 100
 # What does not change a result.
 _FREE = ("checkpoint", "step", "tasks", "batch_size", "output", "device", "overwrite")
+_PLACES = ("data_dir", "text")
 
 
 @dataclass
@@ -122,7 +124,7 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
     ready = TaskManager(include_defaults=False)  # the whole list takes seconds to read
     for name, task in tasks.items():
         manager = harness_tasks() if isinstance(task, str) else ready
-        loaded = manager.load([task])
+        loaded = manager.load(task if isinstance(task, list) else [task])
         for each in loaded["tasks"].values():
             if each.get_config("num_fewshot") is None:
                 each.set_config("num_fewshot", 0)
@@ -195,14 +197,23 @@ def _output(config: EvalConfig, checkpoint: Path) -> Path:
 
 def _options(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     """What a result depends on beside its task."""
-    options = {name: v for name, v in asdict(config).items() if name not in _FREE}
+    options: dict[str, Any] = {name: v for name, v in asdict(config).items() if name not in _FREE}
+    options |= {name: _absolute(options[name]) for name in _PLACES}
     return {"checkpoint": str(checkpoint), "options": options}
+
+
+def _absolute(place: str | None) -> str | None:
+    """A path that means the same in every working directory; what is no path stays."""
+    if place is None or place in EMBEDDED or not Path(place).expanduser().exists():
+        return place
+    return os.path.abspath(Path(place).expanduser())
 
 
 def _finished(file: Path, config: EvalConfig) -> dict[str, Any]:
     try:
         result = json.loads(file.read_text())
-        made = result["rondo"]["options"]
+        made = dict(result["rondo"]["options"])
+        made |= {name: _absolute(made.get(name)) for name in _PLACES}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} is no result of `rondo eval`; --overwrite true replaces it"

@@ -39,7 +39,7 @@ def job_command(record: EvalRecord, options: argparse.Namespace) -> list[str]:
     words = [python, "-m", "rondo.launch.eval_job", str(record.run), f"--step={record.step}"]
     words += [f"--tasks={','.join(options.tasks)}", f"--retries={options.retries}"]
     words += [f"--processes={options.gpus}"] * (options.gpus > 1) + ["--"]
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_size", "data_dir", "text", "samples", "seed"):
         if value := getattr(options, name):
             words += [f"--{name}", str(value)]
     return words

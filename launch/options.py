@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -212,6 +213,15 @@ def parse_watch(words: Sequence[str]) -> argparse.Namespace:
     add("--limit", type=_count(1), metavar="N", help="samples a task (default: all)")
     add("--batch-size", type=_count(1), metavar="N", help="of `rondo eval` (default: its own)")
     add(
+        "--data-dir",
+        type=_folder,
+        metavar="DIR",
+        help="folder with `<task>.jsonl` for lm-eval's tasks (default: the Hugging Face hub)",
+    )
+    add("--text", metavar="PATH", help="text for bits_per_byte, positions and needles")
+    add("--samples", type=_count(1), metavar="N", help="texts of a task from a seed")
+    add("--seed", type=_count(0), metavar="N", help="seeds those texts (default: 0)")
+    add(
         "--retries",
         type=_count(0),
         default=2,
@@ -234,6 +244,13 @@ def _tasks(text: str) -> list[str]:
     if "" in tasks or len({*tasks}) < len(tasks):
         raise argparse.ArgumentTypeError(f"expected different names as in A,B, got {text!r}")
     return tasks
+
+
+def _folder(text: str) -> str:
+    path = os.path.abspath(os.path.expanduser(text))
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is no folder")
+    return path
 
 
 def parse_folder(

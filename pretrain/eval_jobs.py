@@ -14,9 +14,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rondo.errors import UserError
 from rondo.parallel.checkpoint import files
 from rondo.parallel.mesh import Ranks
 from rondo.parallel.signals import StopFlag
+from rondo.pretrain.data.corpora import open_corpus
+from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.stages import total_steps
 
@@ -24,6 +27,21 @@ _POLL_SECONDS = 0.5
 _SUBMIT_SECONDS = 120.0
 """How long the end of a run waits for the submission of its last job."""
 _END_SECONDS = 10.0
+
+
+def require_files(recipe: Recipe) -> None:
+    """Raises UserError where local files that `evals` names for its tasks are not there: scoring
+    would only say so beside the first checkpoint."""
+    config = recipe.evals
+    if not config.tasks:
+        return
+    if config.data_dir is not None and not Path(config.data_dir).expanduser().is_dir():
+        raise UserError(f"evals.data_dir: {config.data_dir} is no folder (seen from {Path.cwd()})")
+    try:
+        if config.text is not None:
+            open_corpus(config.text)
+    except DataError as error:
+        raise UserError(f"evals.text: {error}") from error
 
 
 class EvalJobs:
@@ -71,6 +89,12 @@ class EvalJobs:
         """Keeps the checkpoint after `done` steps, about to be written, until it is scored."""
         if self.ranks.rank == 0 and self.due(done):
             files.hold(self.folder / "checkpoints", done)
+
+    def charge(self, save: Callable[[], None]) -> None:
+        """Saves a checkpoint that nothing but its scoring asks for: that is time lost, too."""
+        began = time.perf_counter()
+        save()
+        self.seconds += time.perf_counter() - began
 
     def wait(self, done: int) -> None:
         """In the loop (`evals.where`), waits for the results of the checkpoint after `done`
@@ -138,6 +162,8 @@ class EvalJobs:
         words += ["--child", f"--tasks={','.join(config.tasks)}", f"--where={where}"]
         words += [f"--every={config.every}", f"--retries={config.retries}"]
         given = {"limit": config.limit, "batch-size": config.batch_size}
+        given |= {"data-dir": config.data_dir, "text": config.text}
+        given |= {"samples": config.samples, "seed": config.seed}
         if where == "slurm":
             given |= {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
             given |= {"time": slurm.time, "gpus": slurm.gpus, "cpus": slurm.cpus}

@@ -263,6 +263,16 @@ class EvalConfig:
     """Samples a task; 0 takes all."""
     batch_size: int = 0
     """Sequences that `rondo eval` runs at once; 0 takes its default."""
+    data_dir: str | None = None
+    """Folder with the files of lm-eval's tasks, as `<task>.jsonl`; null takes them from the Hugging
+    Face hub. A relative path is seen from where training is started."""
+    text: str | None = None
+    """Text for bits_per_byte, positions and needles: a file, a folder, an embedded corpus; null
+    takes the default of `rondo eval`."""
+    samples: int = 0
+    """Texts of each task from a seed, and of positions; 0 takes the default of `rondo eval`."""
+    seed: int = 0
+    """Seeds those texts."""
     retries: int = 2
     """Failures that one checkpoint's job may have before it is given up."""
     slurm: SlurmEvalConfig = field(default_factory=SlurmEvalConfig)

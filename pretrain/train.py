@@ -33,7 +33,7 @@ from rondo.pretrain.data import (
 )
 from rondo.pretrain.data.seen import NAME as SAMPLES
 from rondo.pretrain.domains import learnt_metrics
-from rondo.pretrain.eval_jobs import EvalJobs
+from rondo.pretrain.eval_jobs import EvalJobs, require_files
 from rondo.pretrain.metrics import Metrics
 from rondo.pretrain.observe import Observer, Tables, due
 from rondo.pretrain.optim import set_learning_rate, updates_of
@@ -64,6 +64,7 @@ def train(recipe: Recipe) -> int:
             process group starts where that can be known then.
     """
     validate(recipe, world_size())
+    require_files(recipe)
     reuse_memory()
     folder = Path(recipe.output_dir) / recipe.name
     if recipe.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*")):
@@ -181,9 +182,11 @@ class Trainer:
                 before = {}
                 self.state["step"] = step + 1
                 scored = self.eval_jobs.due(step + 1)
-                saving = scored or step + 1 == stage.end or due(step, recipe.checkpoint.every)
+                saving = step + 1 == stage.end or due(step, recipe.checkpoint.every)
                 if stopping or saving:
                     self.save()
+                elif scored:
+                    self.eval_jobs.charge(self.save)
                 if stopping and not last:
                     self.checkpointer.close()
                     self.metrics.say(f"stopped by a signal after step {step + 1}; start again")

@@ -34,6 +34,8 @@ _AT_LEAST = {
     "evals.batches": 0,
     "evals.limit": 0,
     "evals.batch_size": 0,
+    "evals.samples": 0,
+    "evals.seed": 0,
     "evals.retries": 0,
     "evals.slurm.gpus": 0,
     "evals.slurm.cpus": 0,
@@ -158,6 +160,9 @@ def _evals(recipe: Recipe) -> Iterator[str]:
             yield f"evals.tasks.{i}: must be the name of a task of `rondo eval`, got {show(task)}"
         elif task in config.tasks[:i]:
             yield f"evals.tasks.{i}: {show(task)} is there already"
+    for name in ("data_dir", "text"):
+        if getattr(config, name) == "":
+            yield f"evals.{name}: must not be empty"
     limit = config.slurm.time
     if limit is not None and not re.fullmatch(_TIME, limit):
         yield (

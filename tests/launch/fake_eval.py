@@ -1,7 +1,8 @@
 """Stands in for `rondo eval RUN --step N --tasks A,B`, without a model.
 
-A folder in RONDO_FAKE_EVAL takes a line a start in `starts`, and says how it goes: a file `fail`
-with the number of starts that fail first, a file `wait` that holds it up while it is there.
+A folder in RONDO_FAKE_EVAL takes a line a start in `starts` and the last one's words in `words`,
+and says how it goes: a file `fail` with the number of starts that fail first, a file `wait` that
+holds it up while it is there.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ def main() -> int:
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--limit", type=int)
-    options = parser.parse_args()
+    options, _ = parser.parse_known_args()
     control = Path(os.environ["RONDO_FAKE_EVAL"])
     with (control / "starts").open("a") as file:
         file.write(f"{options.step}\n")
+    (control / "words").write_text(json.dumps(sys.argv[1:]))
     name = f"step-{options.step:09d}"
     while (control / "wait").exists():
         time.sleep(0.05)

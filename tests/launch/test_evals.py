@@ -80,6 +80,18 @@ def test_every_checkpoint_is_scored_once(run: Path, control: Path) -> None:
     assert starts(control) == [10, 30]
 
 
+def test_local_files_are_handed_on(run: Path, control: Path, monkeypatch) -> None:
+    (run.parent / "data").mkdir()
+    monkeypatch.chdir(run.parent)
+    words = ["--data-dir=data", "--text=stdlib-code", "--samples=7", "--seed=3", "--limit=5"]
+    assert watch(run, "--every=0", *words) == 0
+    given = json.loads((control / "words").read_text())
+    assert given[given.index("--limit") :] == [
+        *("--limit", "5", "--data_dir", str(run.parent / "data")),
+        *("--text", "stdlib-code", "--samples", "7", "--seed", "3"),
+    ]
+
+
 def test_only_steps_that_are_due(run: Path, control: Path) -> None:
     assert watch(run, "--every=0") == 0
     assert starts(control) == [30]
@@ -213,6 +225,7 @@ def test_names_of_jobs_are_those_of_one_run(run: Path) -> None:
         (["watch", "RUN"], "--tasks"),
         (["watch", "RUN", "--tasks=a,a"], "different names"),
         (["watch", "RUN", "--tasks=a", "--were=slurm"], "did you mean --where"),
+        (["watch", "RUN", "--tasks=a", "--data-dir=nowhere"], "nowhere is no folder"),
         (["score"], "expected watch, got 'score'"),
     ],
 )

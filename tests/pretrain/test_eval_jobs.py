@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rondo.errors import UserError
-from rondo.parallel.checkpoint import files
+from rondo.parallel.checkpoint import Checkpointer, files
 from rondo.pretrain import load_recipe, train
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,85 @@ def test_in_the_loop(tmp_path: Path, control: Path) -> None:
     assert results["results"]["a"]["acc,none"] == 0.5
 
 
+def test_a_checkpoint_for_scoring_alone_is_time_lost(
+    tmp_path: Path, control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpointer.save
+
+    def slow(self: Checkpointer, *given: Any) -> None:
+        time.sleep(0.6)
+        save(self, *given)
+
+    monkeypatch.setattr(Checkpointer, "save", slow)
+    folder = run(tmp_path, "--steps=6", "--checkpoint.every=4")  # scored: 2, 4 and 6
+    assert [seconds > 0.5 for seconds in lost(folder)] == [False, False, True, False, False, False]
+
+
+def test_local_files_are_handed_on(
+    tmp_path: Path, control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "a text.txt").write_text("A text.\n")
+    monkeypatch.chdir(tmp_path)
+    local = ["--evals.data_dir=given", "--evals.text=given/a text.txt"]
+    run(
+        tmp_path,
+        "--steps=2",
+        "--schedule.warmup_steps=0",
+        "--evals.samples=7",
+        "--evals.seed=3",
+        *local,
+    )
+    given = json.loads((control / "words").read_text())
+    assert given[given.index("a") + 1 :] == [
+        *("--data_dir", str(tmp_path / "given"), "--text", "given/a text.txt"),
+        *("--samples", "7", "--seed", "3"),
+    ]
+
+
+@pytest.mark.slow
+def test_local_files_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `rondo eval` itself, without a network."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / ".typing"))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    (tmp_path / "given").mkdir()
+    pairs = [{"sentence_good": "It is.", "sentence_bad": f"{word} is."} for word in ("Be", "Am")]
+    lines = "".join(f"{json.dumps(pair)}\n" for pair in pairs)
+    (tmp_path / "given" / "causative.jsonl").write_text(lines)
+    (tmp_path / "text.txt").write_text("A text.\n")
+    monkeypatch.chdir(tmp_path)
+    tasks = ("blimp_causative", "bits_per_byte", "parity_12")
+    folder = run(
+        tmp_path,
+        *("--steps=2", "--schedule.warmup_steps=0", "--evals.where=loop"),
+        f"--evals.tasks=[{', '.join(tasks)}]",
+        *("--evals.data_dir=given", "--evals.text=text.txt", "--evals.samples=3"),
+    )
+    files_of = {task: folder / "evals" / "step-000000002" / f"{task}.json" for task in tasks}
+    found = {task: json.loads(file.read_text()) for task, file in files_of.items()}
+    assert [found[task]["n-samples"][task]["original"] for task in tasks] == [2, 1, 3]
+    assert found["bits_per_byte"]["results"]["bits_per_byte"]["bits_per_byte,none"] > 0
+    assert found["parity_12"]["rondo"]["options"]["data_dir"] == str(tmp_path / "given")
+    assert found["parity_12"]["rondo"]["options"]["text"] == str(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--evals.data_dir=nowhere", "evals.data_dir: nowhere is no folder"),
+        ("--evals.text=nowhere.txt", "evals.text: 'nowhere.txt': no such file"),
+    ],
+)
+def test_what_is_missing_is_said_before_training(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, override)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
+
+
 def test_holds_end_by_themselves(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         files.step_folder(tmp_path, step).mkdir()
@@ -109,6 +189,7 @@ def test_holds_end_by_themselves(tmp_path: Path) -> None:
         ("--evals.where=slrum", "slurm"),
         ("--evals.slurm.time=soon", "D-HH:MM:SS"),
         ("--evals.retries=-1", "evals.retries: must be at least 0"),
+        ("--evals.data_dir=", "evals.data_dir: must not be empty"),
     ],
 )
 def test_what_is_wrong_is_said_before_training(override: str, message: str) -> None:
