@@ -58,8 +58,9 @@ class FunctionCell:
     def check(self, gates: Tensor, weights: Tensor) -> None:
         """Calls the function for the first position of `(B, T, G, W)`.
 
-        Raises ValueError if it does not return a state like the one it was given, or if what it
-        returns for a channel depends on another one's state.
+        Raises ValueError if it does not return a state like the one it was given, if what it
+        returns for a channel depends on another one's state, or if it depends on a tensor that
+        requires grad and is no argument: the solver would not see it.
         """
         inputs = gates[:1, :1].to(weights.dtype).expand(2, 2, -1, -1).unbind(2)
         zero = inputs[0].new_zeros(self.variables, *inputs[0].shape)
@@ -69,6 +70,13 @@ class FunctionCell:
             plain, other = (
                 self._call(inputs, weights.unbind(0))(*x.unbind(0)) for x in (zero, poisoned)
             )
+        with torch.enable_grad():
+            given = [x.detach() for x in inputs], [w.detach() for w in weights.unbind(0)]
+            if any(x.requires_grad for x in self._call(*given)(*zero.unbind(0))):
+                raise ValueError(
+                    "the cell reads a tensor that requires grad and is no argument of it, whose "
+                    "gradient would be lost: give it as one of the weights"
+                )
         for x, y, like in zip(plain, other, zero, strict=True):
             if x.shape != like.shape or x.dtype != like.dtype:
                 raise ValueError(

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rondo.kernels.backend import log_once
 from rondo.kernels.newton_rnn import blocks
 from rondo.kernels.newton_rnn.neighbours import Neighbours, Summary, state_of, summary, vector
 from rondo.kernels.newton_rnn.sweeps import Rows, Sweep, forward
@@ -114,6 +115,8 @@ def solve(
     health = _health((residual, relative, largest), counts, first)
     if solved:
         return Found(sweep.states, borders[:, :, :1], health)
+    why = "Newton's method was not within its tolerance for some rows, which is said once"
+    log_once("newton_rnn", "one position at a time", first.device.type, why)
     return Found(*sequential(rows, first, neighbours, passes), health)
 
 

@@ -24,3 +24,22 @@ def test_slstm_has_parity_far_beyond_the_texts_of_training(tmp_path: Path) -> No
     found = accuracy(tmp_path, "parity_40", "slstm")
     assert list(found) == ["40", "128", "256"] and min(found.values()) >= 0.99, found
     assert accuracy(tmp_path, "parity_40", "mamba2")["256"] < 0.6
+
+
+def test_a_dense_lstm_follows_words_of_a5(tmp_path: Path) -> None:
+    """Words of two generators, 16 letters long; a linear layer is at a guess, 1/60."""
+    assert accuracy(tmp_path, "a5_generators", "lstm")["16"] >= 0.99
+    assert accuracy(tmp_path, "a5_generators", "mamba2")["16"] < 0.1
+
+
+def test_recall_of_every_key_needs_a_state_that_is_read_by_content(tmp_path: Path) -> None:
+    """Attention without positions and Gated DeltaNet have it; Mamba-2 has one head for all keys."""
+    for mixer in ("matching", "gated_deltanet"):
+        assert min(accuracy(tmp_path, "mqar_all", mixer).values()) > 0.95, mixer
+    assert accuracy(tmp_path, "mqar_all", "mamba2")["8"] < 0.5
+
+
+def test_parity_needs_negative_eigenvalues(tmp_path: Path) -> None:
+    """Gated DeltaNet with them and without, in texts of the length of training."""
+    assert accuracy(tmp_path, "parity", "reflecting")["16"] > 0.95
+    assert accuracy(tmp_path, "parity", "gated_deltanet")["16"] < 0.9

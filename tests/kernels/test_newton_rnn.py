@@ -433,6 +433,19 @@ def test_functions_equal_the_cells_by_hand(name: str, chunks: int) -> None:
     compare(found, expected, 1e-10)
 
 
+def test_functions_that_hide_a_parameter_are_refused() -> None:
+    gates, weights, _, _ = operands("para_gru", 5)
+    hidden = torch.ones(WIDTH, dtype=gates.dtype, requires_grad=True)
+
+    def cell(h: Tensor, gates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        return torch.tanh(gates[0] + weights[0] * h) * hidden
+
+    with pytest.raises(ValueError, match="requires grad and is no argument"):
+        newton_rnn(cell, gates, weights.requires_grad_())
+    hidden.requires_grad_(False)
+    assert newton_rnn(cell, gates, weights).h.requires_grad
+
+
 def test_functions_that_are_not_elementwise_are_refused() -> None:
     gates, weights, _, _ = operands("para_gru", 5)
     with pytest.raises(ValueError, match="not elementwise"):
