@@ -66,7 +66,8 @@ def compare(config: AgainstConfig) -> dict[str, dict[str, float]]:
 
     folder = find_checkpoint(Path(config.checkpoint))
     model, tokenizer = load(folder).eval(), load_tokenizer(folder / "tokenizer")
-    catalog = Catalog(Sources(tokenizer, Path(config.data_dir)))
+    samples = config.limit or Sources.samples
+    catalog = Catalog(Sources(tokenizer, Path(config.data_dir), samples=samples))
     tasks = {name: catalog.find(name) for name in config.tasks.split(",")}
     sizes = [int(size) for size in config.batch_sizes.split(",")]
     limit = config.limit or None

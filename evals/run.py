@@ -113,7 +113,7 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
 
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
     folder = Path(config.data_dir).expanduser() if config.data_dir else None
-    catalog = Catalog(Sources(tokenizer, folder, config.text, config.samples, config.seed))
+    catalog = Catalog(Sources(tokenizer, folder, config.text, _texts(config), config.seed))
     by_position = [name for name in names if positions.length_of(name)]
     # A wrong name shows before the work.
     tasks = {name: catalog.find(name) for name in names if name not in by_position}
@@ -140,11 +140,17 @@ def _score(config: EvalConfig, checkpoint: Path, names: list[str]) -> Any:
             yield name, {**result, "config": _about(config, checkpoint), "date": time.time()}
 
 
+def _texts(config: EvalConfig) -> int:
+    """How many texts of a task from a seed are scored: no more are made, as a few of more would
+    have their passkeys near the beginning."""
+    return min(config.samples, config.limit or config.samples)
+
+
 def _positions(
     name: str, config: EvalConfig, checkpoint: Path, model: Decoder, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The result of `positions_N`, `newlines_N` or `capitals_N`."""
-    count = min(config.samples, config.limit or config.samples)
+    count = _texts(config)
     kind, length = name.partition("_")[0], positions.length_of(name) or 0
     if kind in positions.DEGENERATE:
         texts = positions.degenerate(kind, tokenizer, length, count)

@@ -88,6 +88,23 @@ def test_a_result_is_made_once(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(file.read_text())["n-samples"]["parity_12"]["effective"] == 2
 
 
+def test_passkeys_of_a_limit_are_at_all_depths(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rondo.evals.adapter import HarnessModel
+
+    depths: list[float] = []
+    score = HarnessModel.loglikelihood
+
+    def noted(model: HarnessModel, requests: list[Any]) -> Any:
+        prompts = [request.args[0] for request in requests]
+        depths.extend(prompt.index("Remember it.") / len(prompt) for prompt in prompts)
+        return score(model, requests)
+
+    monkeypatch.setattr(HarnessModel, "loglikelihood", noted)
+    words = ["eval", str(run), "--tasks", "passkey_2000", "--limit", "10", "--output"]
+    assert rondo([*words, str(run / "limited")]) == 0
+    assert len(depths) == 10 and min(depths) < 0.15 and max(depths) > 0.85
+
+
 def test_tensorboard_has_the_numbers(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
