@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rondo.errors import run_command
+from rondo.errors import UserError, run_command
 from rondo.launch import slurm
 from rondo.launch.folder import FINAL, RunFolder
 from rondo.launch.lock import Lock
@@ -116,13 +116,16 @@ class Job:
             slurm.call("scontrol", "requeue", self.id)
             later = [self.id]
             self.folder.record("requeue", launch=self.options.launch, job=self.id)
-        bad = self.folder.events("bad nodes", self.options.launch)
-        names = {node for row in bad for node in row["nodes"]}
-        names |= set(filter(None, self.options.exclude.split(",")))
-        if any(row["nodes"] for row in bad):
-            nodes = ",".join(sorted(names))
-            for job in later:
+        rows = self.folder.events("bad nodes", self.options.launch)
+        bad = sorted({node for row in rows for node in row["nodes"]})
+        # What was excluded may have commas within brackets, which SLURM understands.
+        before = [self.options.exclude] if self.options.exclude else []
+        nodes = ",".join([*before, *bad])
+        for job in later if bad else ():
+            try:
                 slurm.call("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
+            except UserError as error:  # it may get them again, and finds them bad again
+                say(f"job {job} is not kept from {', '.join(bad)}: {error}")
 
     def _may_requeue(self) -> bool:
         """Not when someone cancelled the job, or SLURM is requeueing it already."""

@@ -19,6 +19,7 @@ TOOLS = {
     "scontrol": """case "$*" in
     *hostnames*) echo n1; echo n2;;
     *"show job"*) echo "JobId=7 JobState=$STATE Reason=$REASON";;
+    "$REFUSED "*) echo "Invalid node name specified" >&2; exit 1;;
     *) echo "$*" >> calls;;
 esac""",
 }
@@ -117,9 +118,16 @@ def test_a_stop_holds_for_jobs_to_come(bench: Bench) -> None:
 
 
 def test_a_bad_node_is_excluded_with_those_that_were(bench: Bench) -> None:
-    done = bench.job("--requeue", "--exclude=n9", HEALTH=BAD)
+    done = bench.job("--requeue", "--exclude=n[3,7],n9", HEALTH=BAD)
     assert done.returncode == 75 and "n2: 3 GPU(s), 8 wanted" in done.stderr
-    assert bench.calls() == ["requeue 7", "update JobId=7 ExcNodeList=n2,n9"]
+    assert bench.calls() == ["requeue 7", "update JobId=7 ExcNodeList=n[3,7],n9,n2"]
+
+
+def test_a_job_goes_on_where_slurm_excludes_no_node(bench: Bench) -> None:
+    done = bench.job("--requeue", HEALTH=BAD, REFUSED="update")
+    assert done.returncode == 75 and bench.calls() == ["requeue 7"]
+    assert "job 7 is not kept from n2: scontrol update JobId=7" in done.stderr
+    assert "Invalid node name" in done.stderr and bench.folder.outcome() == "interrupted"
 
 
 def test_in_a_chain_it_is_excluded_for_the_jobs_to_come(bench: Bench) -> None:
