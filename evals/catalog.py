@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
@@ -19,7 +20,7 @@ from lm_eval.tasks._index import Entry
 
 from rondo.errors import UserError
 from rondo.evals import needle, positions, ruler
-from rondo.evals.local_data import find_file, read_rows
+from rondo.evals.local_data import find_examples, find_file, read_rows
 from rondo.evals.tasks import NAMES, PLANNING, examples, paths
 from rondo.pretrain.data import Tokenizer
 from rondo.pretrain.data.corpora import open_corpus
@@ -29,6 +30,8 @@ _MEAN = [
     {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
     {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
 ]
+# What the harness raises for a sample without the fields of the task's data set.
+_UNFIT = (TemplateError, LookupError, TypeError, ValueError, AttributeError, SyntaxError)
 _ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -101,8 +104,36 @@ class _LocalTasks(TaskFactory):
             if entry.name == self.asked:
                 raise
             raise UserError(f"{error}; {entry.name} is a part of {self.asked}") from error
-        local = _dataset(partial(_local, file=file, task=entry.name))
-        return super()._build_task(entry, {**(overrides or {}), **local})
+        settings = self._load_full_config(entry, overrides)
+        if "class" in settings:
+            raise UserError(f"data_dir: {entry.name} reads a data set of its own, never a file")
+        shots = settings.get("num_fewshot") or 0
+        fewshot = dict(settings.get("fewshot_config") or {})
+        fewshot["split"] = None  # that of its data set, which is not here
+        files = {"test": file}
+        if shots and not fewshot.get("samples"):
+            fewshot["split"] = "fewshot"
+            files["fewshot"] = find_examples(self.folder, entry.name, shots)
+        local = _dataset(partial(_local, files=files, task=entry.name))
+        local["fewshot_config"] = fewshot
+        try:
+            task = super()._build_task(entry, {**(overrides or {}), **local})
+            if "fewshot" in files:
+                found = len(list(task.fewshot_docs()))
+                if found < shots:
+                    raise UserError(
+                        f"{files['fewshot']} has {found} examples; {entry.name} shows {shots}"
+                    )
+                task.fewshot_context(task.eval_docs[0], num_fewshot=shots)
+            return task
+        except UserError:
+            raise
+        except _UNFIT as error:
+            listed = " and ".join(_fields(path, entry.name) for path in files.values())
+            why = f"there is no {error}" if isinstance(error, KeyError) else error
+            raise UserError(
+                f"data_dir: {listed}; {entry.name} needs the fields of its own data set: {why}"
+            ) from error
 
     def _build_group_members(
         self,
@@ -153,19 +184,24 @@ def _dataset(build: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def _splits(rows: list[dict[str, Any]]) -> Any:
+def _splits(rows: dict[str, list[dict[str, Any]]]) -> Any:
     from datasets import Dataset, DatasetDict
 
-    return DatasetDict({"test": Dataset.from_list(rows)})
+    made: dict[Any, Dataset] = {split: Dataset.from_list(each) for split, each in rows.items()}
+    return DatasetDict(made)
 
 
-def _local(*, file: Path, task: str, **_: Any) -> Any:
-    return _splits(read_rows(file, task))
+def _local(*, files: dict[str, Path], task: str, **_: Any) -> Any:
+    return _splits({split: read_rows(file, task) for split, file in files.items()})
+
+
+def _fields(file: Path, task: str) -> str:
+    return f"{file} has the fields {', '.join(read_rows(file, task)[0])}"
 
 
 def _text_task(path: str) -> ConfigurableTask:
     def build(**_: Any) -> Any:
-        return _splits([{"text": each} for each in open_corpus(path).documents()])
+        return _splits({"test": [{"text": each} for each in open_corpus(path).documents()]})
 
     return ConfigurableTask(
         config={
@@ -182,7 +218,7 @@ def _text_task(path: str) -> ConfigurableTask:
 
 def _generated_task(name: str, sources: Sources) -> ConfigurableTask:
     def build(**_: Any) -> Any:
-        return _splits([{"prompt": p, "answer": a} for p, a in texts(name, sources)])
+        return _splits({"test": [{"prompt": p, "answer": a} for p, a in texts(name, sources)]})
 
     kind, size = kind_and_size(name) or (name, 0)
     how: dict[str, Any] = {"output_type": "loglikelihood", "metric_list": _MEAN}

@@ -19,7 +19,26 @@ def find_file(folder: Path, task: str) -> Path:
     Raises:
         UserError: no such file, or several.
     """
-    names = [task, task.removeprefix("blimp_"), f"{task}_val_sample"]
+    return _only(folder, [task, task.removeprefix("blimp_"), f"{task}_val_sample"])
+
+
+def find_examples(folder: Path, task: str, count: int) -> Path:
+    """The JSON lines file of the `count` examples that a few-shot task shows before each sample:
+    `<task>_train.jsonl` or `<task>_fewshot.jsonl` anywhere in the folder.
+
+    Raises:
+        UserError: no such file, or several.
+    """
+    try:
+        return _only(folder, [f"{task}_train", f"{task}_fewshot"])
+    except UserError as error:
+        raise UserError(
+            f"{error}; {task} shows {count} examples before each sample, which must not be among "
+            "those that are scored"
+        ) from error
+
+
+def _only(folder: Path, names: list[str]) -> Path:
     found = sorted({file for name in names for file in folder.rglob(f"{name}.jsonl")})
     if len(found) != 1:
         wanted = " or ".join(dict.fromkeys(f"{name}.jsonl" for name in names))
