@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from rondo.pretrain.options import parse_command
 USAGE = "rondo eval CHECKPOINT_OR_RUN --tasks A,B [--option value]..."
 FEWSHOT_SEED = 1234  # the default of the harness
 _STDERR_DRAWS = 100
+# The other ranks wait while rank 0 measures by position, or a rank has longer texts than they.
+_PATIENCE = timedelta(days=1)
 # What does not change a result.
 _FREE = ("checkpoint", "step", "tasks", "batch_size", "output", "device", "overwrite")
 _PLACES = ("data_dir", "text")
@@ -281,7 +284,8 @@ class _Ranks:
         self.started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
         if self.started:
             dist.init_process_group(
-                "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl"
+                "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
+                timeout=_PATIENCE,
             )
         return self
 
