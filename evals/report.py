@@ -76,6 +76,7 @@ def sections(runs: Sequence[RunData]) -> Iterator[Section]:
 
 _STATES = {
     "largest_norm": "Largest norm of a head's state",
+    "largest_variance": "Largest variance of a head's state",
     "effective_rank": "Effective rank of states",
     "first_token": "Share left of the first token's state",
 }

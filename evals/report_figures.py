@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,10 +224,10 @@ def _finish(
     if not figure.data:
         return None
     if log_x:
-        ticks = [4**k for k in range(12)]
-        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
-    # A logarithmic axis within a decade may have no tick at all.
-    axis = {"type": "log", "exponentformat": "power"} if log and _decades(figure) else {}
+        powers = [4**k for k in range(12)]
+        figure.update_xaxes(type="log", tickvals=powers, ticktext=[f"{p:,}" for p in powers])
+    ticks = _decades(figure) if log else {}
+    axis = {"type": "log", **ticks} if ticks else {}
     figure.update_yaxes(title={"text": y}, automargin=True, **axis)
     figure.update_xaxes(title={"text": x}, automargin=True)
     # Colours of text and lines are the page's, which knows whether it is light or dark.
@@ -242,8 +243,15 @@ def _finish(
     return figure
 
 
-def _decades(figure: go.Figure) -> bool:
-    """Whether the values are positive and span more than a decade."""
+def _decades(figure: go.Figure) -> dict[str, list[Any]]:
+    """Ticks of a logarithmic axis, few enough that their labels do not overlap; none where the
+    values are not positive, or do not span more than a decade and may lie between two ticks."""
     traces: Any = figure.data
     values = [value for trace in traces for value in trace.y]
-    return min(values) > 0 and max(values) / min(values) > 10
+    if min(values) <= 0 or max(values) / min(values) <= 10:
+        return {}
+    first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    digits = (1, 2, 5) if last - first <= 3 else (1,)
+    powers = range(first, last + 1, max(1, (last - first) // 6))
+    ticks = [digit * 10.0**power for power in powers for digit in digits]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}

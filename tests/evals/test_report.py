@@ -12,7 +12,7 @@ import pytest
 from rondo.errors import UserError
 from rondo.evals import report_figures as figures
 from rondo.evals.report import main, sections
-from rondo.evals.report_data import differences, read_runs
+from rondo.evals.report_data import ByPosition, RunData, differences, read_runs
 
 pytestmark = pytest.mark.quick
 
@@ -179,15 +179,35 @@ def test_curves_by_position(tmp_path: Path) -> None:
         write_score(run, step, 0.5)
         curves = {"loss": {"1": 3.0, "2": loss}, "largest_norm/00": {"1": 1.0, "2": 4.0}}
         curves["effective_rank/00"] = {"1": 1.0, "2": 1.5}
+        curves["largest_variance/00"] = {"1": 1.0, "2": 250.0}
         configs = {"positions_2": {"trained_length": 1}}
         text = json.dumps({"results": {}, "curves": curves, "configs": configs})
         (run / "evals" / f"step-{step:09d}" / "positions_2.json").write_text(text)
     assert titles([run])["By position"] == [
         "Loss, positions_2",
         "Largest norm of a head's state, positions_2",
+        "Largest variance of a head's state, positions_2",
         "Effective rank of states, positions_2",
     ]
     (data,) = read_runs([str(run)])
     figure = figures.by_position([data], "positions_2")
     assert figure is not None and list(figure.data[0].y) == [3.0, 2.0]  # of the newest
     assert figure.data[0].name == "a, step 20" and figure.layout.shapes[0].x0 == 1
+
+
+@pytest.mark.parametrize(
+    ("largest", "labels"),
+    [
+        (9.0, None),  # no axis in decades
+        (250.0, "1 2 5 10 20 50 100 200 500 1000 2000 5000"),
+        (3e4, "1 10 100 1000 10000 100000"),
+        (1e18, "1 1000 1e+06 1e+09 1e+12 1e+15 1e+18"),
+    ],
+)
+def test_labels_of_decades_are_few(largest: float, labels: str | None) -> None:
+    curves = {"largest_variance/00": {1: 1.0, 2: largest}}
+    run = RunData("a", Path(), [], positions={"positions_2": ByPosition(1, 1, curves)})
+    figure = figures.states(run, "positions_2", "largest_variance", "")
+    assert figure is not None
+    axis = figure.layout.yaxis
+    assert (" ".join(axis.ticktext) if axis.type == "log" else None) == labels
