@@ -95,6 +95,8 @@ def _is_even(permutation: tuple[int, ...]) -> bool:
 
 def delayed_match(draw: random.Random, size: int) -> tuple[str, str]:
     """1 if the last bit is that of `size` bits before it (N-delayed match to sample), else 0;
-    up to `size` more bits come first."""
+    up to `size` more bits come first.
+
+    The usual definition compares x[-1] with x[-N], N - 1 before it: `size` is that N - 1."""
     bits = [draw.randrange(2) for _ in range(draw.randint(size + 1, 2 * size + 1))]
     return f"{' '.join(map(str, bits))} =", str(int(bits[-1] == bits[-1 - size]))

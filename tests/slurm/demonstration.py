@@ -1,9 +1,9 @@
-"""`python -m rondo.tests.slurm.demonstration FOLDER`: a night on a cluster, in three minutes.
+"""`python -m rondo.tests.slurm.demonstration FOLDER`: a night on a cluster, in five minutes.
 
 Two runs of the quickstart model on two nodes of a cluster that is this machine, each submitted by
 one command, with checkpoints scored by jobs of their own. One of them is requeued in mid-run; its
-losses have to be those of the other to the last bit. FOLDER then has the runs and `report.html`,
-and what `rondo status` said in mid-run and at the end.
+losses have to be those of the other to the last bit. FOLDER then has the runs, and what
+`rondo status` said in mid-run and at the end; `rondo report` makes a page of the runs.
 """
 
 from __future__ import annotations
