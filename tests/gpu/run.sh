@@ -69,7 +69,9 @@ done
 begin delta tests/gpu/until.py "$until" \
     tests/kernels/test_triton_delta_rule.py tests/kernels/test_triton_stretch.py
 begin kernels tests/gpu/until.py "$until" $others
+export FLA_CACHE_RESULTS=0 # what fla finds fastest on a busy device is not to be kept
 begin compile -m rondo.kernels.bench --compile --seconds "$until"
+unset FLA_CACHE_RESULTS # it tunes again, alone, when it is timed
 wait
 code=0
 for log in mixers operators long delta kernels; do

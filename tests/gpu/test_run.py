@@ -37,6 +37,7 @@ def interpreter(
         f'[ "$2" = "import yaml" ] && exit {int(not yaml)}\n'
         f'[ "$1" = -c ] && {{ echo {lacks}; exit {int(not gpu)}; }}\n'
         f'echo "{name} $*" >> {folder}/log\n'
+        f'echo "${{FLA_CACHE_RESULTS-unset}} $*" >> {folder}/tuning\n'
         f'case "$*" in {fails or "nothing"}*) echo "said by {fails}"; exit {code};; esac\nexit 0\n'
     )
     path.chmod(0o755)
@@ -46,6 +47,7 @@ def interpreter(
 def run(folder: Path, python: Path | str) -> tuple[int, str, list[str]]:
     """Exit code, what was said, and what was run."""
     environment = {**os.environ, "PYTHON": str(python), "BIN": str(folder / "bin")}
+    environment.pop("FLA_CACHE_RESULTS", None)
     done = subprocess.run(
         ["sh", str(HERE / "run.sh")], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -89,6 +91,15 @@ def test_it_takes_the_interpreter_that_sees_a_gpu(tmp_path: Path, own: bool, tak
         for module, line in zip(MODULES, ran[-2:], strict=True)
     ]
     assert seconds == [pytest.approx(365, abs=5), pytest.approx(466, abs=5)]
+
+
+@pytest.mark.quick
+def test_what_fla_tunes_beside_the_tests_is_not_kept(tmp_path: Path) -> None:
+    run(tmp_path, interpreter(tmp_path, "plain", gpu=True))
+    told = (tmp_path / "tuning").read_text().splitlines()
+    assert [line for line in told if COMPILING in line][0].startswith("0 ")
+    timed = [line for line in told if f"-m {MODULES[0]} --seconds" in line]
+    assert len(timed) == 1 and timed[0].startswith("unset ")
 
 
 @pytest.mark.quick
