@@ -99,7 +99,7 @@ def test_it_takes_the_interpreter_that_sees_a_gpu(tmp_path: Path, own: bool, tak
 def test_what_fla_tunes_beside_the_tests_is_not_kept(tmp_path: Path) -> None:
     run(tmp_path, interpreter(tmp_path, "plain", gpu=True))
     told = (tmp_path / "tuning").read_text().splitlines()
-    assert [line for line in told if COMPILING in line][0].startswith("0 ")
+    assert next(line for line in told if COMPILING in line).startswith("0 ")
     timed = [line for line in told if f"-m {MODULES[0]} --seconds" in line]
     assert len(timed) == 1 and timed[0].startswith("unset ")
 

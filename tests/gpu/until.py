@@ -2,8 +2,8 @@
 
 python tests/gpu/until.py SECONDS [--share=I/N] [ARGUMENT...]
 
-With a share, only the tests of every Nth mixer, from the Ith on: kernels are compiled by one process
-alone, since no mixer is in two shares.
+With a share, only the tests of every Nth mixer, from the Ith on: no mixer is in two shares, so that
+no two processes compile its kernels.
 """
 
 from __future__ import annotations
