@@ -4,17 +4,18 @@
 
 A step is forward, mean cross-entropy, backward and fused AdamW, in bfloat16 over float32
 parameters, on random tokens; the best of the rounds after warm-up counts. A model that does not fit
-is tried again with half the sequences. Blocks run as they are, then compiled, and the faster way
-counts. Figures are written after each preset, and what fails is a row that says why.
+is tried again with half the sequences. Blocks of all presets run as they are, then compiled, which
+takes longer and for which time may be up; the faster way counts. Table and JSON are written after
+every measurement, and what fails is a row that says why.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from rondo.errors import UserError, run_command
+from rondo.kernels.bench.table import keep
 from rondo.kernels.bench.worker import Failure, Worker
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import from_preset
@@ -30,6 +32,7 @@ from rondo.pretrain.bench import our_step
 
 PRESETS = ("gated-deltanet-1.3b", "gated-deltanet-340m", "rmoe-0.9b")
 WARMUP = 3
+HEADER = "| preset | sequences | tokens/s | MFU | memory |\n| --- | --- | --- | --- | --- |"
 
 
 def measure(
@@ -91,53 +94,61 @@ def fitting(
         batch //= 2
 
 
-def bench(options: argparse.Namespace) -> int:
-    """Prints a row a preset and writes all of them into a file; 1 when one has no figures."""
+def bench(options: argparse.Namespace, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Prints what is measured, and writes a row a preset; 1 when one has no figures."""
     if not torch.cuda.is_available():
         raise UserError("bench_presets needs a CUDA device, and there is none here")
-    device, end = torch.device("cuda", 0), time.perf_counter() + options.seconds
+    device, end = torch.device("cuda", 0), clock() + options.seconds
     chip, worker = torch.cuda.get_device_name(device), Worker()
-    rows: list[dict[str, Any]] = []
-    print(f"{chip}, torch {torch.__version__}\n\n| preset | sequences | tokens/s | MFU | memory |")
-    print("| --- | --- | --- | --- | --- |")
-    for name in options.presets:
-        if time.perf_counter() > end:
-            print(f"\n{options.seconds:.0f} s are up: {name} and what follows are left out")
-            break
-        rows.append({"preset": name, **attempts(worker, name, options, device, end)})
-        print(line(rows[-1]), flush=True)
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"presets-{chip.lower().replace(' ', '-')}.json"
-        found = {"chip": chip, "torch": torch.__version__, "rows": rows}
-        path.write_text(json.dumps(found, indent=1))
+    facts = {"chip": chip, "torch": torch.__version__}
+    path = options.out / f"presets-{chip.lower().replace(' ', '-')}"
+    rows: list[dict[str, Any]] = [
+        {"preset": name, "modes": {}, "errors": []} for name in options.presets
+    ]
+    print(f"{chip}, torch {torch.__version__}\n\n{HEADER}", flush=True)
+    for mode in ("eager",) if options.eager else ("eager", "compiled"):
+        for i, row in enumerate(rows):
+            # One that hangs leaves others time for their first figures.
+            share = 0.5 if mode == "eager" and rows[i + 1 :] else 1.0
+            attempt(worker, row, mode, options, device, share * (end - clock()))
+            print(line(row), flush=True)
+            write(path, facts, rows)
     worker.close()
+    print(f"\nwritten to {path}.md and .json")
     return 1 if any(not row["modes"] for row in rows) else 0
 
 
-def attempts(
-    worker: Worker, name: str, options: argparse.Namespace, device: torch.device, end: float
-) -> dict[str, Any]:
-    """Figures of a preset, of blocks as they are or compiled, whichever is faster; `modes` has the
-    tokens a second of both, `errors` says what failed. Compiling takes longest, so it comes last,
-    with as many sequences as have been found to fit."""
-    best: dict[str, Any] = {}
-    modes: dict[str, float] = {}
-    errors: list[str] = []
-    config, batch = from_preset(name), options.batch
-    for mode in ("eager",) if options.eager else ("eager", "compiled"):
-        left = end - time.perf_counter()
-        if left <= 0:
-            errors.append(f"{mode}: the time was up")
-            break
-        asked = config, batch, options.length, device, options.rounds, mode == "compiled"
-        try:
-            figures = worker.ask(left, fitting, *asked)
-        except Failure as failure:
-            errors.append(f"{mode}: {failure}")
-            continue
-        batch, modes[mode] = figures["batch"], figures["tokens_per_second"]
-        best = max(best, figures, key=lambda each: each.get("tokens_per_second", 0.0))
-    return {**best, "modes": modes, "errors": errors}
+def attempt(
+    worker: Worker,
+    row: dict[str, Any],
+    mode: str,
+    options: argparse.Namespace,
+    device: torch.device,
+    left: float,
+) -> None:
+    """Adds figures of a preset, of blocks as they are or compiled, to its row, whose own are those
+    of the faster; `modes` has the tokens a second of both, `errors` says what failed. Compiled are
+    as many sequences as have been found to fit."""
+    if left <= 0:
+        row["errors"].append(f"{mode}: the time was up")
+        return
+    asked = row.get("batch", options.batch), options.length, device, options.rounds
+    try:
+        figures = worker.ask(left, fitting, from_preset(row["preset"]), *asked, mode == "compiled")
+    except Failure as failure:
+        row["errors"].append(f"{mode}: {failure}")
+        return
+    row["modes"][mode] = figures["tokens_per_second"]
+    if figures["tokens_per_second"] > row.get("tokens_per_second", 0.0):
+        row |= figures
+
+
+def write(path: Path, facts: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Writes table and JSON; of presets not begun yet no row."""
+    begun = [row for row in rows if row["modes"] or row["errors"]]
+    title = f"{facts['chip']}, torch {facts['torch']}; `{' '.join(sys.argv)}`"
+    text = "\n".join([title, "", HEADER, *map(line, begun), ""])
+    keep(path, text, {**facts, "rows": begun})
 
 
 def line(row: dict[str, Any]) -> str:
@@ -163,9 +174,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step, at most")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps")
-    parser.add_argument(
-        "--seconds", type=float, default=600, help="begin no preset after this long"
-    )
+    parser.add_argument("--seconds", type=float, default=600, help="begin nothing after this long")
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder")
     options = parser.parse_args()

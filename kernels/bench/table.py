@@ -30,12 +30,19 @@ def _speed(found: float | str, ours: float | None) -> str:
 
 
 def write(path: Path, title: str, facts: Row, rows: list[Row], left_out: int) -> None:
-    """Writes `path`.md and `path`.json, whole at any time."""
+    """Writes what was timed so far, and how many cases were not."""
     end = [f"\n{left_out} cases left out: the time was up."] if left_out else []
+    keep(
+        path,
+        "\n".join([title, "", HEADER, *map(line, rows), *end, ""]),
+        {**facts, "left_out": left_out, "rows": rows},
+    )
+
+
+def keep(path: Path, text: str, found: Row) -> None:
+    """Writes `path`.md and, as JSON, `path`.json, each whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([title, "", HEADER, *map(line, rows), *end, ""])
-    found = json.dumps({**facts, "left_out": left_out, "rows": rows}, indent=1)
-    for suffix, content in ((".md", text), (".json", found)):
+    for suffix, content in ((".md", text), (".json", json.dumps(found, indent=1))):
         part = path.with_suffix(".part")
         part.write_text(content)
         part.replace(path.with_suffix(suffix))

@@ -12,6 +12,7 @@ from rondo.kernels.softmax_attention.reference import reference_attention, refer
 
 __all__ = ["attend_prefix", "attention"]
 
+_NO_KERNEL = "it has no Triton kernel: 'chunked' takes torch's, 'flash' those of flash-attn"
 IMPLEMENTATIONS = {
     "reference": reference_attention,
     "chunked": chunked_attention,
@@ -67,7 +68,7 @@ def attention(
     if backend == "auto":
         backend, reason = _best(q, k, v, return_lse)
     implementations = LSE if return_lse else IMPLEMENTATIONS
-    run = choose("attention", backend, implementations, q.device, reason=reason)
+    run = choose("attention", backend, implementations, q.device, _NO_KERNEL, reason=reason)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= k.shape[1]:
         window = None

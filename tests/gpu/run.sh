@@ -55,7 +55,11 @@ alone() { # runs for $1 seconds at most, and waits in a way that a signal ends
     wait "$jobs" || code=1
 }
 until=$(left 310)
-begin mixers tests/gpu/until.py "$until" tests/gpu/test_mixers.py
+mixers=
+for part in 1 2 3 4; do
+    begin "mixers$part" tests/gpu/until.py "$until" "--share=$part/4" tests/gpu/test_mixers.py
+    mixers="$mixers mixers$part"
+done
 begin operators tests/gpu/until.py "$until" tests/gpu/test_cuda.py
 begin long tests/gpu/until.py "$until" tests/gpu/test_attention.py tests/gpu/test_long.py
 others=
@@ -69,10 +73,12 @@ done
 begin delta tests/gpu/until.py "$until" \
     tests/kernels/test_triton_delta_rule.py tests/kernels/test_triton_stretch.py
 begin kernels tests/gpu/until.py "$until" $others
+export FLA_CACHE_RESULTS=0 # what fla finds fastest on a busy device is not to be kept
 begin compile -m rondo.kernels.bench --compile --seconds "$until"
+unset FLA_CACHE_RESULTS # it tunes again, alone, when it is timed
 wait
 code=0
-for log in mixers operators long delta kernels; do
+for log in $mixers operators long delta kernels; do
     ended=$(cat "$logs/$log.code")
     echo "== tests: $log"
     cat "$logs/$log"

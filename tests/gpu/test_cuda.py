@@ -62,7 +62,9 @@ OPERATORS = {
 }
 
 
-LIMITS = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 5e-2}
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+ATTENTION = 2e-3
+"""Least limit of attention, whose products of float32 may be sums of less exact ones."""
 
 
 def skip_without_kernel(run: Callable[[], object]) -> None:
@@ -81,22 +83,22 @@ def skip_without_kernel(run: Callable[[], object]) -> None:
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Outputs, final states and gradients, of the same rounded inputs."""
     operator, inputs = OPERATORS[name]
+    moved = [value.to(DEVICE, dtype) for value in inputs]
 
     def run(backend: str, ids: torch.Tensor):
         def call(*args: torch.Tensor) -> list[torch.Tensor]:
             result = operator(*args, segment_ids=ids, backend=backend)
-            return [result[0] if isinstance(result, tuple) else result]
+            return [y.cpu() for y in (result if isinstance(result, tuple) else [result])]
 
         return call
 
-    expected = gradients(run("reference", segments()), inputs)
-    moved = [value.to("cuda", dtype) for value in inputs]
-    skip_without_kernel(lambda: run(backend, segments().cuda())(*moved))
-    actual = gradients(
-        lambda *args: [y.cpu() for y in run(backend, segments().cuda())(*args)], moved
-    )
-    limit = LIMITS[dtype]
+    expected = gradients(run("reference", segments()), [value.cpu().double() for value in moved])
+    ids = segments().to(DEVICE)
+    skip_without_kernel(lambda: run(backend, ids)(*moved))
+    actual = gradients(run(backend, ids), moved)
+    limit = max(LIMITS[dtype], ATTENTION if name == "attention" else 0)
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         assert_ratio(name, got.cpu(), want, limit)
 
@@ -104,25 +106,36 @@ def test_operator(name: str, dtype: torch.dtype, backend: str) -> None:
 HEADS = ("linear_attention_head", "linear_attention_key", "delta_rule_head", "delta_rule_key")
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("dims", "dtype", "limit"),
+    [
+        ((64, 64), torch.bfloat16, 2e-2),
+        ((128, 128), torch.bfloat16, 2e-2),
+        ((256, 256), torch.bfloat16, 2e-2),  # of the 1.3B preset
+        ((96, 192), torch.bfloat16, 2e-2),  # of the 7B preset
+        ((256, 256), torch.float32, 1e-5),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", HEADS)
-def test_wide_heads(name: str, dim: int) -> None:
+def test_wide_heads(name: str, dims: tuple[int, int], dtype: torch.dtype, limit: float) -> None:
     """Compilers are known to make wrong gradients of keys and gates from tiles of 64 keys on Hopper
     chips, where those of 32 and 128 are right."""
     operator, (_, _, *others) = OPERATORS[name]
-    wide = [random(B, T, H, dim, seed=20 + i) for i in range(3)]
+    keys, values = dims
+    wide = [random(B, T, H, d, seed=20 + i) for i, d in enumerate((keys, keys, values))]
     wide[1] = l2_norm(wide[1])
     if name.endswith("key"):
-        others[-1] = -random(B, T, H, dim, seed=23).exp()
-    inputs = [x.to(DEVICE, torch.bfloat16) for x in (*wide, *others[1:])]
+        others[-1] = -random(B, T, H, keys, seed=23).exp()
+    inputs = [x.to(DEVICE, dtype) for x in (*wide, *others[1:])]
 
-    def run(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return operator(*args, segment_ids=segments().to(DEVICE))
+    def run(backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        return lambda *args: operator(*args, segment_ids=segments().to(DEVICE), backend=backend)
 
-    expected = gradients(run, [x.double() for x in inputs])  # by the chunked form
-    actual = gradients(run, inputs)
+    expected = gradients(run("chunked"), [x.double() for x in inputs])
+    actual = gradients(run("triton"), inputs)
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
-        assert_ratio(name, got, want, 2e-2)
+        assert_ratio(name, got, want, limit)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -137,7 +150,7 @@ def test_cross_entropy(dtype: torch.dtype, cap: float | None, reduction: str) ->
         return [linear_cross_entropy(h, w, targets.to(h.device), **options).cpu()]
 
     expected = gradients(run, [hidden, table])
-    actual = gradients(run, [hidden.to("cuda", dtype), table.to("cuda", dtype)])
+    actual = gradients(run, [hidden.to(DEVICE, dtype), table.to(DEVICE, dtype)])
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         assert_ratio("cross entropy", got.cpu(), want, LIMITS[dtype])
 
@@ -153,7 +166,7 @@ def test_norms(dim: int, dtype: torch.dtype) -> None:
 
     expected = gradients(run, inputs)
     actual = gradients(
-        lambda *args: [y.cpu() for y in run(*args)], [x.to("cuda", dtype) for x in inputs]
+        lambda *args: [y.cpu() for y in run(*args)], [x.to(DEVICE, dtype) for x in inputs]
     )
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         assert_ratio("norm", got.cpu(), want, LIMITS[dtype])

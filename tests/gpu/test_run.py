@@ -37,6 +37,7 @@ def interpreter(
         f'[ "$2" = "import yaml" ] && exit {int(not yaml)}\n'
         f'[ "$1" = -c ] && {{ echo {lacks}; exit {int(not gpu)}; }}\n'
         f'echo "{name} $*" >> {folder}/log\n'
+        f'echo "${{FLA_CACHE_RESULTS-unset}} $*" >> {folder}/tuning\n'
         f'case "$*" in {fails or "nothing"}*) echo "said by {fails}"; exit {code};; esac\nexit 0\n'
     )
     path.chmod(0o755)
@@ -46,6 +47,7 @@ def interpreter(
 def run(folder: Path, python: Path | str) -> tuple[int, str, list[str]]:
     """Exit code, what was said, and what was run."""
     environment = {**os.environ, "PYTHON": str(python), "BIN": str(folder / "bin")}
+    environment.pop("FLA_CACHE_RESULTS", None)
     done = subprocess.run(
         ["sh", str(HERE / "run.sh")], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -75,8 +77,10 @@ def test_it_takes_the_interpreter_that_sees_a_gpu(tmp_path: Path, own: bool, tak
     assert {line.split()[0] for line in ran} == {taken}
     compiling = [line for line in ran[:-2] if COMPILING in line]
     tests = [line for line in ran[:-2] if line.startswith(f"{taken} tests/gpu/until.py 170 ")]
-    assert len(tests) == 5 and len(compiling) == 1 and len(ran) == 8
-    files = [file for line in tests for file in line.split()[3:]]
+    assert len(tests) == 8 and len(compiling) == 1 and len(ran) == 11
+    mixers = sorted(line.split(" 170 ")[1] for line in tests if "mixers" in line)
+    assert mixers == [f"--share={part}/4 tests/gpu/test_mixers.py" for part in (1, 2, 3, 4)]
+    files = {file for line in tests for file in line.split()[3:] if file.endswith(".py")}
     wanted = [*HERE.glob("test_*.py"), *(ROOT / "tests/kernels").glob("test_triton_*.py")]
     wanted += [ROOT / "tests/kernels/test_expert_rows.py"]
     no_device = {"test_run.py", "test_triton_compile.py", "test_triton_offsets.py"}
@@ -92,20 +96,29 @@ def test_it_takes_the_interpreter_that_sees_a_gpu(tmp_path: Path, own: bool, tak
 
 
 @pytest.mark.quick
+def test_what_fla_tunes_beside_the_tests_is_not_kept(tmp_path: Path) -> None:
+    run(tmp_path, interpreter(tmp_path, "plain", gpu=True))
+    told = (tmp_path / "tuning").read_text().splitlines()
+    assert next(line for line in told if COMPILING in line).startswith("0 ")
+    timed = [line for line in told if f"-m {MODULES[0]} --seconds" in line]
+    assert len(timed) == 1 and timed[0].startswith("unset ")
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "fails", ["tests/gpu/until.py*mixers", f"-m?{MODULES[0]}?--sec", f"-m?{MODULES[1]}"]
 )
 def test_what_fails_keeps_nothing_from_running(tmp_path: Path, fails: str) -> None:
     python = interpreter(tmp_path, "plain", gpu=True, fails=fails, code=3)
     code, said, ran = run(tmp_path, python)
-    assert (code, len(ran)) == (1, 8)
+    assert (code, len(ran)) == (1, 11)
     assert f"said by {fails}" in said
 
 
 @pytest.mark.quick
 def test_without_yaml_all_but_presets_run(tmp_path: Path) -> None:
     code, said, ran = run(tmp_path, interpreter(tmp_path, "plain", gpu=True, yaml=False))
-    assert (code, len(ran)) == (0, 7)
+    assert (code, len(ran)) == (0, 10)
     assert MODULES[0] in ran[-1] and "presets are YAML" in said
 
 
@@ -120,7 +133,7 @@ def test_it_says_which_tests_did_not_end(tmp_path: Path) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("slow", "started"), [("tests/gpu/until.py", 5), ("-m?rondo.kernels.bench?--sec", 1)]
+    ("slow", "started"), [("tests/gpu/until.py", 8), ("-m?rondo.kernels.bench?--sec", 1)]
 )
 def test_a_signal_ends_all(tmp_path: Path, slow: str, started: int) -> None:
     python = interpreter(tmp_path, "plain", gpu=True)
@@ -163,6 +176,23 @@ def test_tests_are_interrupted_when_their_time_is_up(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=tmp_path)
     assert done.returncode == 2
     assert "1 failed" in done.stdout and "KeyboardInterrupt" in done.stdout
+
+
+@pytest.mark.slow
+def test_shares_of_the_mixers_are_all_of_them() -> None:
+    """No mixer is in two, and float32, which the kernels take, comes first in each."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing")}
+    every = ["tests/gpu/test_mixers.py", "--collect-only", "-p", "no:cacheprovider"]
+    found: list[list[str]] = []
+    for share in ([], ["--share=1/2"], ["--share=2/2"]):
+        command = [sys.executable, str(HERE / "until.py"), "90", *share, *every]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(re.findall(r"\[torch\.(float\d\d-\w+)", done.stdout))
+        assert found[-1] == sorted(found[-1], key=lambda test: test[:7])
+    whole, *shares = found
+    assert sorted(shares[0] + shares[1]) == sorted(whole) and len(set(whole)) > 20
+    assert not set(shares[0]) & set(shares[1])
 
 
 def bare(code: str) -> str:

@@ -295,7 +295,7 @@ def arguments(**change: object) -> dict[str, object]:
             {"segment_ids": torch.zeros(2, 6), "key_segment_ids": torch.zeros(2, 7)},
             r"key_segment_ids must be \(2, 8\), got \(2, 7\)",
         ),
-        ({"backend": "triton"}, "backend 'triton' is not available"),
+        ({"backend": "triton"}, "'triton' cannot run: it has no Triton kernel: 'chunked'"),
         ({"backend": "flash", "return_lse": True}, "'flash' is not available"),
         ({"backend": "flash"}, "'flash' cannot run: it needs CUDA tensors, got cpu"),
     ],

@@ -69,18 +69,24 @@ def test_the_default_presets_are_there() -> None:
 
 
 class Fails:
-    """A worker that has no memory for one preset, and cannot compile another."""
+    """A worker that has no memory for one preset, and cannot compile another. By its clock a
+    measurement takes 10 seconds, a compiled one 70, or what it is given where that is less."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str | None, bool]] = []
+        self.now = 0.0
 
     def ask(self, seconds: float, function: Any, config: ModelConfig, *options: Any) -> Any:
         assert seconds > 0 and function is fitting
         pickle.dumps((function, config, *options))
-        self.asked.append((config.preset, options[-1]))
+        batch, compiled = options[0], options[-1]
+        self.asked.append((config.preset, compiled))
+        taken = 70.0 if compiled else 10.0
+        self.now += min(seconds, taken)
+        if seconds < taken:
+            raise Failure("took longer than it may", fatal=True)
         if config.preset == "gated-deltanet-1.3b":
             raise Failure("UserError: sequences of 8 tokens do not fit")
-        batch, compiled = options[0], options[-1]
         if config.preset == "rmoe-0.9b" and compiled:
             raise Failure("BackendCompilerFailed: no | compiler")
         assert batch == (2 if compiled else 4)
@@ -91,37 +97,65 @@ class Fails:
         """Nothing is held."""
 
 
-@pytest.mark.parametrize(("seconds", "tried"), [(math.inf, 3), (-1.0, 0)])
-def test_one_failure_leaves_the_others(
-    seconds: float,
-    tried: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+NAMES = ["gated-deltanet-1.3b", "gated-deltanet-340m", "rmoe-0.9b"]
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Fails:
+    """Measures on a chip that there is not."""
+    worker = Fails()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Chip 9")
     monkeypatch.setattr(bench_presets, "Worker", lambda: worker)
-    worker = Fails()
-    presets = ["gated-deltanet-1.3b", "gated-deltanet-340m", "rmoe-0.9b"]
-    options = argparse.Namespace(
-        presets=presets, seconds=seconds, eager=False, batch=4, length=8, rounds=1, out=tmp_path
+    return worker
+
+
+def options(out: Path, seconds: float = math.inf) -> argparse.Namespace:
+    return argparse.Namespace(
+        presets=NAMES, seconds=seconds, eager=False, batch=4, length=8, rounds=1, out=out
     )
-    assert bench(options) == (1 if tried else 0)
-    assert worker.asked == [(name, compiled) for name in presets[:tried] for compiled in (0, 1)]
-    said = capsys.readouterr().out
-    if not tried:
-        assert "gated-deltanet-1.3b and what follows are left out" in said
-        return
-    failed, fast, eager = json.loads((tmp_path / "presets-some-chip-9.json").read_text())["rows"]
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "presets-some-chip-9.json").read_text())["rows"]
+
+
+def test_one_failure_leaves_the_others(
+    worker: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(options(tmp_path), lambda: worker.now) == 1
+    assert worker.asked == [(name, compiled) for compiled in (False, True) for name in NAMES]
+    failed, fast, eager = written(tmp_path)
     assert failed["errors"] == [
         "eager: UserError: sequences of 8 tokens do not fit",
         "compiled: UserError: sequences of 8 tokens do not fit",
     ]
     assert fast["modes"] == {"eager": 9.0, "compiled": 10.0} and fast["tokens_per_second"] == 10.0
     assert eager["mfu"] == 0.5
-    assert "| 2 x 8 | 10 (eager 9; compiled 10) | 50.0% |" in said
-    assert "| 9 (eager 9; compiled: BackendCompilerFailed: no / compiler) | 50.0% |" in said
+    table = (tmp_path / "presets-some-chip-9.md").read_text()
+    assert table.startswith("Some Chip 9, torch ") and table.count("\n| ") == 5
+    for text in (table, capsys.readouterr().out):
+        assert "| gated-deltanet-340m | 2 x 8 | 10 (eager 9; compiled 10) | 50.0% |" in text
+        assert "| 9 (eager 9; compiled: BackendCompilerFailed: no / compiler) | 50.0% |" in text
+        assert "| gated-deltanet-1.3b | failed: eager: UserError: sequences" in text
+
+
+def test_compiling_one_costs_no_other_its_figure(worker: Fails, tmp_path: Path) -> None:
+    given = options(tmp_path, seconds=90.0)
+    given.presets = NAMES[1:]
+    assert bench(given, lambda: worker.now) == 0
+    first, second = written(tmp_path)
+    assert first["modes"] == {"eager": 9.0, "compiled": 10.0}
+    assert second["modes"] == {"eager": 9.0}
+    assert second["errors"] == ["compiled: the time was up"]
+
+
+def test_a_preset_without_a_figure_is_an_error(worker: Fails, tmp_path: Path) -> None:
+    given = options(tmp_path, seconds=15.0)  # 7.5 for the first, which needs 10
+    given.presets = NAMES[1:]
+    assert bench(given, lambda: worker.now) == 1
+    assert [row["modes"] for row in written(tmp_path)] == [{}, {}]
+    assert worker.asked == [(NAMES[1], False), (NAMES[2], False)]
 
 
 def test_parameters_are_filled_on_the_device_of_the_model() -> None:
