@@ -32,11 +32,19 @@ def test_a_dense_lstm_follows_words_of_a5(tmp_path: Path) -> None:
     assert accuracy(tmp_path, "a5_generators", "mamba2")["16"] < 0.1
 
 
-def test_recall_of_every_key_needs_a_state_that_is_read_by_content(tmp_path: Path) -> None:
-    """Attention without positions and Gated DeltaNet have it; Mamba-2 has one head for all keys."""
+def test_recall_of_every_key_needs_a_state_of_keys_and_values(tmp_path: Path) -> None:
+    """Attention without positions and Gated DeltaNet have one; the state of an LSTM is a vector."""
     for mixer in ("matching", "gated_deltanet"):
         assert min(accuracy(tmp_path, "mqar_all", mixer).values()) > 0.95, mixer
-    assert accuracy(tmp_path, "mqar_all", "mamba2")["8"] < 0.5
+    assert accuracy(tmp_path, "mqar_all", "lstm")["8"] < 0.2
+
+
+def test_two_reflections_a_permutation_follow_s3(tmp_path: Path) -> None:
+    """What one layer of products of two reflections can (arXiv 2502.10297): also four times as far
+    as in training, and with one reflection not at all."""
+    found = accuracy(tmp_path, "s3_two_steps", "deltanet_reflecting")
+    assert list(found) == ["16", "64"] and min(found.values()) > 0.95, found
+    assert accuracy(tmp_path, "s3", "deltanet_reflecting")["16"] < 0.5
 
 
 def test_parity_needs_negative_eigenvalues(tmp_path: Path) -> None:
