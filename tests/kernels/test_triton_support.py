@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -104,6 +105,39 @@ def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         choice("triton")
     with pytest.raises(ValueError, match="op: backend 'triton' cannot run: it is Tuesday"):
         choice("triton", "cuda", "it is Tuesday")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "doubtful"),
+    [
+        *(("3.3.1", (9, 0), False), ("3.4.0", (9, 0), True), ("3.7.0+git1", (9, 0), True)),
+        *(("3.7.1", (9, 0), False), ("3.10.0", (9, 0), False)),
+        *(("3.6.0", (8, 0), False), ("3.6.0", (10, 0), False)),
+    ],
+)
+def test_versions_that_compile_wrong_gradients(
+    version: str,
+    capability: tuple[int, int],
+    doubtful: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda, functions = torch.device("cuda"), {"chunked": len, "triton": sum}
+    for name, found in (("auto", len if doubtful else sum), ("triton", sum)):
+        monkeypatch.setattr(backend, "_logged", set())
+        caplog.clear()
+        with caplog.at_level(logging.INFO, backend.logger.name):
+            for _ in range(2):
+                assert backend.choose_recurrence("op", name, functions, cuda, None) is found
+        (record,) = caplog.records  # said once
+        assert record.levelno == (logging.WARNING if doubtful else logging.INFO)
+        assert (f"triton {version} is known" in record.getMessage()) == doubtful
+        assert not doubtful or "update to 3.7.1 or later" in record.getMessage()
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # its numbers mean other chips
+    assert backend.triton_doubt(cuda) is None and backend.triton_doubt(CPU) is None
 
 
 def test_tensors_that_no_kernel_takes() -> None:
