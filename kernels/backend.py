@@ -8,12 +8,15 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
-_logged: set[tuple[str, str, str]] = set()
+_logged: dict[tuple[str, str, str], None] = {}
+"""What was said, in order: operator, backend, device."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MISCOMPILING = (3, 4, 0), (3, 7, 1)
 """The first version of Triton that makes wrong gradients of chunked recurrences on Hopper, and the
@@ -176,10 +179,22 @@ def show_choices(say: Callable[[str], None]) -> None:
     _logged.clear()
 
 
+def choices_in(run: Callable[[], T]) -> tuple[T, list[tuple[str, str]]]:
+    """What `run()` returns, and the operators that it calls, in order, each with what it runs
+    on."""
+    before = dict(_logged)
+    _logged.clear()
+    try:
+        result = run()
+        return result, [(operator, name) for operator, name, _ in _logged]
+    finally:
+        _logged.update(before)
+
+
 @torch.compiler.assume_constant_result  # so that it does not break a compiled graph
 def log_once(operator: str, name: str, device: str, reason: str, warn: bool = False) -> None:
     """Says what an operator runs on, unless it was said before."""
     if (operator, name, device) not in _logged:
-        _logged.add((operator, name, device))
+        _logged[operator, name, device] = None
         level = logging.WARNING if warn else logging.INFO
         logger.log(level, "%s runs on backend %s (%s)", operator, name, reason)

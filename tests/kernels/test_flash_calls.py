@@ -164,7 +164,7 @@ def test_auto_takes_the_package_where_it_serves_and_says_why(
 ) -> None:
     qkv, ids = checks.inputs(9), documents(9)
     expected = attention(*qkv, segment_ids=ids, backend="flash")
-    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "_logged", {})
     with caplog.at_level(logging.INFO, backend.logger.name):
         torch.testing.assert_close(attention(*qkv, segment_ids=ids), expected)
     assert [call["name"] for call in calls] == ["varlen", "varlen"]

@@ -80,7 +80,7 @@ def choice(name: str, device: str = "cpu", refusal: str | None = None) -> Any:
 
 
 def test_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "_logged", {})
     with caplog.at_level(logging.INFO, backend.logger.name):
         assert choice("auto") is len  # even where the interpreter could run
         assert choice("auto", "cuda") is sum
@@ -127,7 +127,7 @@ def test_versions_that_compile_wrong_gradients(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda, functions = torch.device("cuda"), {"chunked": len, "triton": sum}
     for name, found in (("auto", len if doubtful else sum), ("triton", sum)):
-        monkeypatch.setattr(backend, "_logged", set())
+        monkeypatch.setattr(backend, "_logged", {})
         caplog.clear()
         with caplog.at_level(logging.INFO, backend.logger.name):
             for _ in range(2):
