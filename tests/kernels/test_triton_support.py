@@ -6,6 +6,8 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import multiprocessing
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,9 +216,57 @@ def test_measured_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         triton_support._measured.clear()
     assert measured == [7, 3]
     kept = json.loads(triton_support.cache_file().read_text())
-    assert kept == {f"op | d64 | float32 64 | chip | triton {triton.__version__}": {"SIZE": 3}}
+    versions = f"triton {triton.__version__} | kernels {triton_support.kernel_sources()}"
+    assert kept == {f"op | d64 | float32 64 | chip | {versions}": {"SIZE": 3}}
     other = ({"SIZE": 9}, {"SIZE": 8})  # the table has changed: measured again
     assert triton_support._fastest(call, CPU, other, start) == {"SIZE": 8}
+    measured.clear()
+    monkeypatch.setattr(triton_support, "kernel_sources", lambda: "others")
+    assert triton_support._fastest(call, CPU, other, start) == {"SIZE": 8} and measured == [9, 8]
+
+
+def test_sources_are_those_of_kernels(tmp_path: Path) -> None:
+    (tmp_path / "op").mkdir()
+    kernels, table = tmp_path / "op" / "triton_sums.py", tmp_path / "triton_configs.py"
+    kernels.write_text("@triton.jit\ndef f(x): ...")
+    table.write_text("CONFIGS = 1")
+    before = triton_support.kernel_sources.__wrapped__(tmp_path)
+    table.write_text("CONFIGS = 2")  # its rows are compared themselves
+    assert triton_support.kernel_sources.__wrapped__(tmp_path) == before
+    kernels.write_text("@triton.jit\ndef f(y): ...")
+    assert triton_support.kernel_sources.__wrapped__(tmp_path) != before
+    assert re.fullmatch("[0-9a-f]{12}", triton_support.kernel_sources())
+
+
+def keep_many(name: str, start: Any) -> None:
+    start.wait()
+    for i in range(40):
+        triton_support._keep(f"{name} {i}", {"SIZE": i}, ({"SIZE": i},))
+
+
+def test_processes_that_write_at_once_lose_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    start, names = context.Barrier(2), ("one", "two")
+    processes = [context.Process(target=keep_many, args=(name, start)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    kept = json.loads(triton_support.cache_file().read_text())
+    assert kept == {f"{name} {i}": {"SIZE": i} for name in names for i in range(40)}
+
+
+def test_the_first_process_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    candidates = ({"SIZE": 1}, {"SIZE": 2})
+    assert triton_support._keep("op", {"SIZE": 1}, candidates) == {"SIZE": 1}
+    assert triton_support._keep("op", {"SIZE": 2}, candidates) == {"SIZE": 1}
+    changed = ({"SIZE": 3}, {"SIZE": 2})
+    assert triton_support._keep("op", {"SIZE": 2}, changed) == {"SIZE": 2}
 
 
 def test_each_dtype_and_size_is_measured_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
