@@ -8,6 +8,8 @@ import json
 import logging
 import multiprocessing
 import re
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
 from rondo.kernels import backend, triton_support
 from rondo.kernels.triton_configs import CONFIGS
@@ -185,6 +188,33 @@ def test_every_row_is_compiled_for_a_chip() -> None:
     assert compiled == {(name, key) for name, rows in CONFIGS.items() for key in rows}
     for name, rows in CONFIGS.items():
         assert "*" in rows or {*rows} >= SIZES, name
+
+
+def called_by(kernels: Iterable[Any]) -> set[Callable[..., Any]]:
+    """The Python functions of kernels, and of all that they call, whole."""
+    found, waiting = set(), [kernel.fn for kernel in kernels]
+    while waiting:
+        function = waiting.pop()
+        if function not in found:
+            found.add(function)
+            names = [function.__globals__.get(name) for name in function.__code__.co_names]
+            waiting += [each.fn for each in names if isinstance(each, KernelInterface)]
+    return found
+
+
+def test_no_function_of_a_kernel_is_compiled_nowhere() -> None:
+    """What is compiled ahead of time, and looked at for overflows, is all there is."""
+    compiled = called_by(each.kernel for each in triton_support.all_compilations())
+    modules = [m for n, m in sys.modules.items() if n.startswith("rondo.kernels.")]
+    written = {
+        value.fn
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, KernelInterface) and value.fn.__module__.startswith("rondo.kernels.")
+    }
+    sources = Path(triton_support.__file__).parent.rglob("*.py")
+    assert len(written) == sum(path.read_text().count("\n@triton.jit") for path in sources) > 50
+    assert {f.__qualname__ for f in written - compiled} == set()
 
 
 def row_of(name: str, shape: str, family: str) -> str:
