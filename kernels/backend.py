@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
-_logged: set[tuple[str, str, str]] = set()
+_logged: dict[tuple[str, str, str], None] = {}
+"""What was said, in order: operator, backend, device."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MISCOMPILING = (3, 4, 0), (3, 7, 1)
+"""The first version of Triton that makes wrong gradients of chunked recurrences on Hopper, and the
+first that is right again (flash-linear-attention issue 640)."""
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -27,6 +35,7 @@ def choose(
     device: torch.device,
     refusal: str | None = None,
     *,
+    doubt: str | None = None,
     reason: str = "asked for",
 ) -> Callable:
     """Returns the implementation of `operator` that `backend` names.
@@ -39,6 +48,8 @@ def choose(
             imports it when it is called.
         device: where the inputs live.
         refusal: why the Triton kernel cannot serve this call, or why there is none; or None.
+        doubt: why what the Triton kernel gives may be wrong here, or None: "auto" then does not
+            take it, and the log warns.
         reason: why it is this `backend`, for the log, where it is not "auto".
 
     Raises:
@@ -46,9 +57,11 @@ def choose(
         ModuleNotFoundError: `backend` is "triton", which is not installed.
     """
     if backend == "auto":
-        name, reason = _best(operator, implementations, device.type, refusal)
+        name, reason = _best(operator, implementations, device.type, refusal or doubt)
     else:
         name = backend
+        if backend == "triton" and doubt is not None:
+            reason = f"asked for, although {doubt}"
     if backend == "triton" and refusal is not None:
         raise ValueError(f"{operator}: backend 'triton' cannot run: {refusal}")
     if name not in implementations:
@@ -58,8 +71,20 @@ def choose(
         )
     if backend == "triton":
         _require_triton(operator, device.type)
-    log_once(operator, name, device.type, reason)
+    log_once(operator, name, device.type, reason, warn=doubt is not None)
     return implementations[name]
+
+
+def choose_recurrence(
+    operator: str,
+    backend: str,
+    implementations: Mapping[str, Callable],
+    device: torch.device,
+    refusal: str | None,
+) -> Callable:
+    """`choose`, for kernels that multiply within chunks, which `triton_doubt` is about."""
+    doubt = triton_doubt(device)
+    return choose(operator, backend, implementations, device, refusal, doubt=doubt)
 
 
 def _best(
@@ -105,6 +130,31 @@ def triton_refusal(*tensors: Tensor | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def triton_doubt(device: torch.device) -> str | None:
+    """Why the gradients of a chunked recurrence's Triton kernels may be wrong on `device`, or None:
+    some versions read the operands of a transposed product wrongly on Hopper, in silence."""
+    if not (_has_triton() and is_hopper(device)):
+        return None
+    version = importlib.metadata.version("triton")
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+    first, repaired = MISCOMPILING
+    if not first <= numbers < repaired:
+        return None
+    return (
+        f"triton {version} is known to make wrong gradients of such kernels on Hopper GPUs "
+        "(flash-linear-attention issue 640): update to "
+        f"{'.'.join(map(str, repaired))} or later, or ask for backend 'triton' all the same"
+    )
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU of compute capability 9; AMD's chips have numbers like it."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@torch.compiler.assume_constant_result
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -129,9 +179,22 @@ def show_choices(say: Callable[[str], None]) -> None:
     _logged.clear()
 
 
+def choices_in(run: Callable[[], T]) -> tuple[T, list[tuple[str, str]]]:
+    """What `run()` returns, and the operators that it calls, in order, each with what it runs
+    on."""
+    before = dict(_logged)
+    _logged.clear()
+    try:
+        result = run()
+        return result, [(operator, name) for operator, name, _ in _logged]
+    finally:
+        _logged.update(before)
+
+
 @torch.compiler.assume_constant_result  # so that it does not break a compiled graph
-def log_once(operator: str, name: str, device: str, reason: str) -> None:
+def log_once(operator: str, name: str, device: str, reason: str, warn: bool = False) -> None:
     """Says what an operator runs on, unless it was said before."""
     if (operator, name, device) not in _logged:
-        _logged.add((operator, name, device))
-        logger.info("%s runs on backend %s (%s)", operator, name, reason)
+        _logged[operator, name, device] = None
+        level = logging.WARNING if warn else logging.INFO
+        logger.log(level, "%s runs on backend %s (%s)", operator, name, reason)

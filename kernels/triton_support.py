@@ -7,7 +7,9 @@ lie on the grid's first axis, the only one that holds more than 65,535.
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -147,16 +149,16 @@ def _fastest(
     start: Callable[[Config], None],
 ) -> Config:
     """The quickest candidate for a kernel, class of shapes and dtype with sizes on this chip:
-    measured once, then read from a file."""
+    measured once, then read from a file, until a kernel or Triton changes."""
     chip = torch.cuda.get_device_name(device)
-    key = " | ".join((*call, chip, f"triton {triton.__version__}"))
+    versions = f"triton {triton.__version__}", f"kernels {kernel_sources()}"
+    key = " | ".join((*call, chip, *versions))
     if key not in _measured:
         path = cache_file()
         _measured.update(json.loads(path.read_text()) if path.exists() else {})
     if _measured.get(key) not in candidates:
         times = [_milliseconds(functools.partial(start, config)) for config in candidates]
-        _measured[key] = candidates[times.index(min(times))]
-        _keep(key, _measured[key])
+        _measured[key] = _keep(key, candidates[times.index(min(times))], candidates)
     return _measured[key]
 
 
@@ -166,14 +168,31 @@ def cache_file() -> Path:
     return Path(folder) / "rondo" / "triton.json"
 
 
-def _keep(key: str, config: Config) -> None:
-    """Adds one to the file; another process may read it meanwhile."""
+@functools.cache
+def kernel_sources(folder: Path = Path(__file__).parent) -> str:
+    """A hash of all modules with kernels together, since kernels call each other's functions."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*triton*.py")):
+        text = path.read_bytes()
+        if b"@triton.jit" in text:
+            found.update(text)
+    return found.hexdigest()[:12]
+
+
+def _keep(key: str, config: Config, candidates: tuple[Config, ...]) -> Config:
+    """Adds one to the file, unless another process was first: all are to round alike. Returns what
+    is there then."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({**rows, key: config}, indent=1, sort_keys=True))
-    part.replace(path)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        rows: dict[str, Config] = json.loads(path.read_text()) if path.exists() else {}
+        if rows.get(key) not in candidates:
+            rows[key] = config
+            part = path.with_suffix(".part")  # others read without the lock
+            part.write_text(json.dumps(rows, indent=1, sort_keys=True))
+            part.replace(path)
+    return rows[key]
 
 
 def _milliseconds(run: Callable[[], None]) -> float:

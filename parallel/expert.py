@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from rondo.errors import UserError
+from rondo.kernels.expert_products import even_loads
 from rondo.kernels.tiles import has_numbers
 from rondo.models import Decoder
-from rondo.models.ffn.dispatch import collect, even_loads, route, spread, spread_choices
+from rondo.models.ffn.dispatch import collect, route, spread, spread_choices
 from rondo.models.ffn.experts import Experts
 from rondo.parallel.collectives import all_to_all_rows
 from rondo.parallel.mesh import EXPERT_SHARD, Layout, submesh

@@ -27,6 +27,7 @@ from rondo.kernels.bench.table import keep
 from rondo.kernels.bench.worker import Failure, Worker
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import from_preset
+from rondo.models.init import Initializer
 from rondo.parallel.hardware import peak_flops, peak_memory
 from rondo.pretrain.bench import our_step
 
@@ -72,7 +73,8 @@ def fill(model: nn.Module, generator: torch.Generator) -> None:
     """Initial values drawn on the default device: on a CPU, a billion take half a minute."""
     with torch.no_grad():
         for param in model.parameters():
-            param.copy_(param.initializer(tuple(param.shape), generator))  # type: ignore
+            initializer: Initializer = param.initializer  # type: ignore[attr-defined]
+            param.copy_(initializer(tuple(param.shape), generator))
 
 
 def fitting(

@@ -2,10 +2,11 @@
 
     python -m rondo.kernels.bench [--operators NAME...] [--presets 1.3b 7b] [--seconds 180]
 
-Ours and the peers take the same inputs in the same run. Each row gives milliseconds, the bytes and
-products an operator cannot avoid by the time it took, as shares of what this chip does at best (a
-copy, a product of matrices; measured first), and how many times faster it is than each peer. The
-table is written after every case. What fails is a row that says why.
+Ours and the peers take the same inputs in the same run. Each row gives the backend that ours runs
+on, milliseconds, the bytes and products an operator cannot avoid by the time it took, as shares of
+what this chip does at best (a copy, a product of matrices; measured first), and how many times
+faster it is than each peer. The table is written after every case. What fails is a row that says
+why.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Bench:
                     "milliseconds": spent,
                     "bandwidth": 1e3 * ours[direction]["bytes"] / spent / self.best["bytes"],
                     "compute": 1e3 * ours[direction]["flops"] / spent / self.best["flops"],
+                    "backend": ours[direction]["backend"],
                 }
             row["peers"] = {
                 name: found if isinstance(found, str) else found[direction]["milliseconds"]
@@ -78,7 +80,7 @@ class Bench:
             rows.append(row)
         return rows
 
-    def _ask(self, key: Key, party: str) -> dict[str, dict[str, float]] | str:
+    def _ask(self, key: Key, party: str) -> dict[str, dict[str, Any]] | str:
         """What `timing.measure` says, or why it says nothing."""
         if (key.operator, party) in self.lost:
             return self.lost[key.operator, party]

@@ -12,22 +12,19 @@ from torch import Tensor
 
 from rondo.kernels import (
     attention,
-    combine_rows,
     gated_delta_rule,
     gated_linear_attention,
     gated_rms_norm,
-    gather_rows,
     linear_cross_entropy,
     linear_scan,
     nonlinear_rnn,
     rms_norm,
     short_conv,
 )
+from rondo.kernels.bench import mixtures
 from rondo.kernels.bench.learners import fast_case, memory_case, newton
 from rondo.kernels.bench.presets import PRESETS, Preset, draw, unit
 
-EXPERTS, TOP_K = 64, 4
-"""Of the mixtures whose rows are moved: as in `models/presets/rmoe-hybrid-7b.yaml`."""
 CELL_DIM = 128
 """Channels of a head whose gates see all of it: the most that a kernel holds."""
 CHUNK = 64
@@ -136,34 +133,6 @@ def _attention(p: Preset, batch: int, time: int, device: torch.device) -> Any:
     return (lambda q, k, v: attention(q, k, v)), inputs, flops, 2.5 * flops
 
 
-def _routed(tokens: int, device: torch.device) -> dict[str, Tensor]:
-    """Every token's choice of experts: order, places, and the expert of each row and the row after
-    each expert's last."""
-    scores = torch.rand(tokens, EXPERTS, device=device)
-    experts, order = scores.topk(TOP_K).indices.flatten().sort(stable=True)
-    counts = torch.zeros(EXPERTS, dtype=torch.long, device=device)
-    ends = counts.index_add_(0, experts, torch.ones_like(experts)).cumsum(0)
-    places = order.argsort().view(tokens, TOP_K)
-    return {"order": order, "places": places, "experts": experts, "ends": ends}
-
-
-def _gather(p: Preset, batch: int, time: int, device: torch.device) -> Any:
-    way = _routed(batch * time, device)
-    order, places = way["order"], way["places"]
-    inputs = {"x": draw(batch * time, p.dim, device=device)}
-    return (lambda x: gather_rows(x, order, places)), inputs, 0.0, 0.0, way
-
-
-def _combine(p: Preset, batch: int, time: int, device: torch.device) -> Any:
-    way = _routed(batch * time, device)
-    order, places = way["order"], way["places"]
-    inputs = {
-        "y": draw(len(order), p.dim, device=device),
-        "weights": torch.rand(places.shape, device=device).requires_grad_(),
-    }
-    return (lambda y, weights: combine_rows(y, order, places, weights)), inputs, 0.0, 0.0, way
-
-
 def _cells(cell: str, one_head: bool) -> Callable[..., Any]:
     """A nonlinear recurrence of one head, as torch has it, or of the model's width."""
 
@@ -199,8 +168,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "delta_rule_head_decay": _linear("head", True),
     "delta_rule_key_decay": _linear("key", True),
     "attention": _attention,
-    "gather_rows": _gather,
-    "combine_rows": _combine,
+    "gather_rows": mixtures.gather_case,
+    "combine_rows": mixtures.combine_case,
+    "expert_products": mixtures.product_case,
     "lstm": _cells("lstm", True),
     "slstm": _cells("slstm", False),
     "para_gru": newton("para_gru", 3),

@@ -144,6 +144,32 @@ def _megablocks_combine() -> Peer:
     return run
 
 
+def _torch_products() -> Peer:
+    """torch's grouped product with torch's own backward pass."""
+    return lambda x, weight, ends: F.grouped_mm(x, weight.mT, offs=ends)
+
+
+def _loop_products() -> Peer:
+    """A product an expert, whose sizes the host waits for."""
+
+    def run(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        parts = zip(x.split(sizes), weight.unbind(), strict=True)
+        return torch.cat([rows @ matrix.mT for rows, matrix in parts])
+
+    return run
+
+
+def _grouped_gemm() -> Peer:
+    multiply = _load("grouped_gemm.ops", "gmm")
+
+    def run(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        sizes = ends.diff(prepend=ends.new_zeros(1)).long().cpu()  # it wants them there
+        return multiply(x, weight, sizes, trans_b=True)
+
+    return run
+
+
 LONGEST_LOOP = 2048
 """Positions that a loop of small operators is timed with: it takes seconds."""
 
@@ -218,6 +244,11 @@ PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "attention": {"sdpa": _sdpa, "flash_attn": _flash},
     "gather_rows": {"torch": _torch_gather, "megablocks": _megablocks_gather},
     "combine_rows": {"torch": _torch_combine, "megablocks": _megablocks_combine},
+    "expert_products": {
+        "torch": _torch_products,
+        "loop": _loop_products,
+        "grouped_gemm": _grouped_gemm,
+    },
     "lstm": {"torch": _torch_lstm, "loop": _loop("lstm"), "flashrnn": _flashrnn("lstm")},
     "slstm": {"loop": _loop("slstm"), "flashrnn": _flashrnn("slstm")},
     "para_gru": {"chunked": _chunked(_newton)},

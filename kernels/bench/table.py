@@ -8,8 +8,8 @@ from typing import Any
 
 Row = dict[str, Any]
 HEADER = (
-    "| operator | preset | batch x time | pass | ms | bandwidth | FLOPs | speed over peers |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| operator | preset | batch x time | pass | backend | ms | bandwidth | FLOPs "
+    "| speed over peers |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -19,8 +19,9 @@ def line(row: Row) -> str:
     spent = row["milliseconds"]
     peers = ", ".join(f"{name} {_speed(found, spent)}" for name, found in row["peers"].items())
     if spent is None:
-        return f"{start}| {row['error'].replace('|', '/')} | | | {peers} |"
-    return f"{start}| {spent:.3f} | {row['bandwidth']:.0%} | {row['compute']:.0%} | {peers} |"
+        return f"{start}| | {row['error'].replace('|', '/')} | | | {peers} |"
+    shares = f"{row['bandwidth']:.0%} | {row['compute']:.0%}"
+    return f"{start}| {row['backend']} | {spent:.3f} | {shares} | {peers} |"
 
 
 def _speed(found: float | str, ours: float | None) -> str:

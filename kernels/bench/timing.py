@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rondo.kernels.backend import choices_in
 from rondo.kernels.bench.cases import LONGEST, Case, make_case
 from rondo.kernels.bench.peers import PEERS
 
@@ -72,9 +73,9 @@ def _release(device: torch.device) -> None:
 
 def measure(
     operator: str, preset: str, batch: int, length: int, party: str, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Direction -> milliseconds of ours or of a peer; of ours, bytes and FLOPs as well. Leaves no
-    memory behind.
+) -> dict[str, dict[str, Any]]:
+    """Direction -> milliseconds of ours or of a peer; of ours, bytes, FLOPs and the backend that it
+    runs on as well. Leaves no memory behind.
 
     Raises:
         ImportError: the peer is not installed.
@@ -87,12 +88,13 @@ def measure(
             return {name: {"milliseconds": x} for name, x in spent.items()}
         spent = directions(case, case.run, device)
         with torch.no_grad():
-            output = case.run(**case.inputs)
+            output, chosen = choices_in(lambda: case.run(**case.inputs))
         return {
             name: {
                 "milliseconds": x,
                 "bytes": case.bytes(output, name == "both"),
                 "flops": case.flops + (name == "both") * case.backward_flops,
+                "backend": ", ".join(dict.fromkeys(name for _, name in chosen)),
             }
             for name, x in spent.items()
         }

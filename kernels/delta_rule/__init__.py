@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import choose, triton_refusal
+from rondo.kernels.backend import choose_recurrence, triton_refusal
 from rondo.kernels.delta_rule.chunked import chunked, chunked_summary
 from rondo.kernels.delta_rule.reference import reference
 from rondo.kernels.summary import MatrixSummary, Stretch
@@ -87,7 +87,7 @@ def gated_delta_rule(
         _expect("initial_state", initial_state, shape)
         state = initial_state.to(kind)
     refusal = _refusal(k, q, v, beta, log_decay)
-    run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
+    run = choose_recurrence("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
     scale = k.shape[3] ** -0.5 if scale is None else scale
     return run(q, k, v, beta, log_decay, scale, state, segment_ids, chunk_size)
 
@@ -116,7 +116,7 @@ def gated_delta_rule_summary(
     """
     _check(k, v, beta, log_decay, segment_ids, chunk_size)
     refusal = _refusal(k, v, beta, log_decay)
-    run = choose("gated_delta_rule_summary", backend, _SUMMARIES, v.device, refusal)
+    run = choose_recurrence("gated_delta_rule_summary", backend, _SUMMARIES, v.device, refusal)
     return run(k, v, beta, log_decay, segment_ids, chunk_size)
 
 
@@ -141,7 +141,7 @@ def gated_delta_rule_stretch(
     _check(k, v, beta, log_decay, segment_ids, chunk_size)
     _expect("q", q, tuple(k.shape))
     refusal = _refusal(k, q, v, beta, log_decay)
-    run = choose("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
+    run = choose_recurrence("gated_delta_rule", backend, _IMPLEMENTATIONS, v.device, refusal)
     if run is not _triton:
         return None
     from rondo.kernels.delta_rule.triton_stretch import begin_stretch

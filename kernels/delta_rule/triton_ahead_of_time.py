@@ -68,6 +68,7 @@ def ahead_of_time() -> list[Compilation]:
         _compilation("walk", walk_kernel, key, widest, "fp32", **forward),
         _compilation("walk", walk_kernel, key, widest, "fp32", **alone),
         _compilation("mix", mix_kernel, head, usual, REVERSE=False, scores=None),
+        _compilation("mix", mix_kernel, head, usual, REVERSE=True, scores=None, states=None),
         _compilation("mix", mix_kernel, head, usual, "fp32", REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, head, widest, "fp32", REVERSE=False, scores=None),
         _compilation("pairs", pairs_kernel, head, usual),

@@ -46,7 +46,12 @@ def mix_kernel(
             readers = load_rows(q + (base * G + group) * K, index, G * K, live, keys, K)
             if GATE != KEY:
                 writers = load_rows(k + (base * G + group) * K, index, G * K, live, keys, K)
-                weights += dot(readers, tl.trans(writers))
+                # P^T is made as such: Triton before 3.7.1 transposes sums of products wrongly on
+                # Hopper (flash-linear-attention issue 640).
+                if REVERSE:
+                    weights += dot(writers, tl.trans(readers))
+                else:
+                    weights += dot(readers, tl.trans(writers))
             if not REVERSE:
                 if GATE == KEY:
                     by_key = key_factors(g, base, head, left, keys, H, K, C, False)
@@ -58,13 +63,14 @@ def mix_kernel(
         enter, _, _ = head_factors(g, ids, row, start, head, T, H, C, GATE)
         total *= enter[:, None]
     if GATE == KEY:
-        weights = load_lower(scores, base, head, left, H, C)
+        pairs = load_lower(scores, base, head, left, H, C)
+        if REVERSE:
+            pairs = tl.trans(pairs)
     else:
-        weights *= pair_factors(g, ids, row, start, head, T, H, C, GATE)
-        weights = narrow(weights, q.dtype.element_ty)
-    if REVERSE:
-        weights = tl.trans(weights)
+        factors = pair_factors(g, ids, row, start, head, T, H, C, GATE)
+        weights *= tl.trans(factors) if REVERSE else factors
+        pairs = narrow(weights, q.dtype.element_ty)
     xs = load_rows(x + (base * H + head) * V, index, H * V, live, values, V)
-    total = scale * (total + dot(weights, xs))
+    total = scale * (total + dot(pairs, xs))
     place = out + (base * H + head) * V
     store_rows(place, index, H * V, live, values, V, narrow(total, out.dtype.element_ty))

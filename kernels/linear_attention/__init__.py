@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rondo.kernels.backend import choose, full_precision, triton_refusal
+from rondo.kernels.backend import choose_recurrence, full_precision, triton_refusal
 from rondo.kernels.linear_attention import chunked, reference
 from rondo.kernels.linear_attention.summary import summarize
 from rondo.kernels.summary import DiagonalSummary, Stretch
@@ -87,7 +87,7 @@ def gated_linear_attention(
         )
     scale = _scale(q, scale)
     refusal = _refusal(k, v, log_decay, initial_state)
-    run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device, refusal)
+    run = choose_recurrence("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device, refusal)
     q, k = q.to(v.dtype), k.to(v.dtype)
     with full_precision(v.device):  # sums and states must stay float32
         return run(q, k, v, log_decay, scale, initial_state, segment_ids, chunk_size)
@@ -116,7 +116,9 @@ def gated_linear_attention_summary(
     """
     _check(k, k, v, log_decay, segment_ids, chunk_size)
     refusal = _refusal(k, v, log_decay, None)
-    run = choose("gated_linear_attention_summary", backend, _SUMMARIES, v.device, refusal)
+    run = choose_recurrence(
+        "gated_linear_attention_summary", backend, _SUMMARIES, v.device, refusal
+    )
     with full_precision(v.device):
         return run(k.to(v.dtype), v, log_decay, segment_ids, chunk_size)
 
@@ -140,7 +142,7 @@ def gated_linear_attention_stretch(
     """
     _check(q, k, v, log_decay, segment_ids, chunk_size)
     refusal = _refusal(k, v, log_decay, None)
-    run = choose("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device, refusal)
+    run = choose_recurrence("gated_linear_attention", backend, _IMPLEMENTATIONS, v.device, refusal)
     if run is not _triton:
         return None
     from rondo.kernels.linear_attention.triton_stretch import begin_stretch

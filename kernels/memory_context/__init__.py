@@ -21,12 +21,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rondo.kernels.backend import full_precision
+from rondo.kernels.backend import choose, full_precision
 from rondo.kernels.memory_context.segments import pieces
 from rondo.kernels.memory_context.walk import ContextState, Walk, Weights, pack, unpack
 from rondo.kernels.neural_memory import fresh_memory
 
 __all__ = ["ContextOutput", "ContextState", "fresh_context", "memory_context"]
+
+
+_BACKENDS = ("chunked", "reference")
+_NO_KERNEL = (
+    "no Triton kernel is written for attention to what a memory recalls; 'auto' takes those of the "
+    "operators inside that have one"
+)
 
 
 class ContextOutput(NamedTuple):
@@ -78,9 +85,11 @@ def memory_context(
         backend: of the operators inside, "auto", "reference" (one token at a time) or "chunked".
 
     Raises:
-        ValueError: a shape or size does not fit.
+        ValueError: a shape, size or backend does not fit.
     """
     _check(q, o, lse, r, recalled, learned, segment_size, chunk_size)
+    if backend != "auto":  # which the operators inside make something of, each for itself
+        choose("memory_context", backend, dict.fromkeys(_BACKENDS, Walk), q.device, _NO_KERNEL)
     tensors = (q, o, lse, r, learning_rate, log_momentum, log_decay)
     fresh = fresh_context(*tensors, recalled, learned, weights, segment_size=segment_size)
     options = {

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rondo.kernels.backend import is_hopper
+
 HALF = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
@@ -31,7 +33,7 @@ def flash_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             f"it needs equal head dims of at most {MAX_HEAD_DIM}, "
             f"got {q.shape[-1]} for q and {v.shape[-1]} for v"
         )
-    return _absence(_is_hopper(q.device))
+    return _absence(is_hopper(q.device))
 
 
 @torch.compiler.assume_constant_result
@@ -61,10 +63,6 @@ def _find(hopper: bool) -> tuple[str, str | None]:
     return "flash_attn", "it is not installed: pip install flash-attn --no-build-isolation"
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -83,7 +81,7 @@ def flash_attention(
     if reason is not None:
         raise ValueError(f"attention: backend 'flash' cannot run: {reason}")
     package: Any  # by statements, through which torch.compile sees
-    if _package(_is_hopper(q.device)) == "flash_attn":
+    if _package(is_hopper(q.device)) == "flash_attn":
         import flash_attn as package
     else:
         import flash_attn_interface as package

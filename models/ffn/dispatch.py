@@ -105,12 +105,6 @@ def route(experts: Tensor, count: int, *, drops: bool = False, multiple: int = 1
     return Route(filled, places, counts, experts.shape[-1], drops)
 
 
-def even_loads(rows: int, count: int) -> list[int]:
-    """`rows` divided among `count` as evenly as can be: what a plan, which knows no choices,
-    supposes of them."""
-    return [rows // count + (i < rows % count) for i in range(count)]
-
-
 def spread(x: Tensor, where: Route) -> Tensor:
     """`(m, d)`: the token of each row, of `x` `(n, d)`; the last one for filling."""
     return gather_rows(x, where.order, where.places.view(-1, where.k), drops=where.drops)

@@ -14,21 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rondo.kernels.backend import log_once
-from rondo.kernels.tiles import has_numbers, stays_in_cache
+from rondo.kernels.expert_products import outer_sums, rows_times
+from rondo.kernels.tiles import stays_in_cache
 from rondo.models.ffn.dispatch import (
     Route,
     choices_of_rows,
     collect,
-    even_loads,
     route,
     spread,
     spread_choices,
 )
 from rondo.models.init import normal, parameter
-
-ALIGNED_WIDTH = 8
-"""Numbers in bfloat16 that rows must be a multiple of in torch's grouped products on a GPU."""
 
 
 class Experts(nn.Module):
@@ -93,7 +89,7 @@ class _Mixture(torch.autograd.Function):
         gate, up = _gate_and_up(spread(x, where), gate_up, ends)
         ctx.save_for_backward(x, shares, gate_up, down, *route[:3], ends, gate, up)
         ctx.rest = route[3:]
-        y = _rows_times(F.silu(gate).mul_(up), down.mT, ends)
+        y = rows_times(F.silu(gate).mul_(up), down.mT, ends)
         return collect(y, where, shares)
 
     @staticmethod
@@ -104,19 +100,19 @@ class _Mixture(torch.autograd.Function):
         at_y, share = spread(grad, where), spread_choices(shares, where)[:, None]
         gated = F.silu(gate)
         hidden = gated * up
-        at_hidden = _rows_times(at_y, down, ends)
+        at_hidden = rows_times(at_y, down, ends)
         at_shares = choices_of_rows((at_hidden * hidden).sum(-1), where)
-        at_down = _outer_sums(at_y * share, hidden, ends) if ctx.needs_input_grad[3] else None
+        at_down = outer_sums(at_y * share, hidden, ends) if ctx.needs_input_grad[3] else None
         at_both = gate.new_empty(len(gate), 2 * gate.shape[1])
         at_gate, at_up = at_both.chunk(2, -1)
         torch.mul(at_hidden, gated, out=at_up)
         torch.ops.aten.silu_backward.grad_input(at_hidden.mul_(up), gate, grad_input=at_gate)
         at_x = at_gate_up = None
         if ctx.needs_input_grad[0]:
-            at_rows = _rows_times(at_both, gate_up.flatten(1, 2), ends)
+            at_rows = rows_times(at_both, gate_up.flatten(1, 2), ends)
             at_x = collect(at_rows, where, shares)
         if ctx.needs_input_grad[2]:
-            at_gate_up = _outer_sums(at_both, spread(x, where) * share, ends)
+            at_gate_up = outer_sums(at_both, spread(x, where) * share, ends)
             at_gate_up = at_gate_up.view_as(gate_up)
         return at_x, at_shares, at_gate_up, at_down, *(None for _ in where)
 
@@ -126,57 +122,6 @@ def _gate_and_up(x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
 
     On a CPU passes over the halves of wider rows take twice as long as over rows in a row."""
     if x.is_cpu:
-        gate, up = (_rows_times(x, matrices.mT, ends) for matrices in weight.unbind(1))
+        gate, up = (rows_times(x, matrices.mT, ends) for matrices in weight.unbind(1))
         return gate, up
-    return _rows_times(x, weight.flatten(1, 2).mT, ends).chunk(2, -1)
-
-
-def refusal(x: Tensor, weight: Tensor) -> str | None:
-    """Why torch's grouped product does not take these operands; None where it does."""
-    if x.shape[0] == 0 or 0 in weight.shape:
-        return "there are no numbers"
-    if x.dtype == torch.bfloat16:
-        widths = (x.shape[1], *weight.shape[1:])
-        odd = [width for width in widths if width % ALIGNED_WIDTH]
-        if x.is_cpu or not odd:
-            return None
-        return f"rows of {odd[0]} channels are no multiple of {ALIGNED_WIDTH}"
-    # Its descriptions for the compiler and for a plan know no other type (torch 2.13).
-    described = torch.compiler.is_compiling() or not has_numbers()
-    if x.is_cpu and x.dtype in (torch.float16, torch.float32) and not described:
-        return None
-    return f"{x.dtype} is not bfloat16"
-
-
-def _served(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product runs; where it does not on a GPU, the log says why: a loop
-    over experts, whose sizes the host has to wait for, takes its place."""
-    reason = refusal(x, weight)
-    # Compiled, a line of the log would break the graph.
-    if x.is_cuda and x.shape[0] and not torch.compiler.is_compiling():
-        log_once("experts", "loop" if reason else "grouped_mm", "cuda", reason or "it takes them")
-    return reason is None
-
-
-def _rows_times(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`(m, b)`: rows of `x` `(m, a)` times their group's `weight` `(N, a, b)`."""
-    if _served(x, weight):
-        return F.grouped_mm(x, weight, offs=ends)
-    parts = zip(x.split(_sizes(ends, len(x))), weight.unbind(), strict=True)
-    return torch.cat([rows @ matrix for rows, matrix in parts])
-
-
-def _outer_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """`(N, a, b)`: for each group the sum over its rows of outer products of `left` `(m, a)` and
-    `right` `(m, b)`."""
-    if _served(left, right):
-        return F.grouped_mm(left.mT, right, offs=ends)
-    sizes = _sizes(ends, len(left))
-    parts = zip(left.split(sizes), right.split(sizes), strict=True)
-    return torch.stack([rows.mT @ others for rows, others in parts])
-
-
-def _sizes(ends: Tensor, rows: int) -> list[int]:
-    if not has_numbers():
-        return even_loads(rows, len(ends))
-    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return rows_times(x, weight.flatten(1, 2).mT, ends).chunk(2, -1)

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rondo.models.ffn.experts import ALIGNED_WIDTH
+from rondo.kernels.expert_products import ALIGNED_WIDTH
 from rondo.parallel.plan.estimate import MEMORY_SHARE, Plan, chain_idle_share
 
 GIB = 2**30

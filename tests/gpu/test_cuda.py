@@ -62,9 +62,29 @@ OPERATORS = {
 }
 
 
-LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
+HALF_LIMITS = {
+    "linear_scan": 6e-3,
+    "linear_attention": 8e-3,
+    "delta_rule": 1e-2,
+    "short_conv": 5e-3,
+    "attention": 1e-2,
+    "cross_entropy": 2e-2,
+    "norms": 8e-3,
+}
+"""Of bfloat16, by the beginning of a name: about twice the worst of these same cases on a CPU
+(`test_limits.py`), chunked, which was 2.9e-3, 4.2e-3, 6.5e-3, 2.4e-3, 4.6e-3, 1.0e-2 and 4.4e-3;
+the kernels in Triton's interpreter have 2.6e-3, 3.5e-3, 4.7e-3 and 2.3e-3 for the first four."""
+DTYPES = (*LIMITS, torch.bfloat16)
 ATTENTION = 2e-3
 """Least limit of attention, whose products of float32 may be sums of less exact ones."""
+
+
+def limit_of(name: str, dtype: torch.dtype) -> float:
+    """Of the error ratio of a case."""
+    if dtype == torch.bfloat16:
+        return next(x for start, x in HALF_LIMITS.items() if name.startswith(start))
+    return max(LIMITS[dtype], ATTENTION if name == "attention" else 0)
 
 
 def skip_without_kernel(run: Callable[[], object]) -> None:
@@ -80,7 +100,7 @@ def skip_without_kernel(run: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(name: str, dtype: torch.dtype, backend: str) -> None:
     """Outputs, final states and gradients, of the same rounded inputs."""
@@ -98,7 +118,7 @@ def test_operator(name: str, dtype: torch.dtype, backend: str) -> None:
     ids = segments().to(DEVICE)
     skip_without_kernel(lambda: run(backend, ids)(*moved))
     actual = gradients(run(backend, ids), moved)
-    limit = max(LIMITS[dtype], ATTENTION if name == "attention" else 0)
+    limit = limit_of(name, dtype)
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         assert_ratio(name, got.cpu(), want, limit)
 
@@ -109,10 +129,10 @@ HEADS = ("linear_attention_head", "linear_attention_key", "delta_rule_head", "de
 @pytest.mark.parametrize(
     ("dims", "dtype", "limit"),
     [
-        ((64, 64), torch.bfloat16, 2e-2),
-        ((128, 128), torch.bfloat16, 2e-2),
-        ((256, 256), torch.bfloat16, 2e-2),  # of the 1.3B preset
-        ((96, 192), torch.bfloat16, 2e-2),  # of the 7B preset
+        ((64, 64), torch.bfloat16, 1e-2),
+        ((128, 128), torch.bfloat16, 1e-2),
+        ((256, 256), torch.bfloat16, 1e-2),  # of the 1.3B preset
+        ((96, 192), torch.bfloat16, 1e-2),  # of the 7B preset
         ((256, 256), torch.float32, 1e-5),
     ],
     ids=str,
@@ -140,7 +160,7 @@ def test_wide_heads(name: str, dims: tuple[int, int], dtype: torch.dtype, limit:
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy(dtype: torch.dtype, cap: float | None, reduction: str) -> None:
     hidden, table = random(700, 32, seed=11), random(5000, 32, seed=12)
     targets = torch.arange(700) * 7
@@ -152,10 +172,10 @@ def test_cross_entropy(dtype: torch.dtype, cap: float | None, reduction: str) ->
     expected = gradients(run, [hidden, table])
     actual = gradients(run, [hidden.to(DEVICE, dtype), table.to(DEVICE, dtype)])
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
-        assert_ratio("cross entropy", got.cpu(), want, LIMITS[dtype])
+        assert_ratio("cross entropy", got.cpu(), want, limit_of("cross_entropy", dtype))
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [100, 256, 2048, 8192])
 def test_norms(dim: int, dtype: torch.dtype) -> None:
     inputs = [random(1000, dim, seed=13), random(1000, dim, seed=14), random(dim, seed=15)]
@@ -169,7 +189,7 @@ def test_norms(dim: int, dtype: torch.dtype) -> None:
         lambda *args: [y.cpu() for y in run(*args)], [x.to(DEVICE, dtype) for x in inputs]
     )
     for got, want in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
-        assert_ratio("norm", got.cpu(), want, LIMITS[dtype])
+        assert_ratio("norm", got.cpu(), want, limit_of("norms", dtype))
 
 
 ROUTERS = ("linear", "rmoe")

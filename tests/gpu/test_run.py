@@ -83,7 +83,8 @@ def test_it_takes_the_interpreter_that_sees_a_gpu(tmp_path: Path, own: bool, tak
     files = {file for line in tests for file in line.split()[3:] if file.endswith(".py")}
     wanted = [*HERE.glob("test_*.py"), *(ROOT / "tests/kernels").glob("test_triton_*.py")]
     wanted += [ROOT / "tests/kernels/test_expert_rows.py"]
-    no_device = {"test_run.py", "test_triton_compile.py", "test_triton_offsets.py"}
+    no_device = {"test_run.py", "test_limits.py"}
+    no_device |= {"test_triton_compile.py", "test_triton_offsets.py"}
     assert sorted(ROOT / file for file in files) == sorted(
         path for path in wanted if path.name not in no_device
     )
@@ -166,16 +167,55 @@ def test_it_names_packages_that_are_missing(tmp_path: Path) -> None:
     assert code == 0 and {line.split()[0] for line in ran} == {"bin/python"}
 
 
+def until(folder: Path, seconds: int, code: str) -> subprocess.CompletedProcess[str]:
+    """A file of tests run by `until.py`."""
+    (folder / "test_it.py").write_text(code)
+    command = [sys.executable, str(HERE / "until.py"), str(seconds)]
+    command += ["--rootdir", str(folder), str(folder / "test_it.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=folder)
+
+
 @pytest.mark.slow
 def test_tests_are_interrupted_when_their_time_is_up(tmp_path: Path) -> None:
-    slow = tmp_path / "test_slow.py"
-    slow.write_text(
-        "import time\ndef test_first(): assert False\ndef test_last(): time.sleep(60)\n"
-    )
-    command = [sys.executable, str(HERE / "until.py"), "8", "--rootdir", str(tmp_path), str(slow)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=tmp_path)
+    code = "import time\ndef test_first(): assert False\ndef test_last(): time.sleep(60)\n"
+    done = until(tmp_path, 8, code)
     assert done.returncode == 2
     assert "1 failed" in done.stdout and "KeyboardInterrupt" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_hang_that_no_interrupt_ends(tmp_path: Path) -> None:
+    """As in a call of a driver; what was found before is there, and where it hung."""
+    code = """
+import signal, time
+def test_first(): assert "it" == "that"
+def test_hangs():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    time.sleep(60)
+"""
+    done = until(tmp_path, 4, code)
+    assert done.returncode == 1
+    assert "FAILED test_it.py::test_first" in done.stderr and "'it' == 'that'" in done.stderr
+    assert "Timeout" in done.stderr and "in test_hangs" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_a_failed_test_held_is_free_for_the_next(tmp_path: Path) -> None:
+    code = """
+import sys, weakref
+import torch
+given = []
+torch.cuda.is_initialized = lambda: True
+torch.cuda.empty_cache = lambda: given.append("back")
+class Tensor: ...
+def test_first():
+    held = Tensor()
+    sys.seen = weakref.ref(held)
+    raise MemoryError
+def test_next():
+    assert sys.seen() is None and given == ["back"]
+"""
+    assert "1 failed, 1 passed" in until(tmp_path, 40, code).stdout
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from rondo.kernels.bench import __main__ as bench
-from rondo.kernels.bench import cases, order, peers, table, timing
+from rondo.kernels.bench import cases, mixtures, order, peers, table, timing
 from rondo.kernels.bench.order import Key
 from rondo.kernels.bench.worker import Failure, failure
+from rondo.kernels.conv_library import library_serves
 
 CPU = torch.device("cpu")
 BEST = {"bytes": 1e6, "flops": 1e6}
@@ -74,13 +75,25 @@ def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "broken": "failed: RuntimeError: heads must be",
     }
     assert "itself 1.00x, absent -, broken -" in table.line(both)
+    named = backends(operator)
+    assert (forward["backend"], both["backend"]) == (named, named)
+    assert f"| both | {named} | 2.000 |" in table.line(both)
     assert json.loads(json.dumps(both)) == both
+
+
+def backends(operator: str) -> str:
+    """What ours runs on, on a CPU."""
+    if operator == "short_conv":
+        served = library_serves(torch.empty(1, dtype=torch.bfloat16), None)
+        return "library" if served else "chunked"
+    return "grouped_mm" if operator == "expert_products" else "chunked"
 
 
 @pytest.mark.parametrize(
     ("operator", "peer"),
     [
         *(("gather_rows", "torch"), ("combine_rows", "torch"), ("lstm", "torch")),
+        *(("expert_products", "torch"), ("expert_products", "loop")),
         *(("slstm", "loop"), ("para_gru", "chunked"), ("para_lstm", "chunked")),
         *(("fast_weights", "chunked"), ("neural_memory", "chunked")),
     ],
@@ -113,6 +126,29 @@ def test_bytes_and_flops() -> None:
     assert row["compute"] == pytest.approx(1.0)
 
 
+def test_bytes_and_flops_of_the_products_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first product of a mixture of two experts a token, each of the model's width."""
+    monkeypatch.setattr(mixtures, "EXPERTS", 3)
+    monkeypatch.setattr(mixtures, "TOP_K", 2)
+    case = cases.make_case("expert_products", "1.3b", 2, 6, CPU)
+    output = case.run(**case.inputs)
+    rows, weight = 2 * 2 * 6, 3 * (2 * 16) * 16
+    assert tuple(output.shape) == (rows, 32)
+    assert case.flops == 2 * rows * 16 * 32
+    assert case.bytes(output, False) == 2 * (rows * 16 + weight + rows * 32)
+    assert case.bytes(output, True) == 2 * (3 * (rows * 16 + weight) + 2 * rows * 32)
+
+
+def test_gradients_of_the_products_of_experts_are_torchs() -> None:
+    case = cases.make_case("expert_products", "1.3b", 2, 6, CPU)
+    inputs = [x.detach().float().requires_grad_() for x in case.inputs.values()]
+    upstream = torch.randn(case.run(*inputs).shape, generator=torch.Generator().manual_seed(0))
+    theirs = peers.PEERS["expert_products"]["torch"]()(*inputs, **case.extra)
+    expected = torch.autograd.grad(theirs, inputs, upstream)
+    actual = torch.autograd.grad(case.run(*inputs), inputs, upstream)
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("operator", "mixer", "options", "convolutions"),
     [
@@ -138,7 +174,7 @@ def test_flops_are_those_of_the_mixer(
 
 def test_the_most_telling_cases_come_first() -> None:
     keys = order.ordered(list(cases.OPERATORS), ["1.3b", "7b"])
-    assert len(set(keys)) == len(keys) == 146
+    assert len(set(keys)) == len(keys) == 154
     among = [o for o in cases.OPERATORS if order.shared(o)]
     assert {"delta_rule_key_decay", "attention", "linear_scan"} < set(among)
     assert not order.shared("para_gru") and not order.shared("neural_memory")
@@ -275,7 +311,7 @@ def test_writes_what_it_prints(
     lines = [each for each in text.splitlines() if each.startswith("| ")]
     assert len(lines) == 18 and all(each in said.out for each in lines)
     if broken:
-        assert "failed: RuntimeError: no such kernel | | | chunked -" in lines[4]
+        assert "| | failed: RuntimeError: no such kernel | | | chunked -" in lines[4]
         assert said.err == "\npara_gru: failed: RuntimeError: no such kernel\n"
     else:
         assert "chunked 1.00x |" in lines[4]

@@ -120,7 +120,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, anew:
     monkeypatch.setitem(sys.modules, request.param, package(request.param, found))
     monkeypatch.setattr(flash, "flash_refusal", lambda *qkv: None)
     monkeypatch.setattr(attention_module, "flash_refusal", lambda *qkv: None)
-    monkeypatch.setattr(flash, "_is_hopper", lambda device: request.param != "flash_attn")
+    monkeypatch.setattr(flash, "is_hopper", lambda device: request.param != "flash_attn")
     return found
 
 
@@ -164,7 +164,7 @@ def test_auto_takes_the_package_where_it_serves_and_says_why(
 ) -> None:
     qkv, ids = checks.inputs(9), documents(9)
     expected = attention(*qkv, segment_ids=ids, backend="flash")
-    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "_logged", {})
     with caplog.at_level(logging.INFO, backend.logger.name):
         torch.testing.assert_close(attention(*qkv, segment_ids=ids), expected)
     assert [call["name"] for call in calls] == ["varlen", "varlen"]
@@ -178,7 +178,7 @@ def test_a_package_that_cannot_be_imported_is_refused(
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    monkeypatch.setattr(flash, "_is_hopper", lambda device: False)
+    monkeypatch.setattr(flash, "is_hopper", lambda device: False)
     q, k, v = (x.bfloat16() for x in checks.inputs(9))
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
     reason = flash.flash_refusal(q, k, v)

@@ -92,6 +92,14 @@ def test_bfloat16(gate: str) -> None:
     compare(make(24, gate, batch=1, groups=1, heads=1), torch.bfloat16, 6e-3, 8e-3)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_bfloat16_over_chunks(gate: str) -> None:
+    """Of two blocks each, with documents that end inside them: states pass through memory."""
+    rows = ids(9, 20, 16)[None].to(DEVICE)
+    args = make(45, gate, batch=1, groups=1, heads=1)
+    compare(args, torch.bfloat16, 6e-3, 8e-3, segment_ids=rows, chunk_size=32)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("gate", GATES)
 def test_one_position(gate: str) -> None:

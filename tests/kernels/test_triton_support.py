@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import importlib.util
 import json
 import logging
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +23,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
 from rondo.kernels import backend, triton_support
 from rondo.kernels.triton_configs import CONFIGS
@@ -79,7 +86,7 @@ def choice(name: str, device: str = "cpu", refusal: str | None = None) -> Any:
 
 
 def test_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "_logged", {})
     with caplog.at_level(logging.INFO, backend.logger.name):
         assert choice("auto") is len  # even where the interpreter could run
         assert choice("auto", "cuda") is sum
@@ -104,6 +111,39 @@ def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         choice("triton")
     with pytest.raises(ValueError, match="op: backend 'triton' cannot run: it is Tuesday"):
         choice("triton", "cuda", "it is Tuesday")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "doubtful"),
+    [
+        *(("3.3.1", (9, 0), False), ("3.4.0", (9, 0), True), ("3.7.0+git1", (9, 0), True)),
+        *(("3.7.1", (9, 0), False), ("3.10.0", (9, 0), False)),
+        *(("3.6.0", (8, 0), False), ("3.6.0", (10, 0), False)),
+    ],
+)
+def test_versions_that_compile_wrong_gradients(
+    version: str,
+    capability: tuple[int, int],
+    doubtful: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda, functions = torch.device("cuda"), {"chunked": len, "triton": sum}
+    for name, found in (("auto", len if doubtful else sum), ("triton", sum)):
+        monkeypatch.setattr(backend, "_logged", {})
+        caplog.clear()
+        with caplog.at_level(logging.INFO, backend.logger.name):
+            for _ in range(2):
+                assert backend.choose_recurrence("op", name, functions, cuda, None) is found
+        (record,) = caplog.records  # said once
+        assert record.levelno == (logging.WARNING if doubtful else logging.INFO)
+        assert (f"triton {version} is known" in record.getMessage()) == doubtful
+        assert not doubtful or "update to 3.7.1 or later" in record.getMessage()
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # its numbers mean other chips
+    assert backend.triton_doubt(cuda) is None and backend.triton_doubt(CPU) is None
 
 
 def test_tensors_that_no_kernel_takes() -> None:
@@ -151,6 +191,58 @@ def test_every_row_is_compiled_for_a_chip() -> None:
         assert "*" in rows or {*rows} >= SIZES, name
 
 
+def called_by(kernels: Iterable[Any]) -> set[Callable[..., Any]]:
+    """The Python functions of kernels, and of all that they call, whole."""
+    found, waiting = set(), [kernel.fn for kernel in kernels]
+    while waiting:
+        function = waiting.pop()
+        if function not in found:
+            found.add(function)
+            names = [function.__globals__.get(name) for name in function.__code__.co_names]
+            waiting += [each.fn for each in names if isinstance(each, KernelInterface)]
+    return found
+
+
+def test_no_function_of_a_kernel_is_compiled_nowhere() -> None:
+    """What is compiled ahead of time, and looked at for overflows, is all there is."""
+    compiled = called_by(each.kernel for each in triton_support.all_compilations())
+    modules = [m for n, m in sys.modules.items() if n.startswith("rondo.kernels.")]
+    written = {
+        value.fn
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, KernelInterface) and value.fn.__module__.startswith("rondo.kernels.")
+    }
+    sources = Path(triton_support.__file__).parent.rglob("*.py")
+    assert len(written) == sum(path.read_text().count("\n@triton.jit") for path in sources) > 50
+    assert {f.__qualname__ for f in written - compiled} == set()
+
+
+def transposed_products(source: str) -> list[str]:
+    """`function: name` of sums of products that are transposed in registers afterwards."""
+    found = []
+    for function in [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]:
+        products: set[str] = set()
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign | ast.AugAssign) and "dot(" in ast.unparse(node.value):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                products.add(ast.unparse(target))
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.trans":
+                names = {n.id for n in ast.walk(node.args[0]) if isinstance(n, ast.Name)}
+                found += [f"{function.name}: {name}" for name in sorted(names & products)]
+    return found
+
+
+def test_no_sum_of_products_is_transposed() -> None:
+    """Triton 3.4.0 to 3.7.0 get this wrong on Hopper (flash-linear-attention issue 640)."""
+    wrong = "def f(a, b):\n x += dot(a, b)\n y = narrow(x)\n return dot(tl.trans(narrow(x)), a)"
+    assert transposed_products(wrong) == ["f: x"]
+    sources = Path(triton_support.__file__).parent.rglob("*triton*.py")
+    found = [each for path in sources for each in transposed_products(path.read_text())]
+    assert len(found) == 0, found
+
+
 def row_of(name: str, shape: str, family: str) -> str:
     found = configurations(name, shape, family)
     return next(key for key, row in CONFIGS[name].items() if row is found)
@@ -180,9 +272,57 @@ def test_measured_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         triton_support._measured.clear()
     assert measured == [7, 3]
     kept = json.loads(triton_support.cache_file().read_text())
-    assert kept == {f"op | d64 | float32 64 | chip | triton {triton.__version__}": {"SIZE": 3}}
+    versions = f"triton {triton.__version__} | kernels {triton_support.kernel_sources()}"
+    assert kept == {f"op | d64 | float32 64 | chip | {versions}": {"SIZE": 3}}
     other = ({"SIZE": 9}, {"SIZE": 8})  # the table has changed: measured again
     assert triton_support._fastest(call, CPU, other, start) == {"SIZE": 8}
+    measured.clear()
+    monkeypatch.setattr(triton_support, "kernel_sources", lambda: "others")
+    assert triton_support._fastest(call, CPU, other, start) == {"SIZE": 8} and measured == [9, 8]
+
+
+def test_sources_are_those_of_kernels(tmp_path: Path) -> None:
+    (tmp_path / "op").mkdir()
+    kernels, table = tmp_path / "op" / "triton_sums.py", tmp_path / "triton_configs.py"
+    kernels.write_text("@triton.jit\ndef f(x): ...")
+    table.write_text("CONFIGS = 1")
+    before = triton_support.kernel_sources.__wrapped__(tmp_path)
+    table.write_text("CONFIGS = 2")  # its rows are compared themselves
+    assert triton_support.kernel_sources.__wrapped__(tmp_path) == before
+    kernels.write_text("@triton.jit\ndef f(y): ...")
+    assert triton_support.kernel_sources.__wrapped__(tmp_path) != before
+    assert re.fullmatch("[0-9a-f]{12}", triton_support.kernel_sources())
+
+
+def keep_many(name: str, start: Any) -> None:
+    start.wait()
+    for i in range(40):
+        triton_support._keep(f"{name} {i}", {"SIZE": i}, ({"SIZE": i},))
+
+
+def test_processes_that_write_at_once_lose_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    start, names = context.Barrier(2), ("one", "two")
+    processes = [context.Process(target=keep_many, args=(name, start)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    kept = json.loads(triton_support.cache_file().read_text())
+    assert kept == {f"{name} {i}": {"SIZE": i} for name in names for i in range(40)}
+
+
+def test_the_first_process_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    candidates = ({"SIZE": 1}, {"SIZE": 2})
+    assert triton_support._keep("op", {"SIZE": 1}, candidates) == {"SIZE": 1}
+    assert triton_support._keep("op", {"SIZE": 2}, candidates) == {"SIZE": 1}
+    changed = ({"SIZE": 3}, {"SIZE": 2})
+    assert triton_support._keep("op", {"SIZE": 2}, changed) == {"SIZE": 2}
 
 
 def test_each_dtype_and_size_is_measured_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rondo.errors import UserError
 from rondo.kernels import backend
+from rondo.kernels.expert_products import refusal, served
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import problems
 from rondo.models.ffn.dispatch import (
@@ -24,7 +25,7 @@ from rondo.models.ffn.dispatch import (
     spread,
     spread_choices,
 )
-from rondo.models.ffn.experts import Experts, _served, mixture, refusal
+from rondo.models.ffn.experts import Experts, mixture
 from rondo.models.ffn.moe import BALANCE, MoE, Z
 from rondo.models.ffn.swiglu import SwiGLU
 from rondo.tests.numerics import assert_ratio, gradients
@@ -441,10 +442,10 @@ def test_what_a_grouped_product_refuses_on_a_gpu() -> None:
 def test_the_log_says_why_experts_run_in_a_loop_on_a_gpu(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "_logged", {})
     with caplog.at_level("INFO"), FakeTensorMode():
         for _ in range(2):
             x, weight = (torch.empty(*s, device="cuda") for s in ((4, 172), (2, 172, 64)))
-            assert not _served(x.bfloat16(), weight.bfloat16())
+            assert not served(x.bfloat16(), weight.bfloat16())
     [line] = caplog.messages
     assert "experts runs on backend loop (rows of 172 channels" in line
