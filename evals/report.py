@@ -160,7 +160,7 @@ def _facts(run: RunData) -> list[str]:
         _number(held[-1] if held else None, ".4f"),
         _number(sum(speeds) / len(speeds) if speeds else None, ",.0f"),
         _number(sum(usage) / len(usage) if usage else None, ".1%"),
-        _number(run.goodput, ".1%"),
+        _number(run.goodput.share if run.goodput else None, ".1%"),
         _number(share if scored else None, ".2%"),
     ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rondo.goodput import read_goodput
 from rondo.tests.slurm.cluster import Cluster
 from rondo.tests.slurm.runs import STEPS, Run
 
@@ -62,6 +63,12 @@ def test_requeued_in_mid_run(run: Run, straight: Run) -> None:
     assert run.folder.events("start")[1]["restarts"] == 1
     assert second["outcome"] == "done"
     assert run.rows() == straight.rows()
+    found = read_goodput(run.folder.path)
+    assert found is not None
+    assert found.kept + sum(found.lost.values()) == pytest.approx(found.wall)
+    between = run.folder.events("start")[1]["time"] - first["time"]
+    assert 0.9 * between < found.lost["idle between jobs"] < between + 5
+    assert found.lost["redone steps"] < 5  # it saved where it stopped
 
 
 def test_time_limit(run: Run, straight: Run) -> None:
