@@ -52,6 +52,12 @@ class Goodput:
     the last."""
 
     @property
+    def parts(self) -> dict[str, float]:
+        """All of it by name, but for what took no time."""
+        parts = {"steps that count": self.kept, **self.lost}
+        return {name: seconds for name, seconds in parts.items() if seconds > 0}
+
+    @property
     def share(self) -> float:
         """Goodput, from 0 to 1."""
         return self.kept / self.wall

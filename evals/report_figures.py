@@ -14,8 +14,9 @@ from rondo.goodput import LOST
 COLORS = ("#3b82c4", "#e07b39", "#4b9e6a", "#b65fcf", "#c94f5d", "#8a7f3d", "#2fa5a5", "#8b8f98")
 """Readable on white and on dark grey."""
 _LOSS = "loss (nats a token)"
-_PARTS = (2, 0, 3, 5, 1, 4, 6, 7)
-"""Colours of steps that count, and of what the rest of the time went into."""
+PARTS = ("steps that count", *LOST)
+"""Of the time of a run, as `Goodput.parts` calls them."""
+_COLORS_OF_PARTS = (2, 0, 3, 5, 1, 4, 6, 7)
 
 
 def color(index: int) -> str:
@@ -66,13 +67,12 @@ def time_spent(runs: Sequence[RunData]) -> go.Figure | None:
     known = [(run.name, run.goodput) for run in runs if run.goodput]
     figure = go.Figure()
     names = [name for name, _ in known]
-    kept = "steps that count"
-    for index, part in enumerate((kept, *LOST)):
-        seconds = [found.kept if part == kept else found.lost[part] for _, found in known]
+    for index, part in enumerate(PARTS):
+        seconds = [found.parts.get(part, 0.0) for _, found in known]
         if not any(seconds):
             continue
         shares = [each / found.wall for each, (_, found) in zip(seconds, known, strict=True)]
-        bar = {"color": color(_PARTS[index])}
+        bar = {"color": color(_COLORS_OF_PARTS[index])}
         figure.add_bar(
             x=shares,
             y=names,

@@ -113,12 +113,10 @@ def table(found: Sequence[Status]) -> str:
 
 
 def time_table(goodput: Goodput) -> str:
-    """Where the time of a run went, as text; what took none is left out."""
-    parts = {"steps that count": goodput.kept, **goodput.lost}
+    """Where the time of a run went, as text."""
     lines = [
         (name, duration(seconds), f"{seconds / goodput.wall:.1%}")
-        for name, seconds in parts.items()
-        if seconds > 0
+        for name, seconds in goodput.parts.items()
     ]
     title = f"{duration(goodput.wall)} since the first start"
     return _columns([(title, "time", "share"), *lines])

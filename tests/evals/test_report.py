@@ -101,6 +101,11 @@ def test_summary(tmp_path: Path) -> None:
     assert [bar.name for bar in figure.data] == names  # what took no time is left out
     assert [bar.x[0] for bar in figure.data] == pytest.approx([0.25, 0.0025, 0.7475])
     assert len({bar.marker.color for bar in figure.data}) == 3
+    table = {section.title: section for section in sections(runs)}["Speed"].panels[-1].table
+    assert re.findall(r"<td>(.*?)</td><td>(.*?)</td>", table) == [
+        *zip(names, ("10.0", "0.1", "29.9"), strict=True),
+        ("all", "40.0"),
+    ]
 
 
 def test_scores_by_checkpoint(tmp_path: Path) -> None:
