@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from pathlib import Path
 
 import pytest
 
-from rondo.goodput import read_goodput
+from rondo.goodput import ATTEMPTS, read_goodput
 from rondo.tests.slurm.cluster import Cluster
 from rondo.tests.slurm.runs import STEPS, Run
 
@@ -66,8 +67,11 @@ def test_requeued_in_mid_run(run: Run, straight: Run) -> None:
     found = read_goodput(run.folder.path)
     assert found is not None
     assert found.kept + sum(found.lost.values()) == pytest.approx(found.wall)
-    between = run.folder.events("start")[1]["time"] - first["time"]
-    assert 0.9 * between < found.lost["idle between jobs"] < between + 5
+    rows = map(json.loads, (run.folder.path / ATTEMPTS).read_text().splitlines())
+    ended = next(row["time"] for row in rows if row["event"] == "end")
+    idle = run.folder.events("start")[1]["time"] - ended
+    assert found.lost["idle between jobs"] == pytest.approx(idle)
+    assert idle > run.folder.events("start")[1]["time"] - first["time"] > 0
     assert found.lost["redone steps"] < 5  # it saved where it stopped
 
 
