@@ -74,8 +74,8 @@ TASKS = {
         (4, 8), (4,), None, Fit(2000), ("previous+none",), last=False, kind="mqar_small_64"
     ),
     # One question, after one reading of the pairs or after two.
-    "recall_once": Task((4, 8), (8,), None, Fit(1500), ("previous+none",)),
-    "recall_twice": Task((4, 8), (8,), None, Fit(1500), ("previous+none",)),
+    "recall_once": Task((4, 8), (8,), None, Fit(600), ("previous+none",)),
+    "recall_twice": Task((4, 8), (8,), None, Fit(600), ("previous+none",)),
     "parity": _tracking(16, (64,), 2, 500),
     "cycle_navigation": _tracking(32, (100,), 5, 600),
     # Trained on the length that is scored, in many small steps.
