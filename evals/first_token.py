@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,17 @@ def _note(
         left = _norms((recurrent[-1] - recurrent[row])[None])[0]
         shares = torch.where(written[layer] > 0, left / written[layer], 0.0)
         found[names[layer]][at] = shares.tolist()
+
+
+def most(found: dict[str, dict[int, list[float]]], trained: int | None) -> dict[str, Any]:
+    """As `first_token`: layer, head and share of the head that keeps most at the length in
+    training; nothing where `summary` has nothing."""
+    cells = [
+        {"layer": int(layer), "head": head, "at": trained, "value": share}
+        for layer, shares in found.items()
+        for head, share in enumerate(shares.get(trained or 0, []))
+    ]
+    return {"first_token": max(cells, key=lambda cell: cell["value"])} if cells else {}
 
 
 def summary(found: dict[str, dict[int, list[float]]], trained: int | None) -> dict[str, float]:

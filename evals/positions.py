@@ -1,9 +1,10 @@
 """Loss and state by position: whether a model makes use of what is far back, and whether its state
 stays what it was in training (state collapse, arXiv 2410.07145).
 
-Positions are read at powers of two. A state is the matrix of a head after so many tokens; its
-effective rank is `exp(-Σ p_i log p_i)` of its singular values over their sum, p (Roy and Vetterli,
-2007).
+Positions are read at powers of two; losses also by buckets of 512 tokens, and which heads' states
+are largest and smallest every 128 tokens (`state_heads`). A state is the matrix of a head after so
+many tokens; its effective rank is `exp(-Σ p_i log p_i)` of its singular values over their sum, p
+(Roy and Vetterli, 2007).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from rondo.errors import UserError
 from rondo.evals import first_token
+from rondo.evals.state_heads import StateHeads
 from rondo.models import Decoder
 from rondo.models.decoder import DecoderState
 from rondo.models.mixer import Mixer
@@ -34,7 +36,10 @@ KIND = "positions"
 DEGENERATE = {"newlines": "\n", "capitals": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
 """Texts of one token again and again, by task: each text of another of these letters in turn."""
 KINDS = (KIND, *DEGENERATE)
-_PIECE = 1024
+_BUCKET = 512
+"""Tokens of a bucket of losses."""
+_PIECE = 128
+"""Tokens that are read together, at most; after so many states are looked at."""
 Curves = dict[str, dict[int, float]]
 
 
@@ -88,14 +93,19 @@ def degenerate(kind: str, tokenizer: Tokenizer, length: int, count: int) -> list
 
 @torch.no_grad()
 def curves(
-    model: Decoder, texts: list[list[int]], batch_size: int = 8, progress: bool = False
+    model: Decoder,
+    texts: list[list[int]],
+    batch_size: int = 8,
+    progress: bool = False,
+    heads: StateHeads | None = None,
 ) -> Curves:
     """By position, the mean over texts of one length.
 
-    `loss` is that of the tokens from so many up to before twice as many before them, nats a token.
-    By layer, after so many tokens: `state_norm` and `effective_rank` are means over heads,
-    `largest_norm` is that of the head where it is largest (Frobenius), `largest_variance` that of
-    the numbers of the state of a head where it is largest.
+    `loss` is that of the tokens from so many up to before twice as many before them, nats a token;
+    `loss_512`, if texts are so long, that of the 512 tokens up to where so many are read. By layer,
+    after so many tokens: `state_norm` and `effective_rank` are means over heads, `largest_norm` is
+    that of the head where it is largest (Frobenius), `largest_variance` that of the numbers of the
+    state of a head where it is largest. `heads` takes the states of all heads.
     """
     length = len(texts[0]) - 1
     sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
@@ -110,16 +120,23 @@ def curves(
             nats = model.hidden_loss(output.hidden, targets, reduction="none").double().sum()
             # The token at index i has i tokens before it.
             sums["loss"][_power(start + 1)] += float(nats)
-            if stop == _power(stop) or stop == length:
-                for name, total in _of_state(model, state).items():
+            if (bucket := (start // _BUCKET + 1) * _BUCKET) <= length:
+                sums["loss_512"][bucket] += float(nats)
+            border = stop == _power(stop) or stop == length
+            states = _states(model, state) if border or stop % _PIECE == 0 else []
+            for kept in states:
+                if heads is not None:
+                    heads.note(kept.layer, stop, kept.heads)
+                for name, total in _of_state(kept).items() if border else ():
                     sums[name][stop] += total
+        if heads is not None:
+            heads.texts += len(batch)
     widths = {_power(i): min(2 * _power(i), length + 1) - _power(i) for i in range(1, length + 1)}
+    tokens = {"loss": widths, "loss_512": dict.fromkeys(sums["loss_512"], _BUCKET)}
     return {
-        name: {
-            at: total / len(texts) / (widths[at] if name == "loss" else 1)
-            for at, total in values.items()
-        }
-        for name, values in sums.items()
+        name: {at: total / len(texts) / tokens.get(name, {}).get(at, 1) for at, total in of.items()}
+        for name, of in sums.items()
+        if of
     }
 
 
@@ -129,33 +146,45 @@ def _power(position: int) -> int:
 
 
 def _pieces(length: int) -> Iterator[tuple[int, int]]:
-    """From 0 to `length`, with borders before and at every power of two: tokens read together have
-    targets of one bin, and states are seen at powers."""
-    borders = {0, length}
+    """From 0 to `length`, with borders before and at every power of two, and after every 128:
+    tokens read together have targets of one bin, and states are seen at these."""
+    borders = {*range(0, length, _PIECE), length}
     for k in range(length.bit_length()):
         borders |= {p for p in ((1 << k) - 1, 1 << k) if p <= length}
-    ends = sorted(borders)
-    for start, stop in itertools.pairwise(ends):
-        for at in range(start, stop, _PIECE):
-            yield at, min(at + _PIECE, stop)
+    yield from itertools.pairwise(sorted(borders))
 
 
-def _of_state(model: Decoder, state: DecoderState) -> dict[str, float]:
-    """Sums over the rows of a batch, by measure and layer."""
-    found: dict[str, float] = {}
+class _State(NamedTuple):
+    """The states of a layer."""
+
+    layer: str
+    heads: Tensor
+    """`(B, H, ...)` float32."""
+    matrices: bool
+    """Whether each is that of a linear recurrence."""
+
+
+def _states(model: Decoder, state: DecoderState) -> Iterator[_State]:
     for (layer, block), kept in zip(model.blocks.items(), state.layers, strict=True):
-        mixer, label = block.get_submodule("mixer"), f"{int(layer):02d}"
+        mixer = block.get_submodule("mixer")
         tensor = kept.get("recurrent", kept.get("memory"))
-        if tensor is None or not isinstance(mixer, Mixer):
-            continue
-        heads = tensor.float().movedim(mixer.state_heads, 1)  # (B, H, ...)
-        norms = heads.flatten(2).norm(dim=-1)
-        found[f"state_norm/{label}"] = float(norms.mean(1).sum())
-        found[f"largest_norm/{label}"] = float(norms.amax(1).sum())
-        variances = heads.flatten(2).var(-1, correction=0)
-        found[f"largest_variance/{label}"] = float(variances.amax(1).sum())
-        if heads.ndim == 4 and mixer.state_heads == 1 and "recurrent" in kept:
-            found[f"effective_rank/{label}"] = float(_effective_rank(heads).mean(1).sum())
+        if tensor is not None and isinstance(mixer, Mixer):
+            heads = tensor.float().movedim(mixer.state_heads, 1)
+            matrices = heads.ndim == 4 and mixer.state_heads == 1 and "recurrent" in kept
+            yield _State(f"{int(layer):02d}", heads, matrices)
+
+
+def _of_state(kept: _State) -> dict[str, float]:
+    """Sums over the rows of a batch, by measure and layer."""
+    norms = kept.heads.flatten(2).norm(dim=-1)
+    variances = kept.heads.flatten(2).var(-1, correction=0)
+    found = {
+        f"state_norm/{kept.layer}": float(norms.mean(1).sum()),
+        f"largest_norm/{kept.layer}": float(norms.amax(1).sum()),
+        f"largest_variance/{kept.layer}": float(variances.amax(1).sum()),
+    }
+    if kept.matrices:
+        found[f"effective_rank/{kept.layer}"] = float(_effective_rank(kept.heads).mean(1).sum())
     return found
 
 
@@ -171,8 +200,8 @@ def _effective_rank(matrices: Tensor) -> Tensor:
 def summary(found: Curves, trained: int | None) -> dict[str, float]:
     """What one number can say: `loss` over all tokens; and, where texts are longer than those in
     training, `collapse`, the most that the loss of a later bin exceeds that of the last one within
-    (nats; 0 or less: none), and `state_growth`, the same of the largest norm of a layer, as a
-    ratio."""
+    (nats; 0 or less: none), `collapse_512`, the same of buckets of 512 tokens, and `state_growth`,
+    the same of the largest norm of a layer, as a ratio."""
     loss = found["loss"]
     last = max(max(values) for values in found.values())
     sizes = {at: min(2 * at, last + 1) - at for at in loss}
@@ -180,6 +209,10 @@ def summary(found: Curves, trained: int | None) -> dict[str, float]:
     within = [at for at in loss if trained and 2 * at - 1 <= trained]
     if within and (beyond := [at for at in loss if at >= 2 * within[-1]]):
         values["collapse"] = max(loss[at] for at in beyond) - loss[within[-1]]
+    buckets = found.get("loss_512", {})
+    inside = [at for at in buckets if trained and at <= trained]
+    if inside and (outside := [loss for at, loss in buckets.items() if at > inside[-1]]):
+        values["collapse_512"] = max(outside) - buckets[inside[-1]]
     growth = []
     for name, norms in found.items():
         early = [n for at, n in norms.items() if trained and at <= trained]
@@ -191,9 +224,10 @@ def summary(found: Curves, trained: int | None) -> dict[str, float]:
 
 def of_first_token(
     model: Decoder, text: list[int], trained: int | None
-) -> tuple[Curves, dict[str, float]]:
+) -> tuple[Curves, dict[str, float], dict[str, Any]]:
     """`first_token/LAYER` by position, the largest share over heads that is left of the first
-    token's state (`first_token.kept`), and its summary."""
+    token's state (`first_token.kept`), its summary, and which head has kept most at the length in
+    training."""
     length = len(text) - 1
     ends = {1 << k for k in range(length.bit_length())} | {length}
     ends |= {trained} if trained and trained <= length else set()
@@ -202,7 +236,7 @@ def of_first_token(
         f"first_token/{layer}": {at: max(shares) for at, shares in by_end.items()}
         for layer, by_end in found.items()
     }
-    return shown, first_token.summary(found, trained)
+    return shown, first_token.summary(found, trained), first_token.most(found, trained)
 
 
 def result(
@@ -210,11 +244,13 @@ def result(
     found: Curves,
     more: dict[str, float],
     trained: int | None,
-    texts: int,
+    heads: StateHeads,
+    extremes: dict[str, Any],
     about: dict[str, Any],
 ) -> dict[str, Any]:
-    """What `rondo eval` keeps, in the form of the harness's results, with `curves`; `more` are
-    numbers beside those of `summary`."""
+    """What `rondo eval` keeps, in the form of the harness's results, with `curves`, and by head
+    `heads` and `extremes`; `more` are numbers beside those of `summary`."""
+    texts = heads.texts
     numbers = summary(found, trained) | more
     numbers["perplexity"] = math.exp(numbers["loss"])
     return {
@@ -224,5 +260,7 @@ def result(
         "n-samples": {name: {"original": texts, "effective": texts}},
         "higher_is_better": {name: dict.fromkeys(numbers, False)},
         "curves": {key: {str(at): v for at, v in sorted(c.items())} for key, c in found.items()},
+        "heads": heads.by_tokens(),
+        "extremes": heads.extremes(trained) | extremes,
         "config": about,
     }

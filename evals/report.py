@@ -62,7 +62,7 @@ def sections(runs: Sequence[RunData]) -> Iterator[Section]:
     """The page from top to bottom; what no run has is left out."""
     yield Section("Runs", report_text.SUMMARY, [Panel(table=_summary(runs), wide=True)])
     yield Section("Loss and learning rate", report_text.LOSS, _panels(_of_loss(runs)))
-    yield Section("Speed", report_text.SPEED, _panels(_of_speed(runs)))
+    yield Section("Speed", report_text.SPEED, [*_panels(_of_speed(runs)), *_times(runs)])
     yield Section(
         "Evaluation by checkpoint", report_text.EVALS, [*_panels(_of_scores(runs)), *_jobs(runs)]
     )
@@ -160,13 +160,25 @@ def _facts(run: RunData) -> list[str]:
         _number(held[-1] if held else None, ".4f"),
         _number(sum(speeds) / len(speeds) if speeds else None, ",.0f"),
         _number(sum(usage) / len(usage) if usage else None, ".1%"),
-        _number(run.goodput, ".1%"),
+        _number(run.goodput.share if run.goodput else None, ".1%"),
         _number(share if scored else None, ".2%"),
     ]
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _times(runs: Sequence[RunData]) -> list[Panel]:
+    known = [(run.name, run.goodput) for run in runs if run.goodput]
+    lines = [
+        [part, *(_number(found.parts.get(part), ",.1f") for _, found in known)]
+        for part in figures.PARTS
+        if any(part in found.parts for _, found in known)
+    ]
+    lines.append(["all", *(f"{found.wall:,.1f}" for _, found in known)])
+    head = ("seconds", *(name for name, _ in known))
+    return [Panel("The same in seconds", table=_table(head, lines))] if known else []
 
 
 def _jobs(runs: Sequence[RunData]) -> list[Panel]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rondo.errors import UserError
+from rondo.goodput import Goodput, read_goodput
 from rondo.pretrain.metrics import rows
 from rondo.pretrain.plain import read_yaml
 
@@ -58,9 +59,8 @@ class RunData:
     """What the eval jobs say of themselves."""
     forgetting: dict[str, Any] | None = None
     """Of `forgetting.json`: stages, domains, bits_per_byte[stage][domain]; None where unknown."""
-    elapsed: float | None = None
-    """Seconds from the first start to the last step, queue included; None where `rondo launch` did
-    not start the run."""
+    goodput: Goodput | None = None
+    """Where the time since the first start went; None where that is not known."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps done and values of a metric, averaged in groups where there are many."""
@@ -79,13 +79,6 @@ class RunData:
     def total(self, key: str) -> float:
         """Sum of a metric over all steps."""
         return sum(row[key] for row in self.rows if _is_number(row.get(key)))
-
-    @property
-    def goodput(self) -> float | None:
-        """Share of `elapsed` that went into steps that count."""
-        if not self.elapsed:
-            return None
-        return min(1.0, self.total("seconds") / self.elapsed)
 
     @property
     def tables(self) -> list[tuple[int, list[list[float]]]]:
@@ -125,7 +118,7 @@ def read_run(path: Path, name: str) -> RunData:
         positions=_positions(path),
         jobs=[_json(file) for file in sorted((path / "evals" / "jobs").glob("step-*/job.json"))],
         forgetting=_forgetting(path),
-        elapsed=_elapsed(path),
+        goodput=read_goodput(path),
     )
 
 
@@ -225,15 +218,3 @@ def _forgetting(path: Path) -> dict[str, Any] | None:
         return None
     names = [str(stage) for stage in stages[: len(cells)]]
     return {"stages": names, "domains": [str(each) for each in domains], "bits_per_byte": cells}
-
-
-def _elapsed(path: Path) -> float | None:
-    events = path / "launch" / "events.jsonl"
-    for line in events.read_text().splitlines() if events.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("event") == "start":
-            return max(0.0, _metrics(path).stat().st_mtime - row["time"])
-    return None

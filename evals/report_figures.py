@@ -9,10 +9,14 @@ from typing import Any
 import plotly.graph_objects as go
 
 from rondo.evals.report_data import RunData
+from rondo.goodput import LOST
 
 COLORS = ("#3b82c4", "#e07b39", "#4b9e6a", "#b65fcf", "#c94f5d", "#8a7f3d", "#2fa5a5", "#8b8f98")
 """Readable on white and on dark grey."""
 _LOSS = "loss (nats a token)"
+PARTS = ("steps that count", *LOST)
+"""Of the time of a run, as `Goodput.parts` calls them."""
+_COLORS_OF_PARTS = (2, 0, 3, 5, 1, 4, 6, 7)
 
 
 def color(index: int) -> str:
@@ -60,23 +64,24 @@ def layers(run: RunData, prefix: str, title: str) -> go.Figure | None:
 
 def time_spent(runs: Sequence[RunData]) -> go.Figure | None:
     """Where the time of each run went, as shares."""
-    known = [run for run in runs if run.elapsed]
+    known = [(run.name, run.goodput) for run in runs if run.goodput]
     figure = go.Figure()
-    names = [run.name for run in known]
-    steps = [run.goodput or 0.0 for run in known]
-    lost = [run.total("eval_seconds") / run.elapsed for run in known if run.elapsed]
-    rest = [max(0.0, 1 - a - b) for a, b in zip(steps, lost, strict=True)]
-    parts = (("steps that count", steps), ("eval jobs", lost), ("everything else", rest))
-    for index, (name, shares) in enumerate(parts if known else ()):
-        bar = {"color": color((2, 1, 7)[index])}
+    names = [name for name, _ in known]
+    for index, part in enumerate(PARTS):
+        seconds = [found.parts.get(part, 0.0) for _, found in known]
+        if not any(seconds):
+            continue
+        shares = [each / found.wall for each, (_, found) in zip(seconds, known, strict=True)]
+        bar = {"color": color(_COLORS_OF_PARTS[index])}
         figure.add_bar(
             x=shares,
             y=names,
-            name=name,
+            name=part,
+            customdata=seconds,
             orientation="h",
             marker=bar,
             width=0.5,
-            hovertemplate="%{y}: %{x:.1%}",
+            hovertemplate="%{y}: %{x:.1%}, %{customdata:,.1f} s",
         )
     figure.update_layout(
         barmode="stack", xaxis={"tickformat": ".0%", "dtick": 0.25, "range": [0, 1]}

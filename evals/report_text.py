@@ -1,8 +1,8 @@
 """What a report says about its figures, as HTML."""
 
 SUMMARY = """The last step of each run. Loss is the mean over its last tenth of steps. Goodput
-is the time in steps that count, each once however often a restart repeated it, over the time
-since the first start; only runs of <code>rondo launch</code> have it."""
+is the number of steps that count, each once however often a restart repeated it, times their
+median time, over the time since the first start."""
 LOSS = """Cross-entropy in nats a token, averaged over groups of steps where there are many.
 Held-out text is the same at every validation, so its points can be compared along a run, and
 between runs with the same data and tokenizer. With different tokenizers compare bits a byte,
@@ -10,10 +10,12 @@ which do not depend on how text is cut into tokens. A loss that jumps and comes 
 unstable step: look at the gradient norm beside it."""
 SPEED = """Tokens a second over all ranks, and MFU: the floating-point operations the model
 needs for them (forward and backward, nothing counted twice for recomputation), as a share of
-what the hardware could do. The bar shows where the time since the first start went. Everything
-else is start-up, compilation, validation, checkpoints, steps that were done again after a
-failure, and waiting in the queue. Eval jobs is the time for which scoring checkpoints held
-training up."""
+what the hardware could do. The bar shows where the time since the first start went. Steps that
+count are goodput. Compile and autotune is what the first step of a start took longer than others;
+save and evaluation stalls are the time for which checkpoints, and validation, norms and scoring,
+held training up; redone steps were lost by a failure, the step that it cut off included; idle is
+the queue, and what the scheduler took to start again. What is slower than the median step comes
+last, with all that is between steps."""
 EVALS = """Scores of checkpoints as <code>rondo eval</code> wrote them; bars are one standard
 error. A difference within two of them says little."""
 POSITIONS = """Texts longer than those in training, of the newest checkpoint that was scored on

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from rondo.errors import UserError, run_command
 from rondo.evals import positions
+from rondo.evals.state_heads import StateHeads
 from rondo.models import Decoder, load
 from rondo.models.loading import find_checkpoint
 from rondo.pretrain.data import Tokenizer, load_tokenizer
@@ -160,9 +161,10 @@ def _positions(
     else:
         texts = positions.rows(config.text, tokenizer, length, count)
     trained, about = positions.trained_length(checkpoint), _about(config, checkpoint)
-    found = positions.curves(model, texts, config.batch_size, progress=True)
-    first, more = positions.of_first_token(model, texts[0], trained)
-    result = positions.result(name, {**found, **first}, more, trained, len(texts), about)
+    heads = StateHeads()
+    found = positions.curves(model, texts, config.batch_size, progress=True, heads=heads)
+    first, more, most = positions.of_first_token(model, texts[0], trained)
+    result = positions.result(name, {**found, **first}, more, trained, heads, most, about)
     return {**result, "date": time.time()}
 
 

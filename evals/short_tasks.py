@@ -65,10 +65,17 @@ def _product(size: int, longer: tuple[int, ...], classes: int, steps: int) -> Ta
 TASKS = {
     # A layer that sees the token before: without it, layers must first find out what pairs are.
     "mqar_all": Task((4, 8), (8, 16), None, Fit(800), ("previous+none",), last=False),
+    # More pairs than a small state has room for, in training too.
+    "mqar_many": Task(
+        (8, 32), (8, 16, 32, 48), None, Fit(800), ("previous+none",), last=False, kind="mqar_all"
+    ),
     # Zoology's texts, of 512 words. With 8 pairs among them more positions ask.
     "mqar_small_64_4": Task(
         (4, 8), (4,), None, Fit(2000), ("previous+none",), last=False, kind="mqar_small_64"
     ),
+    # One question, after one reading of the pairs or after two.
+    "recall_once": Task((4, 8), (8,), None, Fit(600), ("previous+none",)),
+    "recall_twice": Task((4, 8), (8,), None, Fit(600), ("previous+none",)),
     "parity": _tracking(16, (64,), 2, 500),
     "cycle_navigation": _tracking(32, (100,), 5, 600),
     # Trained on the length that is scored, in many small steps.
@@ -108,10 +115,12 @@ class ShortTasksConfig:
     )
     """Rows: mixers of the recipe `short-tasks`, with commas between them; slashes between those of
     layers. `matching` is attention without positions, `reflecting` Gated DeltaNet with eigenvalues
-    down to -1, `deltanet_reflecting` so DeltaNet, `wide_para_gru` and `wide_para_lstm` have twice
+    down to -1, `deltanet_reflecting` so DeltaNet, `narrow` Gated DeltaNet with a state
+    of 16 keys, `wide_para_gru` and `wide_para_lstm` have twice
     the channels and a long memory at the start."""
     tasks: str = "mqar_all,parity"
-    """Columns: mqar_all, mqar_small_64_4 (4 pairs in 64 words), parity,
+    """Columns: mqar_all, mqar_many (up to 48 pairs), mqar_small_64_4 (4 pairs in 64 words),
+    recall_once and recall_twice (one question after pairs that are read once or twice), parity,
     parity_40 (trained on 3 to 40 bits), cycle_navigation, cycle_navigation_100 (trained on 100
     steps), modular_arithmetic, s3, s3_two_steps (two words for each), a5, s5, a5_generators and
     s5_generators (words of two permutations that make all others)."""

@@ -6,11 +6,11 @@ import argparse
 import hashlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 from rondo.launch import slurm
+from rondo.launch.container import interpreter, srun_options
 from rondo.launch.eval_records import EvalRecord
 from rondo.launch.slurm import Script, file_pattern
 
@@ -35,8 +35,8 @@ class Starter(Protocol):
 
 def job_command(record: EvalRecord, options: argparse.Namespace) -> list[str]:
     """The words of a job."""
-    python = options.python or sys.executable
-    words = [python, "-m", "rondo.launch.eval_job", str(record.run), f"--step={record.step}"]
+    words = [*interpreter(options), "-m", "rondo.launch.eval_job", str(record.run)]
+    words += [f"--step={record.step}"]
     words += [f"--tasks={','.join(options.tasks)}", f"--retries={options.retries}"]
     words += [f"--processes={options.gpus}"] * (options.gpus > 1) + ["--"]
     for name in ("limit", "batch_size", "data_dir", "text", "samples", "seed"):
@@ -143,4 +143,9 @@ def eval_script(record: EvalRecord, options: argparse.Namespace) -> Script:
     threads = {}
     if options.cpus:
         threads["OMP_NUM_THREADS"] = str(max(1, options.cpus // max(1, options.gpus)))  # of a rank
-    return Script([*words, "--requeue", *options.sbatch], threads, [job_command(record, options)])
+    command = [job_command(record, options)]
+    if contained := srun_options(options):
+        command.insert(0, ["srun", "--nodes=1", "--ntasks=1", *contained])
+        if options.cpus:
+            threads["SRUN_CPUS_PER_TASK"] = str(options.cpus)
+    return Script([*words, "--requeue", *options.sbatch], threads, command)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from rondo.errors import UserError
+from rondo.launch.container import inherit
 from rondo.launch.eval_records import SETTLED, EvalRecord, checkpoint_steps, records
 from rondo.launch.eval_start import Processes, SlurmJobs, Starter
 from rondo.launch.folder import RunFolder, find_run
@@ -147,6 +148,7 @@ def main(words: Sequence[str]) -> int:
     if options.child:
         _end_with_parent()
     folder = RunFolder(Path(options.run)) if options.child else find_run(options.run)
+    inherit(options, folder.container() if options.where == "slurm" else {})
     with Lock(folder.path / "evals" / "jobs" / "lock"):
         if not options.child:
             _forget_failures(folder)

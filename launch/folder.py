@@ -58,6 +58,11 @@ class RunFolder:
         submitted = self.events("submit", launch)
         return submitted[-1]["jobs"] if submitted else []
 
+    def container(self) -> dict[str, Any]:
+        """The container of the last submission to SLURM; empty where it has none."""
+        submitted = self.events("submit")
+        return submitted[-1].get("container", {}) if submitted else {}
+
     def saved_step(self) -> int:
         """Step of the newest checkpoint; 0 without one."""
         folders = (self.path / "checkpoints").glob("step-*")

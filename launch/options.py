@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rondo.errors import UserError
+from rondo.launch import container
 
 _TIME = r"\d+(:\d+(:\d+)?)?|\d+-\d+(:\d+(:\d+)?)?"
 _USAGE = """\
@@ -158,30 +159,7 @@ def _add_slurm(parser: Parser) -> None:
         help="any other option of sbatch, as in --sbatch=--constraint=h100; can be given several "
         "times",
     )
-    _add_container(add)
-
-
-def _add_container(add: Callable[..., object]) -> None:
-    add("--container", metavar="IMAGE", help="run the ranks in a container of this image")
-    add(
-        "--runtime",
-        choices=("pyxis", "apptainer"),
-        default="pyxis",
-        help="what runs the container (default: pyxis, which is srun's plugin for enroot)",
-    )
-    add(
-        "--mount",
-        action="append",
-        default=[],
-        metavar="SOURCE[:TARGET]",
-        help="folder that the container sees besides the working directory; can be given several "
-        "times",
-    )
-    add(
-        "--python",
-        metavar="PATH",
-        help="interpreter of the ranks (default: this one; in a container python3)",
-    )
+    container.add_options(add, "the ranks")
 
 
 def parse_watch(words: Sequence[str]) -> argparse.Namespace:
@@ -234,9 +212,15 @@ def parse_watch(words: Sequence[str]) -> argparse.Namespace:
     add("--gpus", type=_count(0), default=0, metavar="N", help="SLURM: GPUs a job (default: 0)")
     add("--cpus", type=_count(1), metavar="N", help="SLURM: CPU cores a job")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="any option of sbatch")
-    add("--python", metavar="PATH", help="interpreter of the jobs (default: this one)")
+    container.add_options(add, "SLURM's jobs", inherited=True)
     add("--child", action="store_true", help=argparse.SUPPRESS)  # training started it
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.container and options.where != "slurm":
+        raise UserError(
+            f"--container {options.container}: processes run where this command does; "
+            "it is for --where slurm"
+        )
+    return options
 
 
 def _tasks(text: str) -> list[str]:

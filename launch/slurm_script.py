@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
+from rondo.launch.container import interpreter, srun_options
 from rondo.launch.folder import RunFolder
 from rondo.launch.slurm import Script, file_pattern
 
@@ -30,7 +30,7 @@ def render(
             [f"--launch={launch}", f"--retries={options.retries}", *_for_job(options), "--"],
             _srun(options),
             ["sh", "-c", _AS_RANK, "rank"],
-            [*_inside(options), "-m", "rondo.pretrain", *recipe],
+            [*interpreter(options), "-m", "rondo.pretrain", *recipe],
         ],
     )
 
@@ -79,24 +79,4 @@ def _srun(options: argparse.Namespace) -> list[str]:
     nodes, processes = options.nodes, _processes(options)
     words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * processes}"]
     words += [f"--ntasks-per-node={processes}", f"--wait={WAIT_SECONDS}"]
-    if options.container and options.runtime == "pyxis":
-        mounts = ",".join(
-            mount if ":" in mount else f"{mount}:{mount}" for mount in _mounts(options)
-        )
-        words += [f"--container-image={options.container}", f"--container-mounts={mounts}"]
-        words.append(f"--container-workdir={os.getcwd()}")
-    return words
-
-
-def _inside(options: argparse.Namespace) -> list[str]:
-    """The interpreter of the ranks, and apptainer in front of it."""
-    python = options.python or ("python3" if options.container else sys.executable)
-    if not options.container or options.runtime != "apptainer":
-        return [python]
-    words = ["apptainer", "exec", f"--pwd={os.getcwd()}"]
-    words += [f"--bind={mount}" for mount in _mounts(options)]
-    return [*words, *(["--nv"] if options.gpus else []), options.container, python]
-
-
-def _mounts(options: argparse.Namespace) -> list[str]:
-    return [os.getcwd(), *options.mount]
+    return [*words, *srun_options(options)]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rondo.errors import UserError
 from rondo.launch import slurm
+from rondo.launch.container import facts
 from rondo.launch.folder import RunFolder
 from rondo.launch.lock import Lock, describe, is_alive, read_owner
 from rondo.launch.options import parse_launch
@@ -115,7 +116,7 @@ def _slurm(options: argparse.Namespace, overrides: list[str], folder: RunFolder)
         shutil.copyfile(recipe, copy)  # what was submitted runs, whatever becomes of the file
     path.write_text(script)
     jobs = slurm.submit(str(path), options.chain)
-    folder.record("submit", launch=launch, jobs=jobs, script=str(path))
+    folder.record("submit", launch=launch, jobs=jobs, script=str(path), **facts(options))
     say(f"submitted {', '.join(jobs)}; logs in {folder.launch / 'logs'}")
     print(*jobs, sep="\n")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rondo.errors import UserError
+from rondo.goodput import Goodput, read_goodput
 from rondo.launch import slurm
 from rondo.launch.eval_records import scored
 from rondo.launch.folder import FINAL, RunFolder, is_run
@@ -19,8 +19,8 @@ from rondo.launch.options import parse_folder
 
 _ABOUT = (
     "Lists runs: state, steps, loss, tokens a second, age of the last step, goodput, scored "
-    "checkpoints, jobs. Goodput is the time in steps that count over the time since the first "
-    "start."
+    "checkpoints, jobs. Goodput is steps that count times their median time, over the time since "
+    "the first start; of a single run it also shows where the rest went."
 )
 _HEADER = ("run", "state", "step", "loss", "tokens/s", "last step", "goodput", "scored", "jobs")
 _QUIET_SECONDS = 120.0
@@ -42,9 +42,8 @@ class Status:
     tokens_per_second: float | None
     age: float | None
     """Seconds since the last step."""
-    goodput: float | None
-    """Share of the time from the first start to the last step that went into steps that count;
-    None for runs that `rondo launch` did not start, whose first start is not known."""
+    goodput: Goodput | None
+    """Where the time since the first start went; None where there are no steps yet."""
     scored: tuple[int, int]
     """Checkpoints with results of all their tasks, and all that are or were to be scored."""
     jobs: tuple[str, ...]
@@ -60,7 +59,6 @@ def read_status(folder: RunFolder, queue: Mapping[str, str], now: float | None =
     jobs = tuple(f"{job} {queue[job]}" for job in folder.jobs() if job in queue)
     changed = path.stat().st_mtime if row else None
     age = None if changed is None else max(0.0, (now or time.time()) - changed)
-    starts = folder.events("start")
     return Status(
         name=folder.path.name,
         state=_state(folder, step, steps, age, jobs),
@@ -69,7 +67,7 @@ def read_status(folder: RunFolder, queue: Mapping[str, str], now: float | None =
         loss=row.get("loss"),
         tokens_per_second=row.get("tokens_per_second"),
         age=age,
-        goodput=_goodput(content, starts[0]["time"], changed) if starts and changed else None,
+        goodput=read_goodput(folder.path),
         scored=scored(folder.path),
         jobs=jobs,
     )
@@ -99,12 +97,6 @@ def _state(
     return "stopped" if step and step == folder.saved_step() else "dead"
 
 
-def _goodput(content: bytes, first: float, last: float) -> float | None:
-    """Rows of steps that a restart repeats are replaced, so each step counts once."""
-    useful = sum(map(float, re.findall(rb'"seconds": ([0-9.eE+-]+)', content)))
-    return min(1.0, useful / (last - first)) if last > first else None
-
-
 def _last_row(content: bytes) -> dict[str, Any]:
     """The last whole row of a metrics.jsonl."""
     for line in reversed(content[-(1 << 20) :].splitlines()):
@@ -117,8 +109,21 @@ def _last_row(content: bytes) -> dict[str, Any]:
 
 def table(found: Sequence[Status]) -> str:
     """The statuses of runs as text."""
-    lines = [_HEADER, *map(_cells, found)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+    return _columns([_HEADER, *map(_cells, found)])
+
+
+def time_table(goodput: Goodput) -> str:
+    """Where the time of a run went, as text."""
+    lines = [
+        (name, duration(seconds), f"{seconds / goodput.wall:.1%}")
+        for name, seconds in goodput.parts.items()
+    ]
+    title = f"{duration(goodput.wall)} since the first start"
+    return _columns([(title, "time", "share"), *lines])
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = (
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
@@ -137,7 +142,7 @@ def _cells(status: Status) -> tuple[str, ...]:
         show(status.loss, ".4f"),
         show(status.tokens_per_second, ",.0f"),
         "-" if status.age is None else duration(status.age),
-        show(status.goodput, ".1%"),
+        show(status.goodput.share if status.goodput else None, ".1%"),
         "/".join(map(str, status.scored)) if status.scored[1] else "-",
         ", ".join(status.jobs) or "-",
     )
@@ -167,5 +172,8 @@ def main(words: Sequence[str]) -> int:
         print(f"no runs in {path}")
         return 0
     queue = slurm.queue()
-    print(table([read_status(RunFolder(each), queue) for each in paths]))
+    found = [read_status(RunFolder(each), queue) for each in paths]
+    print(table(found))
+    if is_run(path) and (goodput := found[0].goodput):
+        print(f"\n{time_table(goodput)}")
     return 0

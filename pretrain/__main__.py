@@ -30,9 +30,10 @@ def main(argv: Sequence[str], command: str = "python -m rondo.pretrain") -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = load_recipe(argv[0], argv[1:], world_size=world_size)
 
+    from rondo.pretrain.attempts import process_start
     from rondo.pretrain.train import train
 
-    return train(recipe)
+    return train(recipe, process_start())
 
 
 if __name__ == "__main__":

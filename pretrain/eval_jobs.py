@@ -167,5 +167,8 @@ class EvalJobs:
         if where == "slurm":
             given |= {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
             given |= {"time": slurm.time, "gpus": slurm.gpus, "cpus": slurm.cpus}
+            given |= {"container": slurm.container, "runtime": slurm.runtime}
+            given |= {"python": slurm.python}
             words += [f"--sbatch={option}" for option in slurm.sbatch]
+            words += [f"--mount={folder}" for folder in slurm.mount]
         return [*words, *(f"--{key}={value}" for key, value in given.items() if value)]

@@ -106,7 +106,7 @@ class Metrics:
             if stage is not None and stage != self._stage:
                 self._events.add_text("stage", stage, step)
             for name, value in values.items():
-                if name != "step":
+                if name not in ("step", "time"):
                     tag = name if "/" in name else f"train/{name}"
                     self._events.add_scalar(tag, value, step)
             for name, table in (tables or {}).items():

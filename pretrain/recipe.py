@@ -243,6 +243,15 @@ class SlurmEvalConfig:
     """CPU cores of a job; 0 takes SLURM's default."""
     sbatch: list[str] = field(default_factory=list)
     """Any other options of sbatch, as [--constraint=h100]."""
+    container: str | None = None
+    """Image of a container that they run in; null takes that of `rondo launch slurm`, with its
+    runtime, mounts and interpreter, and 'none' is without one."""
+    runtime: Literal["pyxis", "apptainer"] | None = None
+    """What runs the container; null is pyxis, srun's plugin for enroot."""
+    mount: list[str] = field(default_factory=list)
+    """Folders that the container sees besides the working directory, as SOURCE or SOURCE:TARGET."""
+    python: str | None = None
+    """Interpreter; null is that of training, or python3 in a container."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rondo.errors import UserError
+from rondo.goodput import LOOKING, SAVING
 from rondo.kernels.backend import show_choices
 from rondo.models import FFNS
 from rondo.parallel.build import PRECISIONS
@@ -24,6 +25,7 @@ from rondo.parallel.load import load_summary, move_biases, take_loads
 from rondo.parallel.mesh import Ranks, process_group, world_size
 from rondo.parallel.pipeline import MicroBatch
 from rondo.parallel.signals import StopFlag
+from rondo.pretrain.attempts import Attempt
 from rondo.pretrain.batches import RankBatches
 from rondo.pretrain.data import (
     Curriculum,
@@ -51,10 +53,14 @@ DONE, STOPPED = 0, 75
 """Exit codes: the run is complete; a signal stopped it after a checkpoint (start it again)."""
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, began: float | None = None) -> int:
     """Trains `recipe` in its run folder, going on from the newest checkpoint there.
 
     Every rank of a run calls it; a single process needs no launcher.
+
+    Args:
+        recipe: what to train.
+        began: when this start of it began, in seconds since the epoch; now if None.
 
     Returns:
         `DONE`, or `STOPPED` after a signal led to a checkpoint.
@@ -63,6 +69,7 @@ def train(recipe: Recipe) -> int:
         UserError: the recipe, its data or its checkpoint cannot be used; raised before the
             process group starts where that can be known then.
     """
+    began = time.time() if began is None else began
     validate(recipe, world_size())
     require_files(recipe)
     reuse_memory()
@@ -74,12 +81,13 @@ def train(recipe: Recipe) -> int:
     check_vocabulary(recipe, training.vocab_size)
     with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
         require_same_seen(training.seen)
-        trainer = Trainer(recipe, folder, ranks, stop, training, held_out)
+        trainer = Trainer(recipe, folder, ranks, stop, training, held_out, began)
         try:
             return trainer.run(origin)
         finally:
             trainer.checkpointer.close()
             trainer.eval_jobs.close(done=False)
+            trainer.attempt.end(trainer.eval_jobs.metrics())
 
 
 class Trainer:
@@ -93,6 +101,7 @@ class Trainer:
         stop: StopFlag,
         training: Curriculum,
         held_out: dict[str, TokenDataset],
+        began: float | None = None,
     ) -> None:
         self.recipe, self.folder, self.ranks, self.stop = recipe, folder, ranks, stop
         self.training = training
@@ -118,6 +127,7 @@ class Trainer:
             asynchronous=recipe.checkpoint.asynchronous,
         )
         self.eval_jobs = EvalJobs(recipe, folder, ranks, stop)
+        self.attempt = Attempt(folder, began, active=ranks.rank == 0)
         ffns = {spec.ffn for spec in self.config.layers()} - {"none"}
         losses = [(ffn, loss) for ffn in ffns for loss in FFNS[ffn].losses(self.config)]
         self.loss_names = {loss: f"{ffn}/{loss}" for ffn, loss in losses}
@@ -158,6 +168,7 @@ class Trainer:
         self.training.resume_streams(self.state.get("streams", {}))
         if self.ranks.rank == 0:
             describe_run(recipe, self.folder, self.training)
+        self.attempt.begin(start)
         self.metrics = Metrics(
             self.folder,
             start=start,
@@ -177,25 +188,28 @@ class Trainer:
                 row, stopping = self.step(step, batches)
                 last = step + 1 == self.steps
                 extra, tables = self._look(step, batches, last=step + 1 == stage.end)
-                row |= self.eval_jobs.metrics()
+                row |= self.eval_jobs.metrics() | self.attempt.metrics()
                 self.metrics.log(row, extra | before, tables, stage=stage.name or None)
                 before = {}
                 self.state["step"] = step + 1
                 scored = self.eval_jobs.due(step + 1)
                 saving = step + 1 == stage.end or due(step, recipe.checkpoint.every)
                 if stopping or saving:
-                    self.save()
+                    with self.attempt.charge(SAVING):
+                        self.save()
                 elif scored:
                     self.eval_jobs.charge(self.save)
                 if stopping and not last:
-                    self.checkpointer.close()
+                    with self.attempt.charge(SAVING):
+                        self.checkpointer.close()
                     self.metrics.say(f"stopped by a signal after step {step + 1}; start again")
                     return STOPPED
                 if scored:
                     if recipe.evals.where == "loop":
-                        self.checkpointer.wait()
+                        self.eval_jobs.charge(self.checkpointer.wait)
                     self.eval_jobs.wait(step + 1)
-            self.checkpointer.close()
+            with self.attempt.charge(SAVING):
+                self.checkpointer.close()
             if self._end_evals():
                 return STOPPED
             self._say(*farewell(self, extra or self._look(start, [], last=True)[0]))
@@ -289,7 +303,8 @@ class Trainer:
     def _look_first(self, start: int) -> dict[str, float]:
         """Validation before the first step; what the row of that step tells of it, or else of what
         the run that is gone on with had learnt."""
-        first = self.observer.first(start, self.state)
+        with self.attempt.charge(LOOKING):
+            first = self.observer.first(start, self.state)
         if first:
             self.metrics.say(f"validation before training: {scores(first)}")
         if not self.recipe.stages:
@@ -302,14 +317,15 @@ class Trainer:
         self, step: int, batches: list[MicroBatch], *, last: bool
     ) -> tuple[dict[str, float], Tables]:
         """What is due after `step`, the `last` of a stage or not."""
-        return self.observer.after(
-            step,
-            batches,
-            self.state,
-            sources=functools.partial(self._sources, step),
-            loads=self.loads if batches else None,
-            last=last,
-        )
+        with self.attempt.charge(LOOKING):
+            return self.observer.after(
+                step,
+                batches,
+                self.state,
+                sources=functools.partial(self._sources, step),
+                loads=self.loads if batches else None,
+                last=last,
+            )
 
     def _sources(self, step: int) -> list[list[int]]:
         """The source of each sequence of this rank's micro-batches."""

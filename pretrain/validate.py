@@ -163,6 +163,9 @@ def _evals(recipe: Recipe) -> Iterator[str]:
     for name in ("data_dir", "text"):
         if getattr(config, name) == "":
             yield f"evals.{name}: must not be empty"
+    for name in ("container", "python"):
+        if getattr(config.slurm, name) == "":
+            yield f"evals.slurm.{name}: must not be empty"
     limit = config.slurm.time
     if limit is not None and not re.fullmatch(_TIME, limit):
         yield (

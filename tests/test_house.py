@@ -19,9 +19,9 @@ MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels", "errors"},
     "parallel": {"models", "kernels", "errors"},
-    "pretrain": {"parallel", "models", "kernels", "errors"},
-    "evals": {"pretrain", "models", "errors"},
-    "launch": {"errors"},
+    "pretrain": {"parallel", "models", "kernels", "errors", "goodput"},
+    "evals": {"pretrain", "models", "errors", "goodput"},
+    "launch": {"errors", "goodput"},
 }
 MAY_USE = {"kernels": {"torch", "triton", "flash_attn", "flash_attn_interface"}, "launch": set()}
 

@@ -21,6 +21,7 @@ from rondo.evals.tasks.recall import (
     recall,
     recall_small,
     recall_twice,
+    recall_words,
 )
 from rondo.evals.tasks.state_tracking import (
     Walk,
@@ -58,6 +59,8 @@ LABELLED: dict[str, Callable[[random.Random, int], Walk]] = {
     **_STATES,
     **MQAR,
     "s3_two_steps": lambda draw, size: two_steps(group_word(draw, size, 3)),
+    "recall_once": recall_words,
+    "recall_twice": partial(recall_words, twice=True),
 }
 """Tasks with an answer beside their words."""
 

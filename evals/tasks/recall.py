@@ -86,6 +86,15 @@ def recall_small(draw: random.Random, size: int) -> tuple[str, str]:
     return recall(draw, size, (0, 64, 128))
 
 
+def recall_words(draw: random.Random, size: int, *, twice: bool = False) -> Walk:
+    """`recall_small` with its answer beside the last word; `twice`: as `recall_twice` reads it,
+    with the answer beside both questions."""
+    prompt, answer = recall_small(draw, size)
+    words = prompt.split()
+    asked: list[str | None] = [*[None] * (len(words) - 1), answer]
+    return ([*words, "?", *words], [*asked, None, *asked]) if twice else (words, asked)
+
+
 def recall_twice(draw: random.Random, size: int) -> tuple[str, str]:
     """`recall` with pairs and question read twice (JRT prompt, arXiv 2407.05483): at the second
     reading a recurrent model knows what to keep."""

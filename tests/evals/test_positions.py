@@ -24,6 +24,7 @@ from rondo.evals.positions import (
     summary,
 )
 from rondo.evals.scoring import token_log_likelihoods
+from rondo.evals.state_heads import StateHeads
 from rondo.models import Decoder, ModelConfig
 from rondo.pretrain.data import load_tokenizer
 
@@ -79,6 +80,59 @@ def test_states_are_those_after_so_many_tokens() -> None:
         assert rank <= min(end, matrix.shape[-2]) + 1e-6
 
 
+@torch.no_grad()
+def test_heads_with_the_largest_and_the_smallest_states() -> None:
+    decoder, draw, length = model(), random.Random(0), 300
+    long = [draw.choices(range(40), k=length + 1) for _ in range(3)]
+    heads = StateHeads()
+    curves(decoder, long, batch_size=2, heads=heads)
+    got = heads.by_tokens()
+    assert got.keys() == {f"{m}/{i}" for m in ("norm", "variance") for i in ("00", "01")}
+    assert [*map(int, got["norm/00"])] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
+    norms = {}
+    for end in (128, 256, 300):
+        state = decoder(torch.tensor(long)[:, :end]).state.layers[0]["recurrent"]
+        for name, values in (
+            ("norm", state.flatten(2).norm(dim=-1).mean(0)),
+            ("variance", state.flatten(2).var(-1, correction=0).mean(0)),
+        ):
+            cell = got[f"{name}/00"][str(end)]
+            assert cell["largest"] == pytest.approx(float(values.max()), rel=1e-4)
+            assert cell["smallest"] == pytest.approx(float(values.min()), rel=1e-4)
+            assert cell["largest_head"] == int(values.argmax())
+            assert cell["smallest_head"] == int(values.argmin())
+            norms[name, end] = values
+    found = heads.extremes(None)
+    assert found.keys() == {"norm", "variance"}
+    assert found["norm"]["largest"]["value"] == max(
+        cell["largest"] for layer in ("00", "01") for cell in got[f"norm/{layer}"].values()
+    )
+
+
+def test_extremes_name_layer_and_head() -> None:
+    heads = StateHeads()
+    for at, size in ((128, [1.0, 3.0]), (256, [2.0, 3.0]), (384, [7.0, 6.0])):
+        heads.note("02", at, torch.tensor(size).view(1, 2, 1, 1))
+    heads.texts = 1
+    found = heads.extremes(256)
+    assert found["norm"] == {
+        "largest": {"layer": 2, "head": 0, "at": 384, "value": 7.0},
+        "smallest": {"layer": 2, "head": 0, "at": 128, "value": 1.0},
+    }
+    assert found["growth"] == {"layer": 2, "head": 0, "value": 3.5}  # head 1 has grown to twice
+    assert StateHeads().extremes(256) == {}
+
+
+def test_losses_by_buckets() -> None:
+    decoder, draw, length = model(), random.Random(0), 1100
+    long = [draw.choices(range(40), k=length + 1) for _ in range(2)]
+    got = curves(decoder, long)["loss_512"]
+    nats = -torch.stack([token_log_likelihoods(decoder, row) for row in long]).mean(0)
+    assert [*got] == [512, 1024]
+    for end, value in got.items():
+        assert value == pytest.approx(float(nats[end - 512 : end].mean()), abs=2e-6)
+
+
 def test_effective_rank() -> None:
     assert float(_effective_rank(torch.eye(5))) == pytest.approx(5)
     assert float(_effective_rank(torch.ones(4, 3))) == pytest.approx(1)
@@ -95,6 +149,9 @@ def test_collapse_is_what_comes_beyond_training() -> None:
     assert found["collapse"] == pytest.approx(2.25 - 1.5)
     assert found["state_growth"] == pytest.approx(12 / 3)
     assert summary({"loss": loss, "largest_norm/00": norms}, 64).keys() == {"loss"}
+    buckets = {512: 2.0, 1024: 1.5, 1536: 1.75, 2048: 1.6}
+    assert summary({"loss": loss, "loss_512": buckets}, 1500)["collapse_512"] == 0.25
+    assert "collapse_512" not in summary({"loss": loss, "loss_512": buckets}, 400)
 
 
 def test_texts_follow_each_other(tmp_path: Path) -> None:
@@ -162,13 +219,16 @@ def test_what_is_left_of_the_first_token() -> None:
             dim=-1
         )
         assert got["02"][end] == pytest.approx(left[0].tolist(), rel=1e-2, abs=1e-5)
-    shown, more = of_first_token(decoder, [*text, 0], 21)
+    shown, more, most = of_first_token(decoder, [*text, 0], 21)
     assert shown["first_token/00"][32] == pytest.approx(float(decay.max()) ** 31, rel=1e-3)
     keeping = sum(
         share > 0.5 for shares in kept(decoder, text, [21]).values() for share in shares[21]
     )
     assert more == {"unforgetting_heads": keeping} and keeping > 0
-    assert of_first_token(decoder, [*text, 0], None)[1] == {}
+    layer, head = most["first_token"]["layer"], most["first_token"]["head"]
+    assert layer in (0, 4) and head == int(decay.argmax())
+    assert most["first_token"]["value"] == pytest.approx(float(decay.max()) ** 20, rel=1e-3)
+    assert of_first_token(decoder, [*text, 0], None)[1:] == ({}, {})
 
 
 def test_heads_that_keep_more_than_a_half_have_not_learnt_to_forget() -> None:

@@ -90,13 +90,22 @@ def test_summary(tmp_path: Path) -> None:
     began = (run / "metrics.jsonl").stat().st_mtime - 40
     (run / "launch" / "events.jsonl").write_text(json.dumps({"event": "start", "time": began}))
     runs = read_runs([str(run)])
-    assert runs[0].goodput == pytest.approx(0.25)
+    assert runs[0].goodput is not None and runs[0].goodput.share == pytest.approx(0.25)
     row = next(sections(runs)).panels[0].table.rpartition("<tbody>")[2]
     cells = re.findall(r"<td>(.*?)</td>", row)
     assert cells[:6] == ["a", "20/20", "2,000", "3.0750", "2.0000", "200"]
     assert cells[6:] == ["25.0%", "25.0%", "1.00%"]
-    shares = [bar.x[0] for bar in figures.time_spent(runs).data]
-    assert shares == pytest.approx([0.25, 0.0025, 0.7475])
+    figure = figures.time_spent(runs)
+    assert figure is not None
+    names = ["steps that count", "evaluation stalls", "slower steps and the rest"]
+    assert [bar.name for bar in figure.data] == names  # what took no time is left out
+    assert [bar.x[0] for bar in figure.data] == pytest.approx([0.25, 0.0025, 0.7475])
+    assert len({bar.marker.color for bar in figure.data}) == 3
+    table = {section.title: section for section in sections(runs)}["Speed"].panels[-1].table
+    assert re.findall(r"<td>(.*?)</td><td>(.*?)</td>", table) == [
+        *zip(names, ("10.0", "0.1", "29.9"), strict=True),
+        ("all", "40.0"),
+    ]
 
 
 def test_scores_by_checkpoint(tmp_path: Path) -> None:

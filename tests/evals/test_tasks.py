@@ -57,9 +57,10 @@ def solve(kind: str, prompt: str, size: int) -> str:
     if kind.startswith("mqar"):
         words = prompt.removesuffix(" =").split()
         return dict(zip(words[: 2 * size : 2], words[1 : 2 * size : 2], strict=True))[words[-1]]
+    prompt = prompt.removesuffix(" =")
     if kind == "recall_twice":
         parts = prompt.split(" ? ")
-        assert parts[:2] == parts[2:]
+        assert parts == parts[:2] * (len(parts) // 2)
         prompt = " ? ".join(parts[:2])
     pairs, key = prompt.split(" ? ")
     words = pairs.split()
@@ -95,6 +96,13 @@ def test_answers_beside_words_are_those_of_shorter_texts(kind: str) -> None:
         for i, answer in enumerate(answers):
             if answer is not None:
                 assert answer == solve(kind, f"{' '.join(words[: i + 1])} =", 6)
+
+
+def test_pairs_that_are_read_twice_are_asked_for_twice() -> None:
+    for words, answers in islice(labelled("recall_twice", 6, "train"), 20):
+        once = words[: len(words) // 2]
+        assert words == [*once, "?", *once] and once[12] == "?" and len(once) == 14
+        assert answers == [*[None] * 13, answers[-1], None, *[None] * 13, answers[-1]]
 
 
 def test_splits_of_texts_with_answers_beside_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import pytest
 
 from rondo.errors import UserError
 from rondo.launch import eval_job, eval_start
+from rondo.launch.container import facts, inherit
 from rondo.launch.eval_records import EvalRecord, records, scored
 from rondo.launch.evals import Watcher, main
 from rondo.launch.folder import RunFolder
 from rondo.launch.lock import Lock
-from rondo.launch.options import parse_watch
+from rondo.launch.options import parse_launch, parse_watch
 
 pytestmark = pytest.mark.quick
 FAKE = Path(__file__).with_name("fake_eval.py")
@@ -214,6 +216,49 @@ def test_a_job_with_several_gpus_has_a_rank_for_each(run: Path) -> None:
     assert "--processes=4 --" in script and "OMP_NUM_THREADS=8" in script
 
 
+def contained(run: Path, *words: str) -> list[str]:
+    """The command of the script of a job."""
+    given = [str(run), "--tasks=a", "--where=slurm", "--cpus=4", *words]
+    options = parse_watch(given)
+    inherit(options, RunFolder(run).container())
+    script = str(eval_start.eval_script(EvalRecord(run, 10), options))
+    return shlex.split(script.partition("exec ")[2].replace("\\\n", ""))
+
+
+def test_jobs_run_in_a_container(run: Path) -> None:
+    here, job = Path.cwd(), ["-m", "rondo.launch.eval_job", str(run.resolve()), "--step=10"]
+    options = ("--container=img#x:y", "--mount=/data", "--mount=/a:/b")
+    pyxis = contained(run, *options)
+    assert pyxis[: pyxis.index("--tasks=a")] == [
+        *("srun", "--nodes=1", "--ntasks=1", "--container-image=img#x:y"),
+        f"--container-mounts={here}:{here},/data:/data,/a:/b",
+        *(f"--container-workdir={here}", "python3", *job),
+    ]
+    options += ("--runtime=apptainer", "--gpus=1", "--python=/opt/python")
+    apptainer = contained(run, *options)
+    assert apptainer[: apptainer.index("--tasks=a")] == [
+        *("apptainer", "exec", f"--pwd={here}", f"--bind={here}", "--bind=/data", "--bind=/a:/b"),
+        *("--nv", "img#x:y", "/opt/python", *job),
+    ]
+    assert contained(run)[:2] == [sys.executable, "-m"]
+
+
+def test_jobs_take_the_container_of_training(run: Path) -> None:
+    launch = ["slurm", "tiny", "--container=img", "--runtime=apptainer", "--mount=/data"]
+    folder = RunFolder(run)
+    folder.record("submit", launch="a", jobs=["7"], **facts(parse_launch(launch)[0]))
+    assert contained(run)[4:8] == ["--bind=/data", "img", "python3", "-m"]
+    assert contained(run, "--mount=/more", "--python=/p")[4:8] == [
+        *("--bind=/data", "--bind=/more", "img", "/p")
+    ]
+    here = Path.cwd()
+    other = ["--container-image=other", f"--container-mounts={here}:{here}"]
+    assert contained(run, "--container=other")[3:5] == other
+    assert contained(run, "--container=none")[:2] == [sys.executable, "-m"]
+    folder.record("submit", launch="b", jobs=["8"], **facts(parse_launch(launch[:2])[0]))
+    assert contained(run)[:2] == [sys.executable, "-m"]
+
+
 def test_names_of_jobs_are_those_of_one_run(run: Path) -> None:
     one, other = EvalRecord(run, 10), EvalRecord(run.parent / "other", 10)
     assert eval_start.job_name(one) != eval_start.job_name(other)
@@ -226,6 +271,8 @@ def test_names_of_jobs_are_those_of_one_run(run: Path) -> None:
         (["watch", "RUN", "--tasks=a,a"], "different names"),
         (["watch", "RUN", "--tasks=a", "--were=slurm"], "did you mean --where"),
         (["watch", "RUN", "--tasks=a", "--data-dir=nowhere"], "nowhere is no folder"),
+        (["watch", "RUN", "--tasks=a", "--container=img"], "img: .* --where slurm"),
+        (["watch", "RUN", "--tasks=a", "--runtime=docker"], "apptainer"),
         (["score"], "expected watch, got 'score'"),
     ],
 )

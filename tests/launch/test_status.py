@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
+from rondo.goodput import LOST, Goodput
 from rondo.launch import health
 from rondo.launch.folder import RunFolder, find_run
 from rondo.launch.lock import Lock
-from rondo.launch.status import duration, read_status, table
+from rondo.launch.status import duration, main, read_status, table, time_table
 
 pytestmark = pytest.mark.quick
 
@@ -50,10 +52,29 @@ def test_numbers(folder: RunFolder) -> None:
     found = read_status(folder, {}, now)
     assert (found.step, found.steps, found.loss) == (6, 10, 3.5)
     assert found.age == pytest.approx(90, abs=1)
-    assert found.goodput == pytest.approx(6 * 2 / 100, rel=0.01)  # both starts, once each step
+    assert found.goodput is not None
+    assert found.goodput.share == pytest.approx(6 * 2 / 100, rel=0.01)  # both starts
     header, line = table([found]).splitlines()
     assert " ".join(header.split()) == "run state step loss tokens/s last step goodput scored jobs"
     assert " ".join(line.split()) == "mine dead 6/10 3.5000 10,000 90 s 12.0% - -"
+
+
+def test_a_single_run_shows_where_the_time_went(folder: RunFolder, capsys, monkeypatch) -> None:
+    parts = {**dict.fromkeys(LOST, 0.0), "start-up": 6.0, "idle between jobs": 10800.0}
+    shown = time_table(Goodput(wall=21600.0, kept=10794.0, lost=parts))
+    assert [" ".join(line.split()) for line in shown.splitlines()] == [
+        "6.0 h since the first start time share",
+        "steps that count 3.0 h 50.0%",
+        "start-up 6 s 0.0%",
+        "idle between jobs 3.0 h 50.0%",
+    ]
+    folder.record("start", launch="a")
+    os.utime(folder.path / "metrics.jsonl", (time.time() + 60, time.time() + 60))
+    assert main([str(folder.path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\n\n60 s since the first start .*\nsteps .* 12 s +20", said)
+    assert main([str(folder.path.parent)]) == 0
+    assert "since the first start" not in capsys.readouterr().out
 
 
 def test_states_of_a_launched_run(folder: RunFolder) -> None:

@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from rondo.errors import UserError
+from rondo.launch.options import parse_watch
 from rondo.parallel.checkpoint import Checkpointer, files
+from rondo.parallel.mesh import process_group
+from rondo.parallel.signals import StopFlag
 from rondo.pretrain import load_recipe, train
+from rondo.pretrain.eval_jobs import EvalJobs
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.dim=16", "--model.num_layers=1", "--model.pattern=[attention]"]
@@ -125,6 +129,18 @@ def test_local_files_are_handed_on(
     ]
 
 
+@pytest.mark.quick
+def test_options_of_slurm_are_handed_on(tmp_path: Path) -> None:
+    slurm = {"partition": "p", "gpus": 2, "cpus": 3, "sbatch": ["--nice=1"], "container": "img"}
+    slurm |= {"runtime": "apptainer", "mount": ["/a:/b", "/c"], "python": "/opt/python"}
+    words = [f"--evals.slurm={json.dumps(slurm)}", "--evals.where=slurm", "--evals.tasks=[a]"]
+    recipe = load_recipe("tiny", words)
+    with process_group(recipe.parallel) as ranks, StopFlag([]) as stop:
+        command = EvalJobs(recipe, tmp_path, ranks, stop)._command()
+    options = vars(parse_watch(command[command.index("watch") + 1 :]))
+    assert {key: options[key] for key in slurm} == slurm
+
+
 @pytest.mark.slow
 def test_local_files_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `rondo eval` itself, without a network."""
@@ -190,6 +206,8 @@ def test_holds_end_by_themselves(tmp_path: Path) -> None:
         ("--evals.slurm.time=soon", "D-HH:MM:SS"),
         ("--evals.retries=-1", "evals.retries: must be at least 0"),
         ("--evals.data_dir=", "evals.data_dir: must not be empty"),
+        ("--evals.slurm.container=", "evals.slurm.container: must not be empty"),
+        ("--evals.slurm.runtime=apptaner", "apptainer"),
     ],
 )
 def test_what_is_wrong_is_said_before_training(override: str, message: str) -> None:

@@ -80,7 +80,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+TIMES = ("time", "seconds", "save_seconds", "observe_seconds", "tokens_per_second", "mfu")
+TIMES += ("memory_bytes",)
 
 
 def final(folder: Path, step: int = 12) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rondo.errors import UserError
+from rondo.goodput import ATTEMPTS, LOST, read_goodput
 from rondo.parallel.build import ParallelModel
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.train import Trainer
@@ -137,6 +138,27 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert losses(tmp_path) == losses(folder)
     assert [step for step, *_ in losses(tmp_path)] == list(range(STEPS))
     assert digest(resumed) == digest(output)
+    time_is_told(tmp_path / "runs/tiny")
+
+
+def time_is_told(run: Path) -> None:
+    """Of a run that was killed once, with nothing but its own records."""
+    found = read_goodput(run)
+    assert found is not None
+    assert found.kept + sum(found.lost.values()) == pytest.approx(found.wall)
+    first, second, end = map(json.loads, (run / ATTEMPTS).read_text().splitlines())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert found.wall == pytest.approx(end["time"] - first["time"])
+    times = [row["time"] for row in rows]
+    assert times == sorted(times) and times[second["step"]] > second["time"] > first["time"]
+    assert second["step"] % 4 == 0 and [row["step"] for row in second["redone"]] == list(
+        range(second["step"], second["step"] + len(second["redone"]))
+    )
+    assert found.lost["start-up"] > 1  # twice, the import of torch included
+    assert found.lost["save stalls"] > 0 and found.lost["evaluation stalls"] > 0
+    assert (found.lost["redone steps"] > 0) == bool(second["redone"])
+    assert found.lost["idle between jobs"] > 0
+    assert found.lost[LOST[-1]] < 0.2 * found.wall
 
 
 def test_two_ranks_equal_one(straight: dict) -> None:

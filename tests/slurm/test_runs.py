@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from pathlib import Path
 
 import pytest
 
+from rondo.goodput import ATTEMPTS, read_goodput
 from rondo.tests.slurm.cluster import Cluster
 from rondo.tests.slurm.runs import STEPS, Run
 
@@ -62,6 +64,15 @@ def test_requeued_in_mid_run(run: Run, straight: Run) -> None:
     assert run.folder.events("start")[1]["restarts"] == 1
     assert second["outcome"] == "done"
     assert run.rows() == straight.rows()
+    found = read_goodput(run.folder.path)
+    assert found is not None
+    assert found.kept + sum(found.lost.values()) == pytest.approx(found.wall)
+    rows = map(json.loads, (run.folder.path / ATTEMPTS).read_text().splitlines())
+    ended = next(row["time"] for row in rows if row["event"] == "end")
+    idle = run.folder.events("start")[1]["time"] - ended
+    assert found.lost["idle between jobs"] == pytest.approx(idle)
+    assert idle > run.folder.events("start")[1]["time"] - first["time"] > 0
+    assert found.lost["redone steps"] < 5  # it saved where it stopped
 
 
 def test_time_limit(run: Run, straight: Run) -> None:
