@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,7 @@ class Training:
         self.ranks = []
         for rank in range(ranks):
             own = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.ranks.append(
-                Fork(folder, _pretrain, words, log=self.log, environment=shared | own)
-            )
+            self.ranks.append(Fork(folder, pretrain, words, log=self.log, environment=shared | own))
 
     def kill(self) -> None:
         """With SIGKILL, all ranks."""
@@ -129,13 +127,14 @@ class Training:
         for rank in self.ranks:
             rank.end()
 
-    def end(self) -> tuple[list[int], str]:
-        """Waits; the exit codes of the ranks, and what they printed."""
-        codes = [rank.end() for rank in self.ranks]
+    def end(self, timeout: float = 240) -> tuple[list[int], str]:
+        """Waits; the exit codes of the ranks, and what they printed. See `Fork.end`."""
+        codes = [rank.end(timeout) for rank in self.ranks]
         return codes, self.log.read_text()
 
 
-def _pretrain(words: tuple[str, ...]) -> None:
+def pretrain(words: Sequence[str]) -> None:
+    """`python -m rondo.pretrain *words`."""
     from rondo.errors import run_command
     from rondo.pretrain.__main__ import main
 
