@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import resource
 import time
 
@@ -12,9 +13,10 @@ import torch
 GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "MI300X": 1307e12, "B200": 2250e12}
 
 
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Matrix-product FLOP/s this rank could reach: the data sheet's on a known GPU, else the
-    best of a few measured products of 1024 x 1024 matrices (about 0.1 s)."""
+    best of a few products of 1024 x 1024 matrices, measured once a process (about 0.1 s)."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for word, peak in GPU_PEAKS.items():

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-def slow_but(core: Sequence[str], names: Iterable[str]) -> list[Any]:
+def slow_but(core: Sequence[Any], names: Iterable[Any]) -> list[Any]:
     """Parameters of a test: those not in `core` are slow."""
     return [n if n in core else pytest.param(n, marks=pytest.mark.slow) for n in names]
 

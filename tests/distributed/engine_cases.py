@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,34 +141,35 @@ def own_keys_file(folder: str) -> str:
     return f"--parallel.deepspeed.config_file={file}"
 
 
-def scenarios(folder: str) -> dict[str, Rows]:
-    """The same run under several engines, cut and not; rows by what was done."""
+def scenarios(folder: str, stages: Sequence[int]) -> dict[str, Rows]:
+    """The same run under several engines, ZeRO with each of `stages`, cut and not; rows by what
+    was done."""
 
     def after_10(name: str) -> str:
         return f"--checkpoint.resume={folder}/runs/{name}/checkpoints/step-000000010"
 
     found = {"native": run(folder, "native")}
-    for stage in (1, 2, 3):
+    for stage in stages:
         found[f"before {stage}"] = run(folder, f"zero{stage}", *zero(stage), kind=KilledTrainer)
         found[f"zero {stage}"] = run(folder, f"zero{stage}", *zero(stage))
     weighed = ["--steps=6", "--reweight.strategy=linear", "--reweight.scope=global_batch"]
     found["spoiled native"] = run(folder, "spoilednative", *weighed, kind=SpoiledTrainer)
-    for stage in (1, 2, 3):
+    for stage in stages:
         words = (f"spoiled{stage}", *weighed, *zero(stage), *OFFLOAD[stage])
         found[f"spoiled {stage}"] = run(folder, *words, kind=SpoiledTrainer)
-    for name in ("native", "1", "2", "3"):
+    for name in ("native", *stages):
         assert (Path(folder) / f"runs/spoiled{name}/checkpoints/step-000000005").is_dir()
     clipped = [*SMALL_STEPS, "--optimizer.clip_norm=0.05"]
     found["native unclipped"] = run(folder, "native-unclipped", *SMALL_STEPS)
     found["native clipped"] = run(folder, "native-clipped", *clipped)
-    for stage in (1, 2, 3):
+    for stage in stages:
         found[f"clipped {stage}"] = run(folder, f"clipped{stage}", *clipped, *zero(stage))
     half = "--precision=bfloat16"
     found["native bf16"] = run(folder, "native-bf16", half, kind=ShortTrainer)
-    for stage in (1, 2, 3):
+    for stage in stages:
         words = (f"zero{stage}-bf16", half, *zero(stage), own_keys_file(folder))
         found[f"zero {stage} bf16"] = run(folder, *words, kind=ShortTrainer)
-    for stage in (1, 2, 3):
+    for stage in stages:
         found[f"{stage} to native"] = run(folder, f"native{stage}", after_10(f"zero{stage}"))
         words = (f"from-native{stage}", *zero(stage), after_10("native"))
         found[f"native to {stage}"] = run(folder, *words)

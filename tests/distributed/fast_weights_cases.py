@@ -14,7 +14,7 @@ from torch import Tensor
 from rondo.kernels import fast_weights
 from rondo.parallel.sequence import over_ranks
 from rondo.tests.distributed.sequence_cases import part, weights
-from rondo.tests.kernels.test_fast_weights import Case, floats, make
+from rondo.tests.kernels.fast_weights_cases import Case, floats, make
 
 CHUNK = 5
 SETTINGS = [

@@ -16,7 +16,7 @@ from rondo.parallel.counts import take_gauges
 from rondo.parallel.mesh import Layout, Ranks, make_mesh
 from rondo.parallel.sequence import over_ranks
 from rondo.tests.distributed.sequence_cases import part, weights
-from rondo.tests.kernels.test_newton_rnn import BATCH, operands
+from rondo.tests.kernels.newton_rnn_cases import BATCH, operands
 
 CHUNK = 3
 FAILING: dict[str, Any] = {"max_iterations": 1, "iterations": 0}

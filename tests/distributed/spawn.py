@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
 import pickle
 import tempfile
 import time
@@ -16,20 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CONTEXT = mp.get_context("forkserver")
-"""Ranks are forks of a server that has imported what takes seconds, and nothing else: no thread
-runs in it."""
-_CONTEXT.set_forkserver_preload(
-    [
-        "rondo.parallel.build",
-        "rondo.parallel.checkpoint",
-        "rondo.parallel.engines.megatron_optimizer",
-        "rondo.pretrain.optim",
-        "rondo.tests.distributed.spawn",
-        "torch.distributed.fsdp",
-        "torch.distributed.pipelining",
-    ]
-)
+from rondo.tests.forks import FORKS, one_thread
 
 
 def run_ranks(
@@ -53,12 +39,12 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receive, send = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
+            receive, send = FORKS.Pipe(duplex=False)
+            process = FORKS.Process(
                 target=_rank,
                 args=(send, function, rank, world_size, f"file://{folder}/store", timeout, args),
             )
-            with _one_thread():
+            with one_thread():
                 process.start()
             send.close()
             pipes.append(receive)
@@ -69,20 +55,6 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
-
-
-class _one_thread:
-    """Processes started inside use one OpenMP thread each."""
-
-    def __enter__(self) -> None:
-        self._before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = self._before
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:

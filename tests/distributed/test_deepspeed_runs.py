@@ -15,6 +15,8 @@ pytest.importorskip(
     "deepspeed", reason="DeepSpeed is not installed: pip install 'rondo[deepspeed]'"
 )
 
+from rondo.tests.forks import Training
+
 ROOT = Path(__file__).parents[2]
 ZERO = ["--parallel.engine", "deepspeed", "--parallel.deepspeed.zero_stage", "3"]
 SMALL = [
@@ -25,7 +27,10 @@ SMALL = [
     "--data.micro_batch_size=2",
     "--evals.batches=0",
     "--logging.tensorboard=false",
+    "--data.folder=data",
+    "--data.sources.0.path=text.txt",
 ]
+LONG = ["tiny", *SMALL, *ZERO, "--steps=40", "--checkpoint.every=4"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +45,11 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text)
 
 
-def rondo(folder: Path, *words: str) -> subprocess.Popen:
-    data = ["--data.folder=data", "--data.sources.0.path=text.txt"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "rondo.launch.cli", *words, *SMALL, *data], cwd=folder
-    )
-
-
-def two_ranks(folder: Path, name: str) -> subprocess.Popen:
-    """A run of 40 steps under torchrun."""
+def two_ranks(folder: Path) -> subprocess.Popen:
+    """The run "killed" under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [f"--name={name}", "--steps=40", "--checkpoint.every=4"]
-    words += ["--data.folder=data", "--data.sources.0.path=text.txt"]
-    command = [sys.executable, *launcher, "-m", "rondo.pretrain", "tiny"]
-    return subprocess.Popen([*command, *SMALL, *ZERO, *words], cwd=folder)
+    command = [sys.executable, *launcher, "-m", "rondo.pretrain"]
+    return subprocess.Popen([*command, *LONG, "--name=killed"], cwd=folder)
 
 
 def losses(folder: Path, name: str) -> list[float]:
@@ -62,10 +58,11 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 def test_one_process_trains_as_without_deepspeed(tmp_path: Path) -> None:
-    runs = {"native": [], "zero": ZERO}
-    for name, engine in runs.items():
-        started = rondo(tmp_path, "train", "tiny", f"--name={name}", "--steps=6", *engine)
-        assert started.wait(120) == 0
+    words = ["tiny", "--steps=6", *SMALL]
+    codes, output = Training(tmp_path, 1, *words, "--name=native").end()
+    assert codes == [0], output
+    command = [sys.executable, "-m", "rondo.launch.cli", "train", *words, "--name=zero", *ZERO]
+    assert subprocess.run(command, cwd=tmp_path, timeout=120).returncode == 0
     found, expected = losses(tmp_path, "zero"), losses(tmp_path, "native")
     assert len(found) == 6
     assert found == pytest.approx(expected, abs=1e-5)
@@ -75,8 +72,9 @@ def test_one_process_trains_as_without_deepspeed(tmp_path: Path) -> None:
 def test_a_rank_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
     """With SIGKILL, in mid-run: torchrun ends the other rank, and the run started again ends with
     the losses of one that nothing happened to, to the last bit."""
-    assert two_ranks(tmp_path, "straight").wait(200) == 0
-    launcher = two_ranks(tmp_path, "killed")
+    codes, output = Training(tmp_path, 2, *LONG, "--name=straight").end()
+    assert codes == [0, 0], output
+    launcher = two_ranks(tmp_path)
     metrics = tmp_path / "runs/killed/metrics.jsonl"
     deadline = time.monotonic() + 100
     while not metrics.exists() or metrics.read_text().count("\n") < 10:
@@ -88,7 +86,7 @@ def test_a_rank_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
     assert not any(rank.is_running() for rank in ranks.values())
     before = losses(tmp_path, "killed")
     assert 10 <= len(before) < 40
-    assert two_ranks(tmp_path, "killed").wait(200) == 0
+    assert two_ranks(tmp_path).wait(200) == 0
     found, expected = losses(tmp_path, "killed"), losses(tmp_path, "straight")
     assert len(found) == 40 and found == expected
     assert found[: len(before)] == before

@@ -16,9 +16,12 @@ from rondo.errors import UserError
 from rondo.models import Decoder, ModelConfig
 from rondo.models.loading import read_tensors
 from rondo.parallel.config import DeepSpeedOptions
+from rondo.tests.conftest import every_test, slow_but
 from rondo.tests.distributed.engine_cases import Rows, adapters, on_disk, scenarios
 from rondo.tests.distributed.spawn import run_ranks
 
+CORE = (2, 3)
+"""Stages of ZeRO; the first is of the same class as the second."""
 BUILD_READER = (
     'python -c "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"'
 )
@@ -29,7 +32,8 @@ BUILD_READER = (
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
     folder = tmp_path_factory.mktemp("engines")
     write_text(folder)
-    return run_ranks(scenarios, 2, str(folder), timeout=240)[0]
+    stages = (1, 2, 3) if every_test() else CORE
+    return run_ranks(scenarios, 2, str(folder), stages, timeout=240)[0]
 
 
 def write_text(folder: Path) -> None:
@@ -59,7 +63,7 @@ def validation(rows: Rows) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but(CORE, (1, 2, 3)))
 def test_zero_trains_as_fsdp2_does_killed_and_started_again(
     rows: dict[str, Rows], stage: int
 ) -> None:
@@ -83,7 +87,7 @@ def test_zero_trains_as_fsdp2_does_killed_and_started_again(
     assert len(before) == 13 and losses(found)[:13] == losses(before)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but(CORE, (1, 2, 3)))
 def test_zero_clips_as_fsdp2_does(rows: dict[str, Rows], stage: int) -> None:
     found, expected = rows[f"clipped {stage}"], rows["native clipped"]
     assert min(row["grad_norm"] for row in expected) > 0.1
@@ -92,7 +96,7 @@ def test_zero_clips_as_fsdp2_does(rows: dict[str, Rows], stage: int) -> None:
     assert abs(losses(expected)[-1] - losses(rows["native unclipped"])[-1]) > 0.01
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but(CORE, (1, 2, 3)))
 def test_zero_trains_in_bfloat16_as_fsdp2_does(rows: dict[str, Rows], stage: int) -> None:
     """Both round to bfloat16, but not the same numbers: FSDP2 also casts the scales of norms. Each
     is then as far from the run in float32 as rounding takes it, and they at most twice that from
@@ -109,7 +113,7 @@ def test_zero_trains_in_bfloat16_as_fsdp2_does(rows: dict[str, Rows], stage: int
         assert ours == pytest.approx(half, abs=2 * rounding)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but(CORE, (1, 2, 3)))
 def test_weighted_samples_bad_gradients_and_a_signal(rows: dict[str, Rows], stage: int) -> None:
     """Samples count by their losses; a step with bad gradients changes nothing; after a signal to
     one rank all save what they have and stop. Stages 2 and 3 offload to the host."""
@@ -121,7 +125,7 @@ def test_weighted_samples_bad_gradients_and_a_signal(rows: dict[str, Rows], stag
     assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but(CORE, (1, 2, 3)))
 @pytest.mark.parametrize("key", ["{} to native", "native to {}"])
 def test_a_checkpoint_goes_on_under_another_engine(
     rows: dict[str, Rows], key: str, stage: int

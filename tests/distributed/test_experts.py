@@ -13,7 +13,7 @@ import torch
 from rondo.models import ModelConfig
 from rondo.models.ffn.dispatch import Choice, over_capacity
 from rondo.parallel.mesh import Layout
-from rondo.tests.conftest import slow_but
+from rondo.tests.conftest import every_test, slow_but
 from rondo.tests.distributed.layout_checkpoint_cases import save_or_load
 from rondo.tests.distributed.parity_cases import VOCAB, Run, dropped_by_rank, train, train_all
 from rondo.tests.distributed.spawn import run_ranks
@@ -158,7 +158,8 @@ def test_any_division_of_experts_loads_any_other(tmp_path: Path) -> None:
         save_or_load, SAVED.layout.size, SAVED, str(tmp_path), "adamw", 4, True
     )
     assert set(others) == {digest}
-    for name, other in LOADED.items():
+    for name in LOADED if every_test() else ("ep2-tp2", "dp_shard3"):
+        other = LOADED[name]
         found = run_ranks(save_or_load, other.layout.size, other, str(tmp_path), "adamw", 5, False)
         assert set(found) == {digest}, name
 

@@ -73,7 +73,8 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 EACH = ("tp2",)
 """Layouts that every mixer meets alone too (RONDO_TESTS=all): they divide what it is made of."""
 SINGLE = ("tp2", "cp2", "cp4-ring")
-"""Layouts of the pattern of all mixers in float32, with its own weight for logits."""
+"""Layouts of the pattern of all mixers in float32 too, with its own weight for logits; tp2 always,
+the others with RONDO_TESTS=all."""
 ALIKE = ("lstm", "gru", "elman")
 """In the pattern of all mixers only: alone, `slstm` stands for its class."""
 
@@ -130,7 +131,7 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: fl
 def cases(layout: str) -> list[tuple[str, str, bool]]:
     """Pattern, precision, tied embeddings."""
     found = [("mixed", "float64", True)]
-    if layout in SINGLE:
+    if layout == "tp2" or (layout in SINGLE and every_test()):
         found += [("mixed", "float32", False)]
     if layout in EACH and every_test():
         found += [(name, "float64", False) for name in MIXERS if name not in ALIKE]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -324,9 +323,13 @@ def test_ceilings_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_refuses_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rondo.kernels.bench", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("no CUDA device here, and nothing else to time")
+def test_refuses_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("no CUDA device here, and nothing else to time")
     assert not (tmp_path / "out").exists()

@@ -4,158 +4,36 @@ it, and what documents, cuts and orders promise."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from rondo.kernels.fast_weights import (
     FastWeights,
     FastWeightState,
     apply_weights,
-    fast_weight_state_shapes,
-    fast_weights,
     gradient_sum,
-    update_weights,
 )
-from rondo.tests import numerics
+from rondo.tests.kernels.fast_weights_cases import (
+    BACKENDS,
+    NAMES,
+    Case,
+    close,
+    every_backend,
+    every_order,
+    every_update,
+    floats,
+    gradients,
+    make,
+    packed,
+    per_head,
+    same,
+    static,
+)
 from rondo.tests.numerics import assert_ratio
-
-UPDATES = ("muon", "gradient")
-ORDERS = ("apply_then_update", "update_then_apply")
-BACKENDS = ("chunked", "reference")
-HEADS, K, V, HIDDEN = 2, 4, 3, 5
-NAMES = ("q", "k", "v", "learning_rates", "gate", "up", "down", "momentum")
-
-every_update = pytest.mark.parametrize("update", UPDATES)
-every_order = pytest.mark.parametrize("order", ORDERS)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
-
-
-class Case(NamedTuple):
-    """Inputs of the operator; None where the case goes without."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    learning_rates: Tensor
-    weights: FastWeights
-    momentum: Tensor | None
-    state: FastWeightState | None
-    ids: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        """All floating point inputs."""
-        state = () if self.state is None else self.state
-        every = (*self[:4], *self.weights, self.momentum, *state)
-        return [x for x in every if x is not None and x.is_floating_point()]
-
-    def rebuilt(self, tensors: Sequence[Tensor]) -> Case:
-        rest = iter(tensors)
-        sequences = [next(rest) for _ in range(4)]
-        weights = FastWeights(*(next(rest) for _ in range(3)))
-        momentum = None if self.momentum is None else next(rest)
-        state = self.state
-        if state is not None:
-            state = FastWeightState._make(
-                next(rest) if x is not None and x.is_floating_point() else x for x in state
-            )
-        return Case(*sequences, weights, momentum, state, self.ids)
-
-    def part(self, part: slice) -> Case:
-        """Some positions."""
-        cut = [None if x is None else x[:, part] for x in (*self[:4], self.momentum, self.ids)]
-        return self._replace(
-            q=cut[0], k=cut[1], v=cut[2], learning_rates=cut[3], momentum=cut[4], ids=cut[5]
-        )
-
-    def run(self, *tensors: Tensor, **options: object) -> tuple[Tensor, FastWeightState]:
-        case = self.rebuilt(tensors) if tensors else self
-        return fast_weights(
-            *case[:5],
-            momentum=case.momentum,
-            initial_state=case.state,
-            segment_ids=case.ids,
-            **options,
-        )
-
-    def flat(self, *tensors: Tensor, **options: object) -> list[Tensor]:
-        """Outputs and the floating point part of the state."""
-        o, state = self.run(*tensors, **options)
-        return [o, *floats(state)]
-
-
-def gradients(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """`numerics.gradients` with outputs that may depend on nothing (the sums of a full chunk)."""
-
-    def attached(*tensors: Tensor) -> list[Tensor]:
-        outputs = function(*tensors)
-        return [y if y.requires_grad else y + 0 * tensors[0].sum() for y in outputs]
-
-    return numerics.gradients(attached, inputs)
-
-
-def floats(state: FastWeightState) -> list[Tensor]:
-    return [x for x in state if x is not None and x.is_floating_point()]
-
-
-def make(
-    time: int,
-    *,
-    dims: tuple[int, int, int] = (K, V, HIDDEN),
-    dtype: torch.dtype = torch.float64,
-    documents: float = 0.0,
-    momentum: bool = True,
-    open_tokens: tuple[int, int] | None = None,
-    seed: int = 0,
-) -> Case:
-    """A batch of 2 rows; `documents` is the chance that a position starts a document, and
-    `open_tokens` how many tokens of an open chunk the state of each row has, None for no state."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    key_dim, value_dim, hidden = dims
-    wide = torch.promote_types(dtype, torch.float32)
-    q, k = (F.normalize(draw(2, time, HEADS, key_dim), dim=-1).to(dtype) for _ in range(2))
-    v = draw(2, time, HEADS, value_dim).to(dtype)
-    rates = (0.1 * draw(2, time, HEADS, 3).exp()).to(wide)
-    shapes = ((hidden, key_dim), (hidden, key_dim), (value_dim, hidden))
-    weights = FastWeights(*(draw(HEADS, *s).mul(s[1] ** -0.5).to(wide) for s in shapes))
-    mixing = draw(2, time, HEADS).sigmoid().to(wide) if momentum else None
-    state = None
-    if open_tokens is not None:
-        matrices = (2, HEADS, hidden, 2 * key_dim + value_dim)
-        parts = [x.to(wide) for x in (draw(matrices), draw(matrices))]
-        extra = [draw(matrices).to(wide), draw(2, HEADS).sigmoid().to(wide)] if momentum else []
-        state = FastWeightState(*parts, torch.tensor(open_tokens), *extra)
-    ids = (torch.rand(2, time, generator=generator) < documents).cumsum(1) if documents else None
-    return Case(q, k, v, rates, weights, mixing, state, ids)
-
-
-def packed(case: Case, lengths: Sequence[int]) -> Case:
-    """The case with documents of these lengths in every row."""
-    numbers = torch.tensor([3 * n + n % 2 for n in range(len(lengths))])
-    return case._replace(ids=torch.repeat_interleave(numbers, torch.tensor(lengths)).expand(2, -1))
-
-
-def same(actual: tuple[Tensor, FastWeightState], expected: tuple[Tensor, FastWeightState]) -> None:
-    close(actual[0], expected[0])
-    for x, y in zip(actual[1], expected[1], strict=True):
-        if x is not None or y is not None:
-            close(x, y)
-
-
-def per_head(case: Case) -> tuple[FastWeights, list[Tensor]]:
-    """Weights `(2, H, ...)`, and k, v and learning rates `(2, H, T, .)`."""
-    tokens = [x.transpose(1, 2) for x in (case.k, case.v, case.learning_rates)]
-    return case.weights.map(lambda w: w.expand(2, -1, -1, -1)), tokens
 
 
 def test_gradient_sum_is_the_gradient() -> None:
@@ -402,10 +280,6 @@ def test_a_chunk_that_sees_itself_does_not_see_later_ones(backend: str) -> None:
         raise AssertionError("a token of the chunk does not see the change")
 
 
-def static(case: Case) -> Tensor:
-    return apply_weights(case.weights, case.q.transpose(1, 2)).transpose(1, 2)
-
-
 @every_update
 @every_backend
 def test_one_chunk_is_a_fixed_network(backend: str, update: str) -> None:
@@ -429,248 +303,3 @@ def test_every_input_has_a_gradient(
     inputs = [x.requires_grad_() for x in case.tensors()[:8]]
     o, _ = case.run(chunk_size=8, backend="chunked")
     assert all(g is not None for g in torch.autograd.grad(o.sum(), inputs, allow_unused=True))
-
-
-@every_update
-@every_order
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
-def test_learning_rates_of_zero_change_nothing(dtype: torch.dtype, order: str, update: str) -> None:
-    case = make(10, dtype=dtype, documents=0.1)
-    case = case._replace(learning_rates=torch.zeros_like(case.learning_rates))
-    run = functools.partial(case.flat, update=update, order=order, chunk_size=3)
-    (o, weights, *_), grads = gradients(run, case.tensors())
-    torch.testing.assert_close(o, static(case))
-    torch.testing.assert_close(weights, case.weights.pack().expand_as(weights))
-    for name, grad in zip(NAMES, grads, strict=True):
-        if not grad.isfinite().all():
-            raise AssertionError(f"the gradient of {name} is not finite")
-
-
-@every_update
-@pytest.mark.parametrize("what", ("k", "v", "q", "all"))
-def test_tokens_of_zero_give_finite_gradients(what: str, update: str) -> None:
-    case = make(9, dtype=torch.float32)
-    names = ("q", "k", "v") if what == "all" else (what,)
-    case = case._replace(**{name: torch.zeros_like(getattr(case, name)) for name in names})
-    for order in ORDERS:
-        run = functools.partial(case.flat, update=update, order=order, chunk_size=3)
-        outputs, grads = gradients(run, case.tensors())
-        for x in outputs + grads:
-            if not x.isfinite().all():
-                raise AssertionError(f"{order}: not finite")
-
-
-@every_update
-@every_order
-def test_rows_keep_their_norms(order: str, update: str) -> None:
-    case = make(24)
-    expected = [w.norm(dim=-1).expand(2, -1, -1) for w in case.weights]
-    for time in (4, 8, 24):
-        _, state = case.part(slice(time)).run(update=update, order=order, chunk_size=4)
-        weights = FastWeights.unpack(state.weights, K)
-        if torch.allclose(weights.gate, case.weights.gate.expand_as(weights.gate)):
-            raise AssertionError("nothing was updated")
-        for actual, norms in zip(weights, expected, strict=True):
-            torch.testing.assert_close(actual.norm(dim=-1), norms, rtol=1e-8, atol=0)
-
-
-def test_rows_of_zero_stay_near_zero() -> None:
-    case = make(8)
-    gate = case.weights.gate.clone()
-    gate[:, 1] = 0
-    case = case._replace(weights=case.weights._replace(gate=gate))
-    (_, weights, *_), grads = gradients(functools.partial(case.flat, chunk_size=4), case.tensors())
-    row = FastWeights.unpack(weights, K).gate[:, :, 1]
-    if not row.norm(dim=-1).max() <= 1e-5 or not all(g.isfinite().all() for g in grads):
-        raise AssertionError(f"a row of zeros became {row.norm(dim=-1)}")
-
-
-@every_update
-@every_order
-@pytest.mark.parametrize("size", (1e-30, 1e-6, 1e6, 1e12))
-def test_extreme_learning_rates(size: float, order: str, update: str) -> None:
-    case = make(24, dtype=torch.float32)
-    case = case._replace(learning_rates=size * case.learning_rates)
-    run = functools.partial(case.flat, update=update, order=order, chunk_size=4)
-    outputs, grads = gradients(run, case.tensors())
-    for x in outputs + grads:
-        if not x.isfinite().all():
-            raise AssertionError("not finite")
-    expected = case.weights.pack().norm()
-    torch.testing.assert_close(outputs[1][0].norm(), expected, rtol=1e-4, atol=0)
-
-
-@every_update
-@every_order
-def test_order_of_the_tokens_of_a_chunk(order: str, update: str) -> None:
-    case = make(8)
-    shuffled = torch.cat([torch.randperm(4), 4 + torch.randperm(4)])
-    moved = [x[:, shuffled] for x in (*case[:4], case.momentum)]
-    other = Case(*moved[:4], case.weights, moved[4], None, None)
-    options = {"update": update, "order": order, "chunk_size": 4}
-    o, state = case.run(**options)
-    o2, state2 = other.run(**options)
-    same((o2, state2), (o[:, shuffled], state))
-
-
-@every_update
-def test_sums_of_ranks_add_up(update: str) -> None:
-    """Tokens of a chunk on several ranks: only the gradients and momenta have to be summed."""
-    case = make(10)
-    weights, tokens = per_head(case)
-    parts = [
-        gradient_sum(weights, *(x[:, :, part] for x in tokens))
-        for part in (slice(3), slice(3, 4), slice(4, 10))
-    ]
-    total = functools.reduce(lambda x, y: x.map(torch.add, y), parts)
-    buffer = weights.map(torch.zeros_like)
-    mean = sum(case.momentum[:, part].sum(1) for part in (slice(3), slice(3, 10))) / 10
-    after, moment = update_weights(weights, total, case.weights, buffer, mean, update)
-    _, state = case.run(update=update, chunk_size=10)
-    close(after.pack(), state.weights)
-    close(moment.pack(), state.momentum_buffer)
-
-
-@pytest.mark.parametrize("momentum", (True, False))
-def test_state_shapes(momentum: bool) -> None:
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        o, state = make(7, dtype=dtype, momentum=momentum).run(chunk_size=4)
-        shapes = fast_weight_state_shapes(2, HEADS, K, V, HIDDEN, momentum=momentum, dtype=wide)
-        held = {n: (tuple(x.shape), x.dtype) for n, x in state._asdict().items() if x is not None}
-        if held != shapes or o.dtype != dtype or state.count.tolist() != [3, 3]:
-            raise AssertionError(f"{held}, {o.dtype}, {state.count}")
-
-
-@every_update
-@every_order
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_precision(dtype: torch.dtype, order: str, update: str) -> None:
-    case = make(150, dims=(8, 8, 24), dtype=dtype, documents=0.01)
-    options = {"update": update, "order": order, "chunk_size": 32}
-    actual = gradients(functools.partial(case.flat, backend="chunked", **options), case.tensors())
-    exact = [x.double() for x in case.tensors()]
-    expected = gradients(functools.partial(case.flat, backend="reference", **options), exact)
-    limit = 1e-2
-    if dtype == torch.float32:
-        limit = 1e-4 if update == "muon" else 1e-5
-    for n, (x, y) in enumerate(zip(actual[0] + actual[1], expected[0] + expected[1], strict=True)):
-        assert_ratio(f"number {n}", x, y, limit)
-
-
-def test_short_documents_cost_no_more_than_long_ones() -> None:
-    """With the causal order: reads by the initial weights are all that documents add."""
-    case = make(256, dtype=torch.float32)
-    counts = []
-    for lengths in ((256,), (7,) * 36 + (4,), (100, 3, 100, 53)):
-        with FlopCounterMode(display=False) as counter:
-            packed(case, lengths).run(chunk_size=32, backend="chunked")
-        counts.append(counter.get_total_flops())
-    if not max(counts[1:]) <= counts[0]:
-        raise AssertionError(f"FLOPs {counts}")
-
-
-def test_flops_of_a_token_and_a_chunk() -> None:
-    """The figures of the README: an r x c matrix, r <= c, costs 20 r^2 c + 10 r^3 a step."""
-    tokens, matrices = HIDDEN * (2 * K + V), 0
-    for rows, columns in ((K, HIDDEN), (K, HIDDEN), (V, HIDDEN)):
-        matrices += 20 * rows**2 * columns + 10 * rows**3
-    case = make(32, dtype=torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        case.run(chunk_size=8, backend="chunked")
-    expected = 2 * HEADS * (32 * 6 * tokens + 4 * matrices)
-    if counter.get_total_flops() != expected:
-        raise AssertionError(f"{counter.get_total_flops()} FLOPs, expected {expected}")
-
-
-@every_backend
-def test_recomputed_and_without_gradients(backend: str) -> None:
-    case = make(9, documents=0.2)
-    run = functools.partial(case.flat, chunk_size=4, backend=backend)
-
-    def recomputed(*tensors: Tensor) -> list[Tensor]:
-        return checkpoint(run, *tensors, use_reentrant=False)
-
-    results = [gradients(f, case.tensors()) for f in (run, recomputed)]
-    for x, y in zip(*(o + g for o, g in results), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
-    expected = case.run(chunk_size=4, backend=backend)
-    with torch.inference_mode():
-        same(case.run(chunk_size=4, backend=backend), expected)
-
-
-def test_strided_inputs() -> None:
-    case = make(10, documents=0.2, open_tokens=(0, 2))
-    strided = [torch.stack([x, x], dim=-1)[..., 0] for x in case.tensors()]
-    same(case.run(*strided, chunk_size=4), case.run(chunk_size=4))
-
-
-def test_autocast_does_not_reach_inside() -> None:
-    case = make(10, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = case.run(chunk_size=4)
-    for x, y in zip(floats(inside[1]), floats(case.run(chunk_size=4)[1]), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("documents", (0.0, 0.2))
-def test_traces_without_graph_breaks(documents: float) -> None:
-    case = make(9, documents=documents, dtype=torch.float32)
-    run = functools.partial(case.flat, chunk_size=4, backend="chunked")
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    results = [gradients(f, case.tensors()) for f in (compiled, run)]
-    for x, y in zip(*(o + g for o, g in results), strict=True):
-        torch.testing.assert_close(x, y)
-
-
-def test_tensors_without_numbers() -> None:
-    case = make(9, documents=0.2, dtype=torch.float32)
-    meta = case.rebuilt([x.to("meta") for x in case.tensors()])
-    o, state = meta._replace(ids=case.ids.to("meta")).run(chunk_size=4)
-    if o.shape != case.v.shape or state.weights.shape != (2, HEADS, HIDDEN, 2 * K + V):
-        raise AssertionError(f"{o.shape}, {state.weights.shape}")
-
-
-def test_a_state_of_another_chunk_size() -> None:
-    case = make(5, open_tokens=(1, 4))
-    case.run(chunk_size=5)
-    with pytest.raises(ValueError, match=r"4 tokens of an open chunk.*another chunk_size than 4"):
-        case.run(chunk_size=4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    (
-        ({"q": torch.zeros(2, 5, HEADS, 9)}, r"q has shape \(2, 5, 2, 9\).*\(2, 5, 2, 4\)"),
-        ({"k": torch.zeros(2, 5, HEADS)}, r"k has shape \(2, 5, 2\)"),
-        ({"v": torch.zeros(2, 5, 3, V)}, r"k has shape .*\(2, 5, 3, 4\)"),
-        ({"learning_rates": torch.zeros(2, 5, HEADS)}, r"learning_rates .*\(2, 5, 2, 3\)"),
-        ({"momentum": torch.zeros(2, 4, HEADS)}, r"momentum .*\(2, 4, 2\).*\(2, 5, 2\)"),
-        ({"ids": torch.zeros(2, 5)}, "segment_ids has .* dtype torch.float32"),
-        ({"ids": torch.zeros(2, 6, dtype=torch.long)}, r"segment_ids has shape \(2, 6\)"),
-    ),
-)
-def test_wrong_shapes(changes: dict[str, Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(5, dtype=torch.float32)._replace(**changes).run()
-
-
-def test_wrong_weights_and_states() -> None:
-    case = make(5, open_tokens=(0, 1))
-    down = case.weights._replace(down=case.weights.down.mT)
-    with pytest.raises(ValueError, match=r"weights.down has shape \(2, 5, 3\).*\(2, 3, 5\)"):
-        case._replace(weights=down).run()
-    with pytest.raises(ValueError, match=r"initial_state.momentum_buffer .* without momentum"):
-        case._replace(momentum=None).run()
-    with pytest.raises(ValueError, match=r"initial_state.gradient has shape \(1, 2, 5, 11\)"):
-        case._replace(state=case.state._replace(gradient=case.state.gradient[:1])).run()
-
-
-def test_wrong_options() -> None:
-    for name, value, message in (
-        ("update", "adam", "update is 'adam', expected one of muon, gradient"),
-        ("order", "full", "order is 'full', expected one of apply_then_update, update_then_apply"),
-        ("chunk_size", 0, "chunk_size is 0, expected at least 1"),
-        ("backend", "fast", "backend 'fast'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make(5).run(**{name: value})

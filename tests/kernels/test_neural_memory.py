@@ -120,7 +120,8 @@ def test_gradcheck(backend: str, depth: int) -> None:
         *inputs[:6], tuple(inputs[6:]), chunk_size=3, max_update=0.8, max_weight=1.5
     ).limited
     assert limited.sum() > 0
-    assert torch.autograd.gradcheck(of, inputs)
+    # The reference's gradients are autograd's: one direction is enough.
+    assert torch.autograd.gradcheck(of, inputs, fast_mode=backend == "reference")
 
 
 @pytest.mark.parametrize("residual", [True, False])

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from rondo.kernels import fast_weights
 from rondo.kernels.fast_weights import FastWeights, inner, triton
 from rondo.kernels.triton_configs import CONFIGS
-from rondo.tests.kernels.test_fast_weights import HIDDEN, Case, V, gradients, make
+from rondo.tests.kernels.fast_weights_cases import HIDDEN, Case, V, gradients, make
 from rondo.tests.numerics import assert_ratio
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,7 @@ from rondo.kernels import newton_rnn
 from rondo.kernels.newton_rnn import CELLS, chunked, sweeps, triton
 from rondo.kernels.newton_rnn.sweeps import Rows
 from rondo.kernels.triton_configs import CONFIGS
-from rondo.tests.kernels.test_newton_rnn import (
+from rondo.tests.kernels.newton_rnn_cases import (
     BATCH,
     FUNCTIONS,
     LIMITS,

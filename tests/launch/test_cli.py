@@ -17,6 +17,7 @@ from rondo.errors import UserError, run_command
 from rondo.launch.cli import _COMMANDS, main
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.typed import leaves
+from rondo.tests.forks import Fork, pretrain
 
 ROOT = Path(__file__).parents[2]
 KEYS = Path(__file__).with_name("recipe_keys.txt")
@@ -135,17 +136,21 @@ def test_bad_input_is_one_message_and_exit_code_2(words, message, capsys, traine
     assert out == "" and trained == []
 
 
-def test_exit_codes_of_the_process(tmp_path):
+def test_exit_codes_of_the_process():
     done = start("-m", "rondo.launch.cli", "train", "tiny", "--optimizer.lr", "nan")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         'rondo: error: tiny: optimizer.lr: expected a finite number, got "nan"\n'
     )
-    missing = tmp_path / "missing.yaml"
-    done = start("-m", "rondo.pretrain", str(missing), RONDO_DEBUG="1")
-    assert done.returncode == 2
-    assert "Traceback" in done.stderr and f"error: {missing}: no such recipe" in done.stderr
     assert start("-m", "rondo.launch.cli", "--version").returncode == 0
+
+
+def test_a_traceback_for_those_who_ask_for_it(tmp_path):
+    missing = tmp_path / "missing.yaml"
+    failed = Fork(tmp_path, pretrain, [str(missing)], environment={"RONDO_DEBUG": "1"})
+    assert failed.end() == 2
+    printed = failed.log.read_text()
+    assert "Traceback" in printed and f"error: {missing}: no such recipe" in printed
 
 
 def test_the_command_needs_only_the_standard_library_to_start():

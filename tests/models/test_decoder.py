@@ -144,12 +144,12 @@ def test_generation_draws_from_capped_logits() -> None:
 
 def test_generation_is_seeded_and_stops_at_eod() -> None:
     model, prompt = every_mixer(), tokens(3, 4)
-    first = generate(model, prompt, max_tokens=30, seed=2)
-    assert torch.equal(first, generate(model, prompt, max_tokens=30, seed=2))
-    assert not torch.equal(first, generate(model, prompt, max_tokens=30, seed=3))
-    alone = generate(model, prompt[:1], max_tokens=30, seed=2)[0]
+    first = generate(model, prompt, max_tokens=10, seed=2)
+    assert torch.equal(first, generate(model, prompt, max_tokens=10, seed=2))
+    assert not torch.equal(first, generate(model, prompt, max_tokens=10, seed=3))
+    alone = generate(model, prompt[:1], max_tokens=10, seed=2)[0]
     eod = int(alone[6])
-    stopped = generate(model, prompt[:1], max_tokens=30, seed=2, eod=eod)[0]
+    stopped = generate(model, prompt[:1], max_tokens=10, seed=2, eod=eod)[0]
     assert torch.equal(stopped, alone[: int((alone == eod).nonzero()[0]) + 1])
     with pytest.raises(ValueError, match="top_p"):
         generate(model, prompt, max_tokens=1, top_p=0)

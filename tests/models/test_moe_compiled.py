@@ -29,7 +29,9 @@ def mixture() -> MoE:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str
+    ("dtype", "limit"),
+    [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 1e-2, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_a_compiled_mixture_equals_an_eager_one(dtype: torch.dtype, limit: float) -> None:
     eager, compiled = mixture(), mixture()

@@ -21,6 +21,7 @@ from rondo.pretrain.data.errors import DataError
 from rondo.pretrain.data.folders import build_lock, sha256_file
 from rondo.pretrain.data.merge import _held_out
 from rondo.pretrain.data.token_files import TokenFile, open_split
+from rondo.tests.forks import FORKS, Fork, environment
 
 COUNT = 60
 RNG = random.Random(0)
@@ -111,6 +112,8 @@ def test_embedded_corpus_with_trained_pieces(tmp_path):
 
 def test_two_preparations_are_identical(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "GROUP_BYTES", 500)
+    # Workers that need not import first; test_workers_end_with_a_killed_parent has spawned ones.
+    monkeypatch.setattr(shards.multiprocessing, "get_context", lambda method: FORKS)
     options = {"tokenizer": "sentencepiece:350"}
     first = prepare(config(source, tmp_path / "a", **options))
     second = prepare(config(source, tmp_path / "b", workers=2, **options))
@@ -131,25 +134,24 @@ def test_a_finished_folder_is_left_alone(source, tmp_path, capfd):
         prepare(config(source, tmp_path / "out", seed=1))
 
 
-KILLED = """
-import os, signal, sys
-from rondo.pretrain.data import PrepareConfig, prepare, shards
-shards.GROUP_BYTES = 500
-write = shards.Shard.write
-def write_and_die(self, path):
-    write(self, path)
-    if len(list(path.parent.glob("*.npz"))) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-shards.Shard.write = write_and_die
-prepare(PrepareConfig(input=sys.argv[1], output=sys.argv[2], workers=0, validation_fraction=0.2))
-"""
+def prepare_and_die(source, out):
+    """With SIGKILL, after four groups."""
+    shards.GROUP_BYTES = 500
+    write = shards.Shard.write
+
+    def write_and_die(self, path):
+        write(self, path)
+        if len(list(path.parent.glob("*.npz"))) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.Shard.write = write_and_die
+    prepare(config(source, out))
 
 
 def test_resume_after_kill(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(source), str(out)]
-    killed = subprocess.run(command, env=_environment(), capture_output=True, timeout=180)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = Fork(tmp_path, prepare_and_die, source, out)
+    assert killed.end() == -signal.SIGKILL, killed.log.read_text()
     assert not out.exists()
     monkeypatch.setattr(shards, "GROUP_BYTES", 500)
     done = len(list((tmp_path / "out.building").rglob("*.npz")))
@@ -163,11 +165,6 @@ def test_resume_after_kill(source, tmp_path, monkeypatch):
     assert len(made) - resumed == resumed + done
     assert hashes(out) == hashes(straight)
     assert not (tmp_path / "out.building").exists()
-
-
-def _environment() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[2]
-    return os.environ | {"PYTHONPATH": str(root / ".typing")}
 
 
 SLOW = """
@@ -185,7 +182,7 @@ def test_workers_end_with_a_killed_parent(source, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     command = [sys.executable, str(script), str(source), str(tmp_path / "out")]
-    parent = subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     workers = _wait_for(lambda: len(found := psutil.Process(parent.pid).children()) >= 3 and found)
     _wait_for(lambda: any((tmp_path / "out.building").rglob("*.npz")))
     parent.kill()
@@ -206,17 +203,13 @@ def _wait_for(condition, seconds: float = 120):
 
 
 def test_one_of_several_processes_builds(source, tmp_path):
-    script = (
-        "import sys; from rondo.pretrain.data import PrepareConfig, prepare;"
-        "prepare(PrepareConfig(input=sys.argv[1], output=sys.argv[2], workers=0))"
-    )
-    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
-    pipe = {"env": _environment(), "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, **pipe) for _ in range(2)]
-    messages = [process.communicate(timeout=180)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], messages
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    options = config(source, tmp_path / "out")
+    started = [Fork(tmp_path, prepare, options, log=log) for log in logs]
+    codes, messages = [each.end() for each in started], [log.read_text() for log in logs]
+    assert codes == [0, 0], messages
     assert sum("prepared" in message for message in messages) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"source.jsonl", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source.jsonl", "out", "0.log", "1.log"}
     assert open_split(tmp_path / "out", "train", 257).num_tokens > 0
 
 

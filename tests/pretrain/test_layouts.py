@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from rondo.tests.forks import Training
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 HEADS = {
     "attention": {"num_heads": 4},
     "mamba2": {"head_dim": 16, "state_dim": 16},
@@ -41,29 +39,9 @@ LAYOUTS = {
 def run(folder: Path, data: Path, layout: str, steps: int) -> list[dict[str, float]]:
     """Trains up to `steps` steps, going on from what `folder` has; the rows of its metrics."""
     ranks = 1 if layout == "one" else 4
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *(launcher if ranks > 1 else []),
-            *("-m", "rondo.pretrain", "tiny"),
-            *OPTIONS,
-            *LAYOUTS[layout],
-            f"--data.folder={data}",
-            f"--steps={steps}",
-        ],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT / ".typing"),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
+    words = [*OPTIONS, *LAYOUTS[layout], f"--data.folder={data}", f"--steps={steps}"]
+    codes, output = Training(folder, ranks, "tiny", *words).end(timeout=400)
+    assert set(codes) == {0}, output
     return [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").open()]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from rondo.models.loading import read_tensors
 from rondo.pretrain import load_recipe, train
-from rondo.tests.pretrain.test_train import environment
+from rondo.tests.forks import environment
 
 WEIGHTED = ["--reweight.strategy=linupper", "--reweight.temperature=0.4"]
 

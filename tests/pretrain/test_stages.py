@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from rondo.pretrain.data.seen import NAME
 from rondo.pretrain.run_data import open_data
 from rondo.pretrain.stages import stages_of, total_steps
 from rondo.pretrain.train import Trainer
-from rondo.tests.pretrain.test_train import environment
+from rondo.tests.forks import Training
 
 SMALL = [
     "--model.dim=32", "--model.pattern=[attention]", "--model.num_layers=1",
@@ -202,12 +200,8 @@ def test_goes_on_in_another_layout_in_the_middle_of_a_stage(
         name = f"checkpoints/step-{step:09d}"
         shutil.copytree(straight / "runs/tiny" / name, runs / name)
     shutil.copy(straight / "runs/tiny/metrics.jsonl", runs)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["-m", "rondo.pretrain", "tiny", *options(corpora, tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *words], env=environment(), capture_output=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    codes, output = Training(tmp_path, 2, "tiny", *options(corpora, tmp_path)).end()
+    assert codes == [0, 0], output
     for found, wanted in zip(rows(runs), rows(straight / "runs/tiny"), strict=True):
         assert found.keys() == wanted.keys()
         assert found["targets"] == wanted["targets"]

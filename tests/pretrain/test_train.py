@@ -1,4 +1,6 @@
-"""Whole runs of the tiny recipe, from the command line, as a user starts them."""
+"""Whole runs of the tiny recipe, from the command line.
+
+But for torchrun, ranks are forks that need not import first."""
 
 from __future__ import annotations
 
@@ -18,52 +20,26 @@ import torch
 
 from rondo.errors import UserError
 from rondo.goodput import ATTEMPTS, LOST, read_goodput
+from rondo.launch.cli import main as run_rondo
 from rondo.parallel.build import ParallelModel
 from rondo.pretrain import load_recipe, train
 from rondo.pretrain.train import Trainer
+from rondo.tests.forks import Training, environment
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 SMALL = ["--model.dim=32", "--data.sequence_length=64", "--data.micro_batch_size=2"]
 SMALL += ["--checkpoint.every=4", f"--steps={STEPS}", "--evals.batches=1"]
 SMALL += ["--logging.tensorboard=false"]
+UNTIL_A_SIGNAL = ["--steps=10000", "--checkpoint.every=0"]
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / ".typing"),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+def start(folder: Path, ranks: int, *options: str) -> Training:
+    return Training(folder, ranks, "tiny", *SMALL, *options)
 
 
-def command(ranks: int, *options: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [
-        sys.executable,
-        *(launcher if ranks > 1 else []),
-        "-m",
-        "rondo.pretrain",
-        "tiny",
-        *options,
-    ]
-
-
-def start(folder: Path, ranks: int, *options: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(ranks, *SMALL, *options),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
+def finish(training: Training, code: int = 0) -> str:
+    codes, output = training.end()
+    assert set(codes) == {code}, output
     return output
 
 
@@ -128,10 +104,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         output = run(folder, ranks, *options)
     process = start(tmp_path, ranks, *options)
     wait_for(lambda: (tmp_path / "runs/tiny/checkpoints/step-000000008").exists())
-    launcher = psutil.Process(process.pid)  # torchrun's ranks are sessions of their own
-    for victim in [*launcher.children(recursive=True), launcher]:
-        victim.kill()
-    process.communicate(timeout=30)
+    process.kill()
     assert len(losses(tmp_path)) < STEPS
     resumed = run(tmp_path, ranks, *options)
     assert "going on after step" in resumed
@@ -195,25 +168,40 @@ def test_resume_on_another_number_of_ranks(straight: dict, data: Path, tmp_path:
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
-def test_a_signal_to_one_rank_saves_and_exits_75(
-    ranks: int, number: signal.Signals, straight: dict, data: Path, tmp_path: Path
-) -> None:
-    """All ranks stop after the same step, with one checkpoint."""
-    options = [f"--data.folder={data}", "--steps=10000", "--checkpoint.every=0"]
-    process = start(tmp_path, ranks, *options)
+def test_a_signal_saves_and_exits_75(data: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, 1, *UNTIL_A_SIGNAL, f"--data.folder={data}")
     wait_for_rows(tmp_path, 3)
-    workers = [process.pid]
-    if ranks > 1:
-        workers = [child.pid for child in psutil.Process(process.pid).children()]
-        assert len(workers) == ranks
-    os.kill(workers[-1], number)
-    output = finish(process, code=75 if ranks == 1 else 1)  # torchrun has a code of its own
-    assert ranks == 1 or output.count("exitcode  : 75") >= 1
+    os.kill(process.ranks[0].pid, signal.SIGTERM)
+    check_that_it_stopped(tmp_path, finish(process, code=75))
+
+
+def test_a_signal_to_one_rank_of_torchrun_saves_and_ends_all(data: Path, tmp_path: Path) -> None:
+    """All ranks stop after the same step, with one checkpoint."""
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rondo.pretrain"]
+    words += ["tiny", *SMALL, *UNTIL_A_SIGNAL, f"--data.folder={data}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_rows(tmp_path, 3)
+    workers = [child.pid for child in psutil.Process(process.pid).children()]
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGUSR1)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output  # torchrun has a code of its own
+    assert output.count("exitcode  : 75") >= 1
+    check_that_it_stopped(tmp_path, output)
+
+
+def check_that_it_stopped(folder: Path, output: str) -> None:
     step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
-    saved = [path.name for path in (tmp_path / "runs/tiny/checkpoints").glob("step-*")]
+    saved = [path.name for path in (folder / "runs/tiny/checkpoints").glob("step-*")]
     assert saved == [f"step-{step:09d}"]
-    assert len(losses(tmp_path)) == step
+    assert len(losses(folder)) == step
 
 
 def test_seven_mixers_and_both_optimizers_train(data: Path, tmp_path: Path) -> None:
@@ -260,28 +248,14 @@ def test_a_run_leaves_what_the_design_says(data: Path, tmp_path: Path) -> None:
     assert "validation/bits_per_byte" in events.Tags()["scalars"]
 
 
-def test_generate_reads_the_run(straight: dict) -> None:
+def test_generate_reads_the_run(
+    straight: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = straight[2]
-    text = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "rondo.launch.cli",
-            "generate",
-            "runs/tiny",
-            "--prompt",
-            "The ",
-            "--max_tokens",
-            "8",
-        ],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert text.returncode == 0, text.stderr
-    assert text.stdout.startswith("The ")
+    monkeypatch.chdir(folder)
+    words = ["generate", "runs/tiny", "--prompt", "The ", "--max_tokens", "8"]
+    assert run_rondo(words) == 0
+    assert capsys.readouterr().out.startswith("The ")
 
 
 @pytest.mark.parametrize(
