@@ -86,6 +86,10 @@ TASKS = {
         Fit(2000, 32, 2048, 1e-2, first=3, grow_below=0.1),
         kind="cycle_navigation",
     ),
+    # In fewer and larger steps: what is learnt soon.
+    "cycle_navigation_100_brief": Task(
+        (100,), (100,), 5, Fit(600, 64, 2048, 1e-2, first=3), kind="cycle_navigation"
+    ),
     # From 3 bits to 40, scored on six times as many.
     "parity_40": _tracking(40, (128, 256), 2, 500, "parity"),
     "modular_arithmetic": _product(10, (40,), 5, 1500),
@@ -115,15 +119,15 @@ class ShortTasksConfig:
     )
     """Rows: mixers of the recipe `short-tasks`, with commas between them; slashes between those of
     layers. `matching` is attention without positions, `reflecting` Gated DeltaNet with eigenvalues
-    down to -1, `deltanet_reflecting` so DeltaNet, `narrow` Gated DeltaNet with a state
-    of 16 keys, `wide_para_gru` and `wide_para_lstm` have twice
-    the channels and a long memory at the start."""
+    down to -1, `deltanet_reflecting` so DeltaNet, `narrow` Gated DeltaNet with a state of 16
+    keys, `wide_para_gru` and `wide_para_lstm` have twice the channels and a long memory at the
+    start."""
     tasks: str = "mqar_all,parity"
     """Columns: mqar_all, mqar_many (up to 48 pairs), mqar_small_64_4 (4 pairs in 64 words),
     recall_once and recall_twice (one question after pairs that are read once or twice), parity,
     parity_40 (trained on 3 to 40 bits), cycle_navigation, cycle_navigation_100 (trained on 100
-    steps), modular_arithmetic, s3, s3_two_steps (two words for each), a5, s5, a5_generators and
-    s5_generators (words of two permutations that make all others)."""
+    moves; with _brief in 600 steps), modular_arithmetic, s3, s3_two_steps (two words for each),
+    a5, s5, a5_generators and s5_generators (words of two permutations that make all others)."""
     seeds: int = 3
     """Runs of each; the table has their mean, and the worst and the best."""
     samples: int = 500

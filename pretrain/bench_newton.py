@@ -4,13 +4,18 @@ linear scan of the same size, in one run.
     python -m rondo.pretrain.bench_newton [--lengths 512 2048 8192] [--rounds 3]
 
 Forward and backward in float32, 4 rows of 256 channels, taking turns; the best of the rounds
-counts. The loop is the reference of `newton_rnn`: a few fused operations a step, under autograd.
+counts. The loop is the reference of `newton_rnn`: the formulas of the cell at every position, under
+autograd, from gates that were cut into positions before. A loop that takes `gates[:, t]` as it goes
+is timed once too, up to 2,048 tokens: autograd makes zeros of the size of all gates for the
+gradient of each index, so that its time is quadratic.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import time as clock
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +23,13 @@ import torch
 from torch import Tensor
 
 from rondo.kernels import linear_scan, newton_rnn
-from rondo.kernels.newton_rnn import CELLS
+from rondo.kernels.newton_rnn import CELLS, reference
 from rondo.parallel.hardware import reuse_memory
 from rondo.pretrain.bench import Step, best_times
 
 BATCH, WIDTH = 4, 256
+INDEXED = 2048
+"""Tokens up to which the loop over indices is timed."""
 
 
 def step_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Step:
@@ -34,6 +41,24 @@ def step_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Step:
         return float(torch.autograd.grad(h, leaves, torch.ones_like(h))[0].flatten()[0])
 
     return step
+
+
+def indexed_loop(name: str, gates: Tensor, weights: Tensor) -> Tensor:
+    """h of every position, as one would write it at first."""
+    step, count = getattr(reference, name), CELLS[name].variables
+    state: Any = [gates.new_zeros(BATCH, WIDTH)] * count if count > 1 else gates.new_zeros(())
+    outputs = []
+    for t in range(gates.shape[1]):
+        state = step(state, gates[:, t].unbind(1), weights.unbind(0))
+        outputs.append(state[-1] if count > 1 else state)
+    return torch.stack(outputs, 1)
+
+
+def seconds(step: Step) -> float:
+    """Of one call."""
+    began = clock.perf_counter()
+    step()
+    return clock.perf_counter() - began
 
 
 def run(time: int, rounds: int) -> list[dict[str, Any]]:
@@ -74,16 +99,26 @@ def run(time: int, rounds: int) -> list[dict[str, Any]]:
                 "residual": float(health.residual),
             }
         )
+        if time <= INDEXED:
+            indexed = seconds(step_of(functools.partial(indexed_loop, name), operands[name]))
+            found[-1]["indexed_loop_milliseconds"] = 1e3 * indexed
+            found[-1]["faster_than_indexed_loop"] = indexed / newton
     return found
 
 
 def show(result: dict[str, Any]) -> None:
     """One line of the table."""
+    indexed = ""
+    if "indexed_loop_milliseconds" in result:
+        indexed = (
+            f", {result['faster_than_indexed_loop']:.0f}x that of a loop over indices"
+            f" ({result['indexed_loop_milliseconds']:.0f} ms)"
+        )
     print(
         f"{result['cell']:10} {result['length']:6} tokens {result['milliseconds']:8.1f} ms: "
         f"{result['faster_than_loop']:.1f}x the speed of the loop"
         f" ({result['loop_milliseconds']:.1f} ms), {result['slower_than_scan']:.1f}x the time of"
-        f" linear_scan ({result['scan_milliseconds']:.1f} ms)",
+        f" linear_scan ({result['scan_milliseconds']:.1f} ms){indexed}",
         flush=True,
     )
 

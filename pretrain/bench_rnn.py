@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rondo.kernels import nonlinear_rnn
+from rondo.kernels.linear import linear
 from rondo.kernels.nonlinear_rnn import CELLS, reference
 from rondo.parallel.hardware import reuse_memory
 from rondo.pretrain.bench import best_times
@@ -100,7 +100,7 @@ def own_layer(
         bias = torch.cat((bias[:2] + other[:2], bias[2:], other[2:]))
     else:
         bias = bias + other
-    gates = F.linear(x, inputs).unflatten(2, split)
+    gates = linear(x, inputs).unflatten(2, split)
     return nonlinear_rnn(name, gates, recurrent.unflatten(0, split), bias=bias)[0]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rondo.kernels.linear import batched_product
 from rondo.kernels.nonlinear_rnn.cells import Cell
 from rondo.kernels.nonlinear_rnn.products import Products
 from rondo.kernels.segments import document_starts
@@ -208,5 +209,7 @@ def weight_gradients(cell: Cell, dparts: Tensor, h: Tensor) -> Tensor:
     """`(G, H, D, D)`, from the gradients of the products and the h they were made from."""
     count, dim = len(cell.products), h.shape[-1]
     products = dparts.flatten(3)[..., : count * dim].transpose(0, 1).flatten(1, 2)
-    found = products.mT @ h.transpose(0, 1).flatten(1, 2)
+    inputs = h.transpose(0, 1).flatten(1, 2)
+    # The wider side last: oneDNN is faster so.
+    found = batched_product(inputs.mT, products.mT).mT.contiguous()
     return placed(found.unflatten(1, (count, dim)).transpose(0, 1), cell.products)

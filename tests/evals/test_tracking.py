@@ -51,3 +51,11 @@ def test_parity_needs_negative_eigenvalues(tmp_path: Path) -> None:
     """Gated DeltaNet with them and without, in texts of the length of training."""
     assert accuracy(tmp_path, "parity", "reflecting")["16"] > 0.95
     assert accuracy(tmp_path, "parity", "gated_deltanet")["16"] < 0.9
+
+
+def test_para_cells_learn_cycle_navigation_sooner_than_mamba2(tmp_path: Path) -> None:
+    """600 steps on texts of 100 moves; with 2,000 Mamba-2 has caught up with ParaLSTM."""
+    task = "cycle_navigation_100_brief"
+    linear = accuracy(tmp_path, task, "mamba2")["100"]
+    for mixer in ("wide_para_gru", "wide_para_lstm"):
+        assert accuracy(tmp_path, task, mixer)["100"] > linear + 0.04, mixer

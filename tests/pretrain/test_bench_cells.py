@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from rondo.kernels import newton_rnn
+from rondo.kernels.newton_rnn import CELLS
 from rondo.pretrain import bench_newton, bench_rnn
 
 
@@ -20,4 +23,14 @@ def test_a_line_and_json_for_each_cell(
     for line, text in zip(lines[:rows], lines[rows:], strict=True):
         found = json.loads(text)
         assert found["milliseconds"] > 0 and found["length"] == 16
+        assert ("loop over indices" in line) == (bench is bench_newton)
         assert line.startswith(found["cell"]) and f"{found['milliseconds']:.1f} ms" in line
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_newton_is_timed_against_the_same_computation(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gates = torch.randn(bench_newton.BATCH, 9, 3, bench_newton.WIDTH, generator=generator)
+    weights = torch.randn(len(CELLS[name].weights), bench_newton.WIDTH, generator=generator)
+    found = bench_newton.indexed_loop(name, gates, weights)
+    torch.testing.assert_close(found, newton_rnn(name, gates, weights, backend="reference").h)
