@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rondo.kernels import nonlinear_rnn, rms_norm, short_conv
+from rondo.kernels.linear import linear
 from rondo.kernels.nonlinear_rnn import CELLS
 from rondo.models.config import ModelConfig
 from rondo.models.init import Initializer, constant, normal, parameter
@@ -31,6 +32,15 @@ class RNNOptions:
     gradient_recurrent_cut: bool = False
     """Take h for a constant where it is multiplied by R: gradients go back in time through the
     cell's other states alone."""
+
+
+def _products(y: Tensor, weight: Tensor) -> Tensor:
+    """`(B, T, G, H, D)`: each head of `y` `(B, T, H, D)` times its own matrices of `weight`
+    `(H, G, D, D)`."""
+    heads, gates, dim, _ = weight.shape
+    if heads == 1:
+        return linear(y[:, :, 0], weight[0].flatten(0, 1)).unflatten(2, (gates, 1, dim))
+    return torch.einsum("bthi,hgoi->btgho", y, weight)
 
 
 class HeadwiseRNN(Mixer):
@@ -125,7 +135,7 @@ class HeadwiseRNN(Mixer):
         `(B, T, H, D)`."""
         weight = self.weight.to(x.dtype)
         each = ((u, weight[:, : self.convolved]), (x, weight[:, self.convolved :]))
-        return torch.cat([torch.einsum("bthi,hgoi->btgho", y, w) for y, w in each if w.shape[1]], 2)
+        return torch.cat([_products(y, w) for y, w in each if w.shape[1]], 2)
 
     def state_shapes(
         self, batch: int, length: int

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rondo.models import MIXERS
+from rondo.models import MIXERS, ModelConfig
 from rondo.models.mixer import SequenceContext, State
+from rondo.models.mixers.rnn import RNNOptions
 from rondo.tests.mixer_suite import CHECKS, Case
 from rondo.tests.toys import Toy
 
@@ -22,6 +27,7 @@ VARIANTS = [
     Case("titans_mac", {"head_dim": 16, "segment_size": 10, "chunk_size": 5, "depth": 1}),
     Case("titans_mag", {"head_dim": 16, "window": None, "persistent_tokens": 0, "depth": 3}),
     Case("slstm", {"num_heads": 2, "output_projection": False}),
+    Case("lstm", {"num_heads": 1}),
     Case("liger", {"num_heads": 4, "num_kv_heads": 2, "window": 9, "output_gate": True}),
     Case(
         "lact",
@@ -78,3 +84,16 @@ def test_the_suite_catches_a_leak(name: str, monkeypatch: pytest.MonkeyPatch) ->
     check = next(check for check in CHECKS if check.__name__ == name)
     with pytest.raises(AssertionError):
         check(Case("leaky"))
+
+
+def test_gates_of_one_head_are_what_two_heads_make_of_it() -> None:
+    """One head takes another product; a second one that is all zeros changes nothing."""
+    config = ModelConfig(vocab_size=8, dim=6, num_layers=1, ffn_dim=8, pattern=["lstm"])
+    one = MIXERS["lstm"](config, RNNOptions(num_heads=1), 0)
+    with torch.no_grad():
+        one.weight.normal_()
+    both = copy.deepcopy(one)
+    both.weight = torch.nn.Parameter(torch.cat((one.weight, torch.zeros_like(one.weight))))
+    u, x = torch.randn(2, 2, 5, 1, 6)
+    wide = [F.pad(each, (0, 0, 0, 1)) for each in (u, x)]
+    torch.testing.assert_close(one.gates(u, x), both.gates(*wide)[:, :, :, :1])
