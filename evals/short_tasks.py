@@ -206,7 +206,8 @@ def _train(
 def _plan(config: ShortTasksConfig, task: Task, mixer: str) -> Fit:
     """The task's, or that of the row, with what was asked for."""
     own: dict[str, Any] = {}
-    if task.last and mixer in DELTA_RULES:
+    tracks = task.classes is not None  # recall has as many answers as pairs
+    if tracks and mixer in DELTA_RULES:
         own = DELTA_RULE_PLAN
     elif not task.last and mixer == "mamba2":
         own = MAMBA2_RECALL_PLAN

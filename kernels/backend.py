@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import importlib.util
 import logging
 import re
@@ -19,8 +19,8 @@ _logged: dict[tuple[str, str, str], None] = {}
 """What was said, in order: operator, backend, device."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MISCOMPILING = (3, 4, 0), (3, 7, 1)
-"""The first version of Triton that makes wrong gradients of chunked recurrences on Hopper, and the
-first that is right again (flash-linear-attention issue 640)."""
+"""The first version of Triton that transposes sums of products wrongly on Hopper, and the first
+that does not (flash-linear-attention issue 640)."""
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -71,7 +71,8 @@ def choose(
         )
     if backend == "triton":
         _require_triton(operator, device.type)
-    log_once(operator, name, device.type, reason, warn=doubt is not None)
+    decided = doubt is not None and refusal is None
+    log_once(operator, name, device.type, reason, warn=decided)
     return implementations[name]
 
 
@@ -83,7 +84,7 @@ def choose_recurrence(
     refusal: str | None,
 ) -> Callable:
     """`choose`, for kernels that multiply within chunks, which `triton_doubt` is about."""
-    doubt = triton_doubt(device)
+    doubt = triton_doubt(device) if backend in ("auto", "triton") else None
     return choose(operator, backend, implementations, device, refusal, doubt=doubt)
 
 
@@ -133,9 +134,9 @@ def triton_refusal(*tensors: Tensor | None) -> str | None:
 def triton_doubt(device: torch.device) -> str | None:
     """Why the gradients of a chunked recurrence's Triton kernels may be wrong on `device`, or None:
     some versions read the operands of a transposed product wrongly on Hopper, in silence."""
-    if not (_has_triton() and is_hopper(device)):
+    if not (is_hopper(device) and _has_triton()):
         return None
-    version = importlib.metadata.version("triton")
+    version = _triton_version()
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
     first, repaired = MISCOMPILING
     if not first <= numbers < repaired:
@@ -156,7 +157,19 @@ def is_hopper(device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _is_installed("triton")
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
 
 
 @torch.compiler.assume_constant_result

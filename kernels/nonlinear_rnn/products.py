@@ -7,7 +7,9 @@ before, which is how `nn.LSTM` has them, as with BLAS and weights as they are.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rondo.kernels.tiles import has_numbers
 
 LEAST = 2**17
 """Weights of a head from which they are laid out anew; fewer stay in the cache as they are."""
@@ -41,5 +43,7 @@ class Products:
 
 def _is_worth_it(weights: Tensor, rows: int) -> bool:
     large = weights[0].numel() >= LEAST and rows > 1
-    plain = weights.device.type == "cpu" and weights.dtype == torch.float32
-    return large and plain and torch.backends.mkldnn.is_available()
+    plain = type(weights) in (Tensor, nn.Parameter) and has_numbers()  # a plan has none
+    fits = weights.device.type == "cpu" and weights.dtype == torch.float32
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return large and plain and fits and onednn

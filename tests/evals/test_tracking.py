@@ -48,9 +48,9 @@ def test_two_reflections_a_permutation_follow_s3(tmp_path: Path) -> None:
 
 
 def test_parity_needs_negative_eigenvalues(tmp_path: Path) -> None:
-    """Gated DeltaNet with them and without, in texts of the length of training."""
-    assert accuracy(tmp_path, "parity", "reflecting")["16"] > 0.95
-    assert accuracy(tmp_path, "parity", "gated_deltanet")["16"] < 0.9
+    """Gated DeltaNet with them and without, in texts four times as long as in training."""
+    assert accuracy(tmp_path, "parity", "reflecting")["64"] > 0.85
+    assert accuracy(tmp_path, "parity", "gated_deltanet")["64"] < 0.6
 
 
 def test_para_gru_learns_cycle_navigation_sooner_than_mamba2(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rondo.kernels import linear_scan, nonlinear_rnn
 from rondo.kernels.nonlinear_rnn import CELLS, chunked, products, reference
@@ -284,6 +285,20 @@ def test_shapes_alone(name: str) -> None:
     assert h.shape == (BATCH, 6, HEADS, DIM)
     assert state.shape == inputs[3].shape
     assert [g.shape for g in grads] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+def test_shapes_alone_of_a_wide_head(name: str) -> None:
+    """Fake tensors, of which a plan is made, say that they are on a CPU, where the weights of a
+    wide head are laid out anew."""
+    count, dim = len(CELLS[name].gates), 512
+    with FakeTensorMode(), whole_tensors():
+        gates = torch.zeros(2, 3, count, 1, dim, requires_grad=True)
+        recurrent = torch.zeros(count, 1, dim, dim, requires_grad=True)
+        h, _ = nonlinear_rnn(name, gates, recurrent)
+        grads = torch.autograd.grad(h.sum(), (gates, recurrent))
+    assert h.shape == (2, 3, 1, dim)
+    assert [g.shape for g in grads] == [gates.shape, recurrent.shape]
 
 
 @pytest.mark.parametrize(

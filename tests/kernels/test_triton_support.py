@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import multiprocessing
@@ -95,7 +93,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
         assert backend.choose("other", "auto", functions, cuda, "it has none") is len
     assert "op runs on backend chunked (triton cannot: it is Tuesday)" in caplog.text
     assert "other runs on backend chunked (triton cannot: it has none)" in caplog.text
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "_is_installed", lambda package: False)
     assert choice("auto", "cuda") is len
     with pytest.raises(ModuleNotFoundError, match="pip install triton") as error:
         choice("triton", "cuda")
@@ -128,7 +126,7 @@ def test_versions_that_compile_wrong_gradients(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    monkeypatch.setattr(backend, "_triton_version", lambda: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda, functions = torch.device("cuda"), {"chunked": len, "triton": sum}

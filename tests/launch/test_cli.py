@@ -45,7 +45,8 @@ def trained(monkeypatch) -> list[Recipe]:
     """Recipes that reached the training loop, which is a stand-in that returns their seed."""
     seen: list[Recipe] = []
 
-    def train(recipe: Recipe) -> int:
+    def train(recipe: Recipe, began: float) -> int:
+        assert began > 0
         seen.append(recipe)
         return recipe.seed
 

@@ -86,8 +86,13 @@ def test_the_suite_catches_a_leak(name: str, monkeypatch: pytest.MonkeyPatch) ->
         check(Case("leaky"))
 
 
-def test_gates_of_one_head_are_what_two_heads_make_of_it() -> None:
+@pytest.mark.parametrize("least", [1, 2**21])
+def test_gates_of_one_head_are_what_two_heads_make_of_it(
+    least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One head takes another product; a second one that is all zeros changes nothing."""
+    monkeypatch.setattr("rondo.kernels.linear.LEAST", least)
+    torch.manual_seed(0)
     config = ModelConfig(vocab_size=8, dim=6, num_layers=1, ffn_dim=8, pattern=["lstm"])
     one = MIXERS["lstm"](config, RNNOptions(num_heads=1), 0)
     with torch.no_grad():
