@@ -10,12 +10,13 @@ which do not depend on how text is cut into tokens. A loss that jumps and comes 
 unstable step: look at the gradient norm beside it."""
 SPEED = """Tokens a second over all ranks, and MFU: the floating-point operations the model
 needs for them (forward and backward, nothing counted twice for recomputation), as a share of
-what the hardware could do. The bar shows where the time since the first start went. Steps that
-count are goodput. Compile and autotune is what the first step of a start took longer than others;
-save and evaluation stalls are the time for which checkpoints, and validation, norms and scoring,
-held training up; redone steps were lost by a failure, the step that it cut off included; idle is
-the queue, and what the scheduler took to start again. What is slower than the median step comes
-last, with all that is between steps."""
+what the hardware could do (on a CPU measured at each start, with whatever else ran then). The
+bar shows where the time since the first start went. Steps that count are goodput. Compile and
+autotune is what the first step of a start took longer than others; save and evaluation stalls
+are the time for which checkpoints, and validation, norms and scoring, held training up; redone
+steps were lost by a failure, the step that it cut off included; idle is the queue, and what
+the scheduler took to start again. What is slower than the median step comes last, with all
+that is between steps."""
 EVALS = """Scores of checkpoints as <code>rondo eval</code> wrote them; bars are one standard
 error. A difference within two of them says little."""
 POSITIONS = """Texts longer than those in training, of the newest checkpoint that was scored on
