@@ -59,16 +59,20 @@ class FunctionCell:
         """Calls the function for the first position of `(B, T, G, W)`.
 
         Raises ValueError if it does not return a state like the one it was given, if what it
-        returns for a channel depends on another one's state, or if it depends on a tensor that
-        requires grad and is no argument: the solver would not see it.
+        returns for a channel depends on another one's state or on gates of another position, or if
+        it depends on a tensor that requires grad and is no argument: the solver would not see it.
         """
         inputs = gates[:1, :1].to(weights.dtype).expand(2, 2, -1, -1).unbind(2)
         zero = inputs[0].new_zeros(self.variables, *inputs[0].shape)
         poisoned = zero.clone()
         poisoned[:, 0, 0, 0] = torch.nan
+        elsewhere = [x.clone() for x in inputs]
+        for x in elsewhere:
+            x[0, 0] = torch.nan
+        probes = (inputs, zero), (inputs, poisoned), (elsewhere, zero)
         with torch.no_grad():
-            plain, other = (
-                self._call(inputs, weights.unbind(0))(*x.unbind(0)) for x in (zero, poisoned)
+            plain, other, moved = (
+                self._call(given, weights.unbind(0))(*x.unbind(0)) for given, x in probes
             )
         with torch.enable_grad():
             given = [x.detach() for x in inputs], [w.detach() for w in weights.unbind(0)]
@@ -77,7 +81,7 @@ class FunctionCell:
                     "the cell reads a tensor that requires grad and is no argument of it, whose "
                     "gradient would be lost: give it as one of the weights"
                 )
-        for x, y, like in zip(plain, other, zero, strict=True):
+        for x, y, z, like in zip(plain, other, moved, zero, strict=True):
             if x.shape != like.shape or x.dtype != like.dtype:
                 raise ValueError(
                     f"the cell returns {tuple(x.shape)} {x.dtype} for a state "
@@ -89,6 +93,13 @@ class FunctionCell:
                 raise ValueError(
                     "the cell is not elementwise: a channel's next state depends on the state of "
                     "another channel or position"
+                )
+            differs = x.isnan() != z.isnan()
+            differs[0, 0] = False
+            if differs.any():
+                raise ValueError(
+                    "the cell is not elementwise: a position's next state depends on gates of "
+                    "another position"
                 )
 
     def _call(

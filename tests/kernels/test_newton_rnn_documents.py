@@ -169,6 +169,8 @@ def test_functions_that_are_not_elementwise_are_refused() -> None:
     gates, weights, _, _ = operands("para_gru", 5)
     with pytest.raises(ValueError, match="not elementwise"):
         newton_rnn(lambda h, g, a: torch.tanh(g[0] + h.flip(-1)), gates, weights)
+    with pytest.raises(ValueError, match="gates of another position"):
+        newton_rnn(lambda h, g, a: torch.tanh(g[0].cumsum(1) + h), gates, weights)
     with pytest.raises(ValueError, match=r"returns \(2, 2, 1\)"):
         newton_rnn(lambda h, g, a: torch.tanh(g[0] + h)[..., :1], gates, weights)
     with pytest.raises(ValueError, match="returns 1 tensors, expected 2"):
