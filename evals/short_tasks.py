@@ -73,6 +73,12 @@ TASKS = {
     "mqar_small_64_4": Task(
         (4, 8), (4,), None, Fit(2000), ("previous+none",), last=False, kind="mqar_small_64"
     ),
+    "mqar_small_64_16": Task(
+        (8, 16), (16,), None, Fit(2000), ("previous+none",), last=False, kind="mqar_small_64"
+    ),
+    "mqar_small_128_8": Task(
+        (4, 8), (8,), None, Fit(2000), ("previous+none",), last=False, kind="mqar_small_128"
+    ),
     # One question, after one reading of the pairs or after two.
     "recall_once": Task((4, 8), (8,), None, Fit(600), ("previous+none",)),
     "recall_twice": Task((4, 8), (8,), None, Fit(600), ("previous+none",)),
@@ -124,10 +130,11 @@ class ShortTasksConfig:
     start."""
     tasks: str = "mqar_all,parity"
     """Columns: mqar_all, mqar_many (up to 48 pairs), mqar_small_64_4 (4 pairs in 64 words),
-    recall_once and recall_twice (one question after pairs that are read once or twice), parity,
-    parity_40 (trained on 3 to 40 bits), cycle_navigation, cycle_navigation_100 (trained on 100
-    moves; with _brief in 600 steps), modular_arithmetic, s3, s3_two_steps (two words for each),
-    a5, s5, a5_generators and s5_generators (words of two permutations that make all others)."""
+    mqar_small_64_16, mqar_small_128_8, recall_once and recall_twice (one question after pairs that
+    are read once or twice), parity, parity_40 (trained on 3 to 40 bits), cycle_navigation,
+    cycle_navigation_100 (trained on 100 moves; with _brief in 600 steps), modular_arithmetic, s3,
+    s3_two_steps (two words for each), a5, s5, a5_generators and s5_generators (words of two
+    permutations that make all others)."""
     seeds: int = 3
     """Runs of each; the table has their mean, and the worst and the best."""
     samples: int = 500
