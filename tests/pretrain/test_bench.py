@@ -40,6 +40,7 @@ def test_the_command_prints_a_line_and_json(
     def run(contest: bench.Contest, mode: str, rounds: int, peak: float) -> dict[str, object]:
         seen.append((contest.name, mode, rounds))
         speeds = {"our_tokens_per_second": 3e3, "their_tokens_per_second": 2e3, "ratio": 1.5}
+        speeds["ratio_reusing_memory"] = 1.25
         shares = {"our_share_of_peak": 0.3, "their_share_of_peak": 0.2}
         return {"contest": contest.name, **speeds, **shares}
 
@@ -49,5 +50,5 @@ def test_the_command_prints_a_line_and_json(
     bench.main()
     assert seen == [("attention", "eager", 2)]
     first, line, last = capsys.readouterr().out.strip().splitlines()
-    assert "GFLOP/s" in first and "ratio 1.50" in line and "30% vs 20%" in line
+    assert "GFLOP/s" in first and "ratio 1.50 (1.25 where" in line and "30% vs 20%" in line
     assert json.loads(last)["ratio"] == 1.5
