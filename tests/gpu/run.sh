@@ -65,7 +65,7 @@ begin long tests/gpu/until.py "$until" tests/gpu/test_attention.py tests/gpu/tes
 others=
 for file in tests/kernels/test_triton_*.py tests/kernels/test_expert_rows.py; do
     case $file in
-        *_compile.py | *_offsets.py) ;; # need no device
+        *_compile.py | *_code.py) ;; # need no device
         *_delta_rule.py | *_stretch.py) ;; # most to compile: by themselves
         *) others="$others $file" ;;
     esac

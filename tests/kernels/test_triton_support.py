@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import multiprocessing
@@ -214,31 +213,6 @@ def test_no_function_of_a_kernel_is_compiled_nowhere() -> None:
     sources = Path(triton_support.__file__).parent.rglob("*.py")
     assert len(written) == sum(path.read_text().count("\n@triton.jit") for path in sources) > 50
     assert {f.__qualname__ for f in written - compiled} == set()
-
-
-def transposed_products(source: str) -> list[str]:
-    """`function: name` of sums of products that are transposed in registers afterwards."""
-    found = []
-    for function in [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]:
-        products: set[str] = set()
-        for node in ast.walk(function):
-            if isinstance(node, ast.Assign | ast.AugAssign) and "dot(" in ast.unparse(node.value):
-                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                products.add(ast.unparse(target))
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.trans":
-                names = {n.id for n in ast.walk(node.args[0]) if isinstance(n, ast.Name)}
-                found += [f"{function.name}: {name}" for name in sorted(names & products)]
-    return found
-
-
-def test_no_sum_of_products_is_transposed() -> None:
-    """Triton 3.4.0 to 3.7.0 get this wrong on Hopper (flash-linear-attention issue 640)."""
-    wrong = "def f(a, b):\n x += dot(a, b)\n y = narrow(x)\n return dot(tl.trans(narrow(x)), a)"
-    assert transposed_products(wrong) == ["f: x"]
-    sources = Path(triton_support.__file__).parent.rglob("*triton*.py")
-    found = [each for path in sources for each in transposed_products(path.read_text())]
-    assert len(found) == 0, found
 
 
 def row_of(name: str, shape: str, family: str) -> str:

@@ -1,31 +1,20 @@
 """Finds arithmetic of 32 bits in Triton kernels that a large call would overflow.
 
-python -m rondo.tests.kernels.triton_offsets
-
-Every kernel is lowered to Triton's own intermediate code, which knows no chip, and each integer in
-it gets bounds: of program numbers and arguments what a call may have, of all else what follows.
+Each integer in Triton's own intermediate code of a kernel (`triton_code.py`) gets bounds: of
+program numbers and arguments what a call may have, of all else what follows.
 An offset is right if it is in 64 bits, or if nothing on the way can exceed 32; looking at the type
 of the offset alone would miss one that overflowed before it was widened.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.compiler.compiler import make_backend
-from triton.compiler.errors import CompilationError
 
-from rondo.kernels.triton_support import Compilation, all_compilations, configurations
+from rondo.kernels.triton_support import Compilation
 
 LARGEST = 2**29
 """Of an argument: tokens in a row, rows, numbers from row to row."""
@@ -145,45 +134,9 @@ class Overflows:
         return self.known.get(name[1:], full(bits))
 
 
-def overflows(kernel: Compilation) -> list[str]:
-    """The lines of its intermediate code in which 32 bits are not enough."""
-    config = dict(configurations(kernel.name, kernel.shape, "sm80")[0])
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    names = kernel.kernel.arg_names
-    constants = {n: v for n, v in {**kernel.constants, **config}.items() if n in names}
-    types = {n: "constexpr" if n in constants else kernel.signature[n] for n in names}
-    source, target = ASTSource(kernel.kernel, types, constants, {}), GPUTarget("cuda", 80, 32)
-    backend = make_backend(target)
-    parsed, context = backend.parse_options(options), ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    generated = backend.get_codegen_implementation(parsed), backend.get_module_map()
-    module = backend.make_ttir(
-        source.make_ir(target, parsed, *generated, context), {}, parsed, target.arch
-    )
-    return Overflows(module.str_nodebug(), [n for n in names if n not in constants]).found
-
-
-def other_forms(kernel: Compilation) -> Iterator[Compilation]:
-    """The kernel in every direction and with every kind of gate."""
-    choices = {"REVERSE": (False, True), "GATE": (0, 1, 2)}
-    open_ = {name: x for name, x in choices.items() if name in kernel.kernel.arg_names}
-    for values in itertools.product(*open_.values()):
-        constants = {**kernel.constants, **dict(zip(open_, values, strict=True))}
-        if constants != kernel.constants:
-            yield replace(kernel, constants=constants)
-
-
-def found_in_forms(kernel: Compilation) -> tuple[int, list[str]]:
-    """How many other forms there are (some gates need other tensors), and what is found in them."""
-    count, found = 0, []
-    for form in other_forms(kernel):
-        try:
-            found += overflows(form)
-        except CompilationError:
-            continue
-        count += 1
-    return count, found
+def overflows(code: str, arguments: list[str]) -> list[str]:
+    """The lines of a kernel's intermediate code in which 32 bits are not enough."""
+    return Overflows(code, arguments).found
 
 
 def specialised(kernel: Compilation) -> list[str]:
@@ -239,27 +192,3 @@ def wide(x, order, T, SIZE: tl.constexpr):
 
 
 CONTROLS = (narrow_program, narrow_stride, narrow_index, narrow_loop, narrow_cut, wide)
-
-
-def control(kernel: Any) -> list[str]:
-    """What is found in a kernel of this file."""
-    types = {"x": "*fp32", "order": "*i32", "T": "i32"}
-    return overflows(Compilation("linear_scan_borders", kernel, types, {"SIZE": 64}))
-
-
-def main() -> None:
-    """Prints, of each control and kernel, what was found in it."""
-    for kernel in CONTROLS:
-        print(json.dumps({"control": kernel.__name__, "found": control(kernel)}))
-    known = set()
-    for kernel in all_compilations():
-        absent = tuple(name for name, value in kernel.constants.items() if value is None)
-        new = (kernel.kernel, absent) not in known  # other sizes have the same forms
-        known.add((kernel.kernel, absent))
-        forms, others = found_in_forms(kernel) if new else (0, [])
-        line = {"kernel": kernel.name, "found": overflows(kernel) + others, "forms": forms}
-        print(json.dumps(line | {"specialised": specialised(kernel)}))
-
-
-if __name__ == "__main__":
-    main()
