@@ -3,17 +3,23 @@ no GPU is needed."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import itertools
 import json
 import os
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import pytest
 
 pytest.importorskip("triton")
 
+from rondo.kernels import backend
 from rondo.kernels.triton_configs import CONFIGS
+from rondo.tests.kernels.operator_calls import CALLS
 
 Lines = list[dict[str, Any]]
 
@@ -67,3 +73,36 @@ def test_transposed_sums_are_found(lines: Lines) -> None:
     ways = ("renamed", "by_helpers", "by_permute", "round_later", "while")
     assert of_controls(lines, "transposed_sums") == {f"turned_{way}" for way in ways}
     assert "straight" in of_controls(lines, "transposed")
+
+
+def taking_backend(package: str) -> list[Callable[..., Any]]:
+    """The functions of a package that choose their kernels."""
+    found = [f for f in vars(importlib.import_module(package)).values() if inspect.isfunction(f)]
+    here = [f for f in found if f.__module__ == package and not f.__name__.startswith("_")]
+    return [f for f in here if "backend" in inspect.signature(f).parameters]
+
+
+def test_what_transposes_operands_is_chosen_with_the_doubt(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `choose_recurrence`: that a sum is not transposed is our reading of a bug that nobody has
+    seen gone from these kernels."""
+
+    class Chosen(Exception):
+        pass
+
+    def say(operator: str, name: str, device: str, reason: str, warn: bool = False) -> NoReturn:
+        raise Chosen(reason if warn else "without a doubt")
+
+    monkeypatch.setattr(backend, "triton_doubt", lambda device: "it is Tuesday")
+    monkeypatch.setattr(backend, "log_once", say)
+    packages = {line["module"].rpartition(".")[0] for line in of_kernels(lines, "transposed")}
+    functions = [taking_backend(package) for package in packages]
+    assert [] not in functions, packages
+    reasons = {}
+    for function in itertools.chain(*functions):
+        with pytest.raises(Chosen) as chosen:
+            function(*CALLS[function.__name__.removesuffix("_stretch")], backend="triton")
+        reasons[function.__name__] = str(chosen.value)
+    assert {"gated_delta_rule_stretch", "gated_linear_attention_summary"} < {*reasons}
+    assert {*reasons.values()} == {"asked for, although it is Tuesday"}, reasons
