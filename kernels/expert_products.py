@@ -28,10 +28,10 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
         if x.is_cpu or not odd:
             return None
         return f"rows of {odd[0]} channels are no multiple of {ALIGNED_WIDTH}"
-    # Its descriptions for the compiler and for a plan know no other type (torch 2.13).
-    described = torch.compiler.is_compiling() or not has_numbers()
-    if x.is_cpu and x.dtype in (torch.float16, torch.float32) and not described:
-        return None
+    if x.is_cpu and x.dtype in (torch.float16, torch.float32):
+        # Its descriptions for the compiler and for a plan know no other type (torch 2.13).
+        described = torch.compiler.is_compiling() or not has_numbers()
+        return f"{x.dtype} is not bfloat16, all that it compiles for" if described else None
     return f"{x.dtype} is not bfloat16"
 
 
@@ -39,8 +39,7 @@ def served(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped product runs; where it does not, the log says why: a loop over
     experts, whose sizes the host has to wait for on a GPU, takes its place."""
     reason = refusal(x, weight)
-    # Compiled, a line of the log would break the graph.
-    if x.shape[0] and not torch.compiler.is_compiling():
+    if x.shape[0]:
         backend = "loop" if reason else "grouped_mm"
         log_once("experts", backend, x.device.type, reason or "torch's own product takes them")
     return reason is None

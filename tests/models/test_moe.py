@@ -8,12 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rondo.errors import UserError
-from rondo.kernels import backend
-from rondo.kernels.expert_products import refusal, served
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import problems
 from rondo.models.ffn.dispatch import (
@@ -421,31 +418,3 @@ def test_impossible_options_are_named(changes: dict, words: list[str]) -> None:
         assert word in message
     with pytest.raises(UserError):
         Decoder(wrong)
-
-
-def test_what_a_grouped_product_refuses_on_a_gpu() -> None:
-    """The preset `rmoe-0.9b` over two tensor-parallel ranks has 172 inner channels a rank."""
-    for device, width, reason in (
-        ("cuda", 172, "rows of 172 channels are no multiple of 8"),
-        ("cuda", 176, None),
-        ("cpu", 172, None),
-    ):
-        with FakeTensorMode():
-            x, weight = (
-                torch.empty(*shape, device=device) for shape in ((4, width), (2, width, 64))
-            )
-            assert refusal(x.bfloat16(), weight.bfloat16()) == reason
-    x = torch.empty(4, 176)
-    assert refusal(x.double(), x.double()[None]) == "torch.float64 is not bfloat16"
-
-
-def test_the_log_says_why_experts_run_in_a_loop_on_a_gpu(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "_logged", {})
-    with caplog.at_level("INFO"), FakeTensorMode():
-        for _ in range(2):
-            x, weight = (torch.empty(*s, device="cuda") for s in ((4, 172), (2, 172, 64)))
-            assert not served(x.bfloat16(), weight.bfloat16())
-    [line] = caplog.messages
-    assert "experts runs on backend loop (rows of 172 channels" in line
