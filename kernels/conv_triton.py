@@ -155,12 +155,12 @@ def _contiguous(*tensors: Tensor | None) -> Any:
 
 
 def ahead_of_time() -> list[Compilation]:
-    """Four taps with an activation, with and without documents."""
+    """Four taps with an activation, with documents in bfloat16 and float32, and without."""
     listed = []
-    types = dict.fromkeys(("x", "y", "state", "grad", "grad_x", "grad_state"), "*bf16")
-    types |= dict.fromkeys(("weight", "bias", "grad_weights", "grad_biases"), "*fp32")
+    types = dict.fromkeys(("weight", "bias", "grad_weights", "grad_biases"), "*fp32")
     types |= dict.fromkeys(("time", "tiles", "rows", "blocks", "channels"), "i32")
-    for extra in ({}, {"ids": None}):
+    for kind, extra in (("*bf16", {}), ("*bf16", {"ids": None}), ("*fp32", {})):
+        types |= dict.fromkeys(("x", "y", "state", "grad", "grad_x", "grad_state"), kind)
         constants = {"HISTORY": 3, "SILU": True, **extra}
         for name, kernel, more in (
             ("short_conv_forward", conv_forward, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -166,15 +167,17 @@ def _constants(dim: int, count: int, order: int, silu: bool) -> dict[str, Any]:
 
 
 def ahead_of_time() -> list[Compilation]:
-    """Norms of the 1.3B and 7B presets' channels, of heads and small models, and with gates."""
+    """Norms of the 1.3B and 7B presets' channels, of heads and small models, and with gates, in
+    bfloat16 and float32."""
     listed = []
     plain, gated = (128, 1024, 2048, 4096), (128, 1024)
     shapes = [*((dim, PLAIN) for dim in plain), *((dim, NORM_THEN_GATE) for dim in gated)]
-    for dim, order in (*shapes, (8192, GATE_THEN_NORM)):
+    shapes.append((8192, GATE_THEN_NORM))
+    for (dim, order), kind in itertools.product(shapes, ("*bf16", "*fp32")):
         constants = _constants(dim, dim, order, True)
         if order == PLAIN:
             constants |= {"gate": None, "grad_gate": None}
-        types = dict.fromkeys(("x", "gate", "y", "grad", "grad_x", "grad_gate"), "*bf16")
+        types = dict.fromkeys(("x", "gate", "y", "grad", "grad_x", "grad_gate"), kind)
         types |= dict.fromkeys(("weight", "inverses", "grad_weights"), "*fp32")
         types |= dict.fromkeys(("rows", "x_stride", "gate_stride", "grad_stride"), "i32")
         types |= {"eps": "fp32"}

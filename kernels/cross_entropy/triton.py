@@ -170,23 +170,22 @@ def _turn(
 
 
 def ahead_of_time() -> list[Compilation]:
-    """A model of 2,048 channels in bfloat16, with and without gradients, with and without a cap."""
-    types = dict.fromkeys(("hidden", "weight"), "*bf16") | {"targets": "*i64", "logits": "*fp32"}
-    types |= {"hidden_stride": "i32", "weight_stride": "i32"}
-    listed = [
-        Compilation(
-            "target_logits",
-            target_logits,
-            types,
-            {"D": 2048},
-            multiples=("hidden_stride", "weight_stride"),
-        )
-    ]
-    types = {"logits": "*bf16", "targets": "*i64", "vocabulary": "i32", "cap": "fp32"}
-    types |= dict.fromkeys(("exact", "upstream", "losses"), "*fp32")
-    for constants in ({"cap": None}, {"cap": None, "upstream": None}, {}, {"upstream": None}):
-        name = "cross_entropy_losses"
+    """A model of 2,048 channels in bfloat16, with and without gradients, with and without a cap;
+    then with both in float32."""
+    types = {"targets": "*i64", "logits": "*fp32", "hidden_stride": "i32", "weight_stride": "i32"}
+    strides = ("hidden_stride", "weight_stride")
+    listed = []
+    for kind in ("*bf16", "*fp32"):
+        here = types | {"hidden": kind, "weight": kind}
         listed.append(
-            Compilation(name, losses_and_gradients, types, constants, multiples=("vocabulary",))
+            Compilation("target_logits", target_logits, here, {"D": 2048}, multiples=strides)
+        )
+    types = {"targets": "*i64", "vocabulary": "i32", "cap": "fp32"}
+    types |= dict.fromkeys(("exact", "upstream", "losses"), "*fp32")
+    forms = ({"cap": None}, {"cap": None, "upstream": None}, {}, {"upstream": None})
+    for kind, constants in (*(("*bf16", form) for form in forms), ("*fp32", {})):
+        name, here = "cross_entropy_losses", types | {"logits": kind}
+        listed.append(
+            Compilation(name, losses_and_gradients, here, constants, multiples=("vocabulary",))
         )
     return listed

@@ -59,7 +59,9 @@ def ahead_of_time() -> list[Compilation]:
     # The walk of a summary: from zero, with nothing written but its end.
     alone: dict[str, Any] = forward | dict.fromkeys(("first", "states", "written"))
     usually = [
+        _compilation("transform", transform_kernel, head, usual),
         _compilation("transform", transform_kernel, head, summary, "fp32"),
+        _compilation("transform", transform_kernel, key, usual),
         _compilation("walk", walk_kernel, head, wide, REVERSE=True),
         _compilation("walk", walk_kernel, head, summary, "fp32", REVERSE=True),
         _compilation("walk", walk_kernel, head, wide, **alone),
@@ -71,15 +73,25 @@ def ahead_of_time() -> list[Compilation]:
         _compilation("mix", mix_kernel, head, usual, REVERSE=True, scores=None, states=None),
         _compilation("mix", mix_kernel, head, usual, "fp32", REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, head, widest, "fp32", REVERSE=False, scores=None),
+        _compilation("mix", mix_kernel, key, usual, REVERSE=False),
+        _compilation("mix", mix_kernel, key, usual, REVERSE=True, states=None),
+        _compilation("mix", mix_kernel, key, widest, "fp32", REVERSE=False),
         _compilation("pairs", pairs_kernel, head, usual),
+        _compilation("pairs", pairs_kernel, head, usual, "fp32"),
+        _compilation("pairs", pairs_kernel, key, usual),
         _compilation("readers", readers_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual, "fp32"),
         _compilation("step", step_kernel, head, wide),
+        _compilation("step", step_kernel, key, wide, "fp32"),
+        _compilation("inverse", inverse_kernel, head, usual),
         _compilation("inverse", inverse_kernel, key, usual),
+        _compilation("inverse", inverse_kernel, key, usual, "fp32"),
         _compilation("scores", scores_kernel, key, usual),
+        _compilation("scores", scores_kernel, key, usual, "fp32"),
         _compilation("walk", walk_kernel, key, usual, REVERSE=True),
         _compilation("key_readers", key_readers_kernel, key, usual),
         _compilation("key_gate", key_gate_kernel, key, usual),
+        _compilation("key_gate", key_gate_kernel, key, usual, "fp32"),
     ]
     others = []
     for dims, dtype in OTHER_SHAPES:

@@ -117,10 +117,11 @@ def _contiguous(*tensors: Tensor | None) -> Any:
 
 
 def ahead_of_time() -> list[Compilation]:
-    """Rows of the 1.3B preset's width, 2 and 8 experts a token, with weights and without."""
+    """Rows of the 1.3B preset's width, 2 and 8 experts a token, with weights and without; with
+    them in float32 too."""
     listed = []
-    for k, weighted in ((2, False), (8, True)):
-        types = dict.fromkeys(("x", "y", "out"), "*bf16")
+    for k, weighted, kind in ((2, False, "*bf16"), (8, True, "*bf16"), (8, True, "*fp32")):
+        types = dict.fromkeys(("x", "y", "out"), kind)
         types |= {"order": "*i64", "places": "*i64", "weights": "*fp32", "dots": "*fp32"}
         types |= {"rows": "i32", "tokens": "i32"}
         constants = {"D": 2048, "K": k}

@@ -200,14 +200,18 @@ def _launch(name: str, shape: str, like: Tensor, start: Callable[[Config], None]
 
 
 def ahead_of_time() -> list[Compilation]:
-    """Reads in bfloat16; rows of matrices of each class."""
+    """Reads in bfloat16 and float32; rows of matrices of each class."""
     wide = ("a", "u", "d", "rates", "gate", "up", "down", "at_a", "at_u", "at_d", "at_rates")
     wide += ("weights", "step", "targets", "renewed", "norms", "grad", "at_sum", "at_targets")
     types = dict.fromkeys(wide, "*fp32") | dict.fromkeys(("rows", "own", "width"), "i32")
-    halves = types | dict.fromkeys(("a", "u", "hidden", "grad", "at_a", "at_u"), "*bf16")
-    listed = [
-        Compilation("fast_read", read_forward, halves, {}, multiples=("width",)),
-        Compilation("fast_read_backward", read_backward, halves, {}, multiples=("width",)),
+    listed = []
+    for kind in ("*bf16", "*fp32"):
+        here = types | dict.fromkeys(("a", "u", "hidden", "grad", "at_a", "at_u"), kind)
+        listed += [
+            Compilation("fast_read", read_forward, here, {}, multiples=("width",)),
+            Compilation("fast_read_backward", read_backward, here, {}, multiples=("width",)),
+        ]
+    listed += [
         Compilation("fast_parts", parts_forward, types, {}, multiples=("width",)),
         Compilation("fast_parts_backward", parts_backward, types, {}, multiples=("width",)),
     ]

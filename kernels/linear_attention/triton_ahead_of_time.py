@@ -62,18 +62,22 @@ def compilations() -> list[Compilation]:
     head, key = HEAD.value, KEY.value
     reads, writes = "x y z out scores", "q k v do dq dk dscores scores"
     usual = [
+        _compilation("walk", walk_kernel, head, reads, REVERSE=False),
         _compilation("walk", walk_kernel, key, reads, REVERSE=True),
         _compilation("mix", mix_kernel, head, reads, REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, key, reads, REVERSE=True, y=None),
         _compilation("score_gradients", score_gradients_kernel, head, writes),
         _compilation("score_gradients", score_gradients_kernel, head, writes, "fp32"),
+        _compilation("score_gradients", score_gradients_kernel, key, writes),
         _compilation("gradients", gradients_kernel, head, writes),
         _compilation("gradients", gradients_kernel, head, writes, "fp32"),
         _compilation("key_scores", key_scores_kernel, None, writes, "bf16", (256, 256)),
         _compilation("key_scores", key_scores_kernel, None, writes, "fp32", (256, 256)),
         _compilation("key_gradients", key_gradients_kernel, None, writes),
         _compilation("gate_sums", gate_sums_kernel, None, writes),
+        _compilation("step", step_kernel, head, "q k v o"),
         _compilation("step", step_kernel, key, "q k v o"),
+        _compilation("step", step_kernel, key, "q k v o", "fp32"),
     ]
     others = []
     for dims, dtype in OTHER_SHAPES:
