@@ -7,6 +7,7 @@ import multiprocessing
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,15 +82,20 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             answer = function(*arguments), None, "", False
-        except Exception as error:
+        except Exception as error:  # a case may raise anything, and the others are to follow
             traceback.clear_frames(error.__traceback__)  # they hold tensors
             answer = None, *failure(error), _broken()
         pipe.send(answer)
 
 
 def failure(error: Exception) -> tuple[str, str]:
-    """Message and kind of a `Failure` for an error."""
-    message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    """Message and kind of a `Failure` for an error: the first line of what it says, the last where
+    there are more (a compiler's reason comes after the code), and where it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = lines[0][:200] if len(lines) == 1 else f"{lines[0][:100]} ... {lines[-1][:200]}"
+    message = f"{type(error).__name__}: {said}"
+    if places := traceback.extract_tb(error.__traceback__):
+        message += f" ({Path(places[-1].filename).name}:{places[-1].lineno})"
     if isinstance(error, torch.OutOfMemoryError):
         return message, "memory"
     return message, "absent" if isinstance(error, ImportError) else ""
@@ -103,5 +109,5 @@ def _broken() -> bool:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         return torch.ones(1, device="cuda").item() != 1
-    except Exception:
+    except RuntimeError:
         return True

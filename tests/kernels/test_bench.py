@@ -66,12 +66,13 @@ def test_every_operator(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
         )
     monkeypatch.setitem(peers.PEERS, operator, found)
     forward, both = timed(Here()).rows(Key(operator, "1.3b", 2, 6))
+    place = f"test_bench.py:{failing.__code__.co_firstlineno + 1}"
     assert (forward["direction"], both["direction"]) == ("forward", "both")
     assert both["bandwidth"] > forward["bandwidth"] > 0
     assert both["peers"] == {
         "itself": 2.0,
         "absent": "not installed",
-        "broken": "failed: RuntimeError: heads must be",
+        "broken": f"failed: RuntimeError: heads must be ... many ({place})",
     }
     assert "itself 1.00x, absent -, broken -" in table.line(both)
     named = backends(operator)
@@ -310,8 +311,9 @@ def test_writes_what_it_prints(
     lines = [each for each in text.splitlines() if each.startswith("| ")]
     assert len(lines) == 18 and all(each in said.out for each in lines)
     if broken:
-        assert "| | failed: RuntimeError: no such kernel | | | chunked -" in lines[4]
-        assert said.err.endswith("\npara_gru: failed: RuntimeError: no such kernel\n")
+        place = f"test_bench.py:{on_cpu.__code__.co_firstlineno + 3}"
+        assert f"| | failed: RuntimeError: no such kernel ({place}) | | | chunked -" in lines[4]
+        assert said.err.endswith(f"\npara_gru: failed: RuntimeError: no such kernel ({place})\n")
     else:
         assert "chunked 1.00x |" in lines[4]
 

@@ -6,6 +6,8 @@ import importlib
 import math
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,45 @@ def test_it_answers_and_outlives_what_breaks_it() -> None:
 
 def test_out_of_memory_is_told_from_other_errors() -> None:
     assert module.failure(torch.OutOfMemoryError("3 GiB")) == ("OutOfMemoryError: 3 GiB", "memory")
-    assert module.failure(RuntimeError("one\ntwo")) == ("RuntimeError: one", "")
+    assert module.failure(RuntimeError("one")) == ("RuntimeError: one", "")
+
+
+class Pipe:
+    """Asks once, then is gone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.asked = [(function, ())]
+        self.answers: list[Any] = []
+
+    def recv(self) -> Any:
+        if not self.asked:
+            raise EOFError
+        return self.asked.pop()
+
+    def send(self, answer: Any) -> None:
+        self.answers.append(answer)
+
+
+def refuse() -> None:
+    raise SyntaxError("at 3:4:\n    x = dot(a, b)\n\nshapes differ\n")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.quick
+def test_a_case_that_raises_is_answered_and_an_interrupt_is_not() -> None:
+    pipe = Pipe(refuse)
+    module._serve(pipe)
+    [(result, message, kind, broken)] = pipe.answers
+    line = refuse.__code__.co_firstlineno + 1
+    assert message == f"SyntaxError: at 3:4: ... shapes differ (test_bench_worker.py:{line})"
+    assert (result, kind, broken) == (None, "", False)
+    pipe = Pipe(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        module._serve(pipe)
+    assert pipe.answers == []
 
 
 @pytest.mark.parametrize(("fails", "broken"), [(True, True), (False, False)])
