@@ -1,4 +1,4 @@
-"""The gated delta rule: recurrence, chunked form, summaries, and what they promise."""
+"""The gated delta rule: recurrence, chunked form, and what they promise."""
 
 from __future__ import annotations
 
@@ -8,94 +8,21 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import normalize
 
-from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
+from rondo.kernels.delta_rule import gated_delta_rule
 from rondo.kernels.delta_rule.triangular import invert_unit_lower
-from rondo.kernels.summary import combine
+from rondo.tests.kernels.delta_rule_cases import (
+    EXTREMES,
+    GATES,
+    assert_same,
+    cast,
+    compare,
+    cut,
+    make,
+    run_with_gradients,
+)
 from rondo.tests.numerics import assert_ratio, error_ratio, gradients
-
-GATES = ("none", "head", "key")
-
-
-def make(
-    time: int,
-    gate: str = "head",
-    *,
-    batch: int = 2,
-    groups: int = 2,
-    heads: int = 2,
-    key: int = 16,
-    value: int = 8,
-    beta: tuple[float, float] = (0.0, 1.0),
-    seed: int = 0,
-) -> dict[str, Tensor | None]:
-    """Random float64 arguments with unit queries and keys."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    gates = {"none": None, "head": (batch, time, heads), "key": (batch, time, heads, key)}
-    shape = gates[gate]
-    low, high = beta
-    return {
-        "q": normalize(normal(batch, time, groups, key), dim=-1),
-        "k": normalize(normal(batch, time, groups, key), dim=-1),
-        "v": normal(batch, time, heads, value),
-        "beta": low + (high - low) * normal(batch, time, heads).sigmoid(),
-        "log_decay": None if shape is None else logsigmoid(normal(*shape) + 1),
-        "initial_state": normal(batch, heads, key, value),
-    }
-
-
-def cast(args: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """q, k, v to `dtype`, the rest to what is accumulated in."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        name: None if x is None else x.to(dtype if name in "qkv" else wide)
-        for name, x in args.items()
-    }
-
-
-def cut(args: dict[str, Tensor | None], start: int, end: int, **changes) -> dict:
-    """The arguments of positions `start` to `end`."""
-    part = {n: x if x is None or n == "initial_state" else x[:, start:end] for n, x in args.items()}
-    return part | changes
-
-
-def run_with_gradients(args: dict[str, Tensor | None], **options) -> dict[str, Tensor]:
-    """Outputs, and the gradients of all arguments for random gradients of both outputs."""
-    given = {name: x for name, x in args.items() if x is not None}
-
-    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_delta_rule(**dict(zip(given, tensors, strict=True)), **options)
-
-    outputs, grads = gradients(function, list(given.values()))
-    return dict(zip(("o", "state", *(f"d_{n}" for n in given)), (*outputs, *grads), strict=True))
-
-
-def assert_same(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], limit: float, gradient_limit: float = 0
-) -> None:
-    for name, x in expected.items():
-        allowed = max(limit, gradient_limit) if name.startswith("d_") else limit
-        assert_ratio(name, actual[name], x, allowed)
-
-
-def compare(
-    args: dict[str, Tensor | None],
-    dtype: torch.dtype,
-    limit: float,
-    gradient_limit: float = 0,
-    **options,
-) -> None:
-    """Chunked backend in `dtype` against the reference in float64 on the same rounded inputs."""
-    rounded = cast(args, dtype)
-    chunked = run_with_gradients(rounded, backend="chunked", **options)
-    reference = run_with_gradients(cast(rounded, torch.float64), backend="reference", **options)
-    assert chunked["o"].dtype == dtype
-    assert_same(chunked, reference, limit, gradient_limit)
 
 
 def naive(args: dict[str, Tensor | None], b: int, h: int) -> tuple[Tensor, Tensor]:
@@ -258,9 +185,6 @@ def test_causal(gate: str, position: int) -> None:
         assert grad[:, : position + 1].abs().max() > 0, name
 
 
-EXTREMES = (0.0, -1e-4, -50.0, -1e4)
-
-
 @pytest.mark.parametrize("gate", ["head", "key"])
 @pytest.mark.parametrize("decay", [*EXTREMES, "mixed"])
 @pytest.mark.parametrize(
@@ -334,76 +258,6 @@ def test_beta_two_reflects() -> None:
         for n, x in twice.items()
     }
     torch.testing.assert_close(gated_delta_rule(**twice)[1], args["initial_state"])
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("split", [1, 17, 64, 129])
-def test_summaries_compose(gate: str, split: int) -> None:
-    args = make(130, gate, groups=1, beta=(0.0, 2.0))
-    _, state = gated_delta_rule(**args)
-    start = args.pop("initial_state")
-    del args["q"]
-    whole = gated_delta_rule_summary(**args)
-    parts = [gated_delta_rule_summary(**cut(args, *ends)) for ends in ((0, split), (split, 130))]
-    joined = combine(*parts)
-    for a, b in zip(joined, whole, strict=True):
-        assert_ratio("summary", a, b, 1e-10)
-    assert_ratio("applied", whole.apply(start), state, 1e-10)
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_summary_of_documents(gate: str) -> None:
-    args = make(100, gate)
-    ids = torch.stack([(torch.arange(100) >= 70).long(), torch.zeros(100, dtype=torch.long)])
-    _, state = gated_delta_rule(**args, segment_ids=ids)
-    start = args.pop("initial_state")
-    del args["q"]
-    summary = gated_delta_rule_summary(**args, segment_ids=ids)
-    assert summary.transition[0].abs().max() == 0 < summary.transition[1].abs().max()
-    assert_ratio("applied", summary.apply(start), state, 1e-10)
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_summary_gradients(gate: str) -> None:
-    args = make(70, gate, groups=1)
-    start = args.pop("initial_state")
-    q = args.pop("q")
-    given = {n: x for n, x in args.items() if x is not None}
-
-    def by_summary(*tensors: Tensor) -> list[Tensor]:
-        return [gated_delta_rule_summary(**dict(zip(given, tensors, strict=True))).apply(start)]
-
-    def directly(*tensors: Tensor) -> list[Tensor]:
-        named = dict(zip(given, tensors, strict=True))
-        return [gated_delta_rule(q, **named, initial_state=start, backend="reference")[1]]
-
-    _, grads = gradients(by_summary, list(given.values()))
-    _, expected = gradients(directly, list(given.values()))
-    for name, a, b in zip(given, grads, expected, strict=True):
-        assert_ratio(name, a, b, 1e-10)
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_summary_in_bfloat16(gate: str) -> None:
-    exact = make(200, gate, key=64)
-    if gate != "none":
-        exact["log_decay"] = exact["log_decay"] / 100
-    args = cast(exact, torch.bfloat16)
-    del args["q"], args["initial_state"]
-    summary = gated_delta_rule_summary(**args)
-    expected = gated_delta_rule_summary(**cast(args, torch.float64))
-    assert summary.transition.dtype == summary.state.dtype == torch.float32
-    assert_ratio("transition", summary.transition, expected.transition, 1e-2)
-    assert_ratio("state", summary.state, expected.state, 1e-2)
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_transition_does_not_expand(gate: str, dtype: torch.dtype) -> None:
-    args = cast(make(130, gate, beta=(1.0, 2.0)), dtype)
-    del args["q"], args["initial_state"]
-    transition = gated_delta_rule_summary(**args).transition
-    assert torch.linalg.matrix_norm(transition, ord=2).max() <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from rondo.kernels.delta_rule import gated_delta_rule, gated_delta_rule_summary
 from rondo.kernels.delta_rule.triton_calls import LARGEST_CHUNK
-from rondo.tests.kernels.test_delta_rule import EXTREMES, cast, make, run_with_gradients
+from rondo.tests.kernels.delta_rule_cases import EXTREMES, cast, make, run_with_gradients
 from rondo.tests.numerics import assert_ratio, error_ratio, gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from rondo.kernels import gated_delta_rule, gated_linear_attention
 from rondo.kernels.recurrences import STRETCHES
 from rondo.parallel.config import Exchange
 from rondo.parallel.sequence import over_ranks
-from rondo.tests.kernels import test_delta_rule, test_linear_attention
+from rondo.tests.kernels import delta_rule_cases, test_linear_attention
 from rondo.tests.numerics import assert_ratio, gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def operands(name: str, gate: str, time: int) -> list[Tensor]:
     """Tensors of an operator, float64, and last the state before them."""
     if name == "delta":
-        made = test_delta_rule.make(time, gate, batch=2, groups=1, heads=1)
+        made = delta_rule_cases.make(time, gate, batch=2, groups=1, heads=1)
         return [x for x in made.values() if x is not None]
     return test_linear_attention.make(time, gate, heads=(1, 2), dims=(16, 8)).tensors()
 
