@@ -12,6 +12,7 @@ why.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -143,10 +144,20 @@ def main() -> int:
         prog="python -m rondo.kernels.bench",
         description="Times the operators on a GPU against every peer that is installed.",
     )
-    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
-    parser.add_argument("--seconds", type=float, default=180, help="begin no case after this long")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder")
+    for name, known in (("operators", list(OPERATORS)), ("presets", list(PRESETS))):
+        named = ", ".join(known)
+        parser.add_argument(
+            f"--{name}", nargs="+", metavar="NAME", choices=known, default=known, help=named
+        )
+    parser.add_argument(
+        "--seconds", type=float, default=180, help="begin no case after this long (%(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/benchmarks"),
+        help="folder of the table and the JSON (%(default)s)",
+    )
     parser.add_argument(
         "--compile", action="store_true", help="only fill the cache of compiled kernels"
     )
@@ -164,6 +175,14 @@ def main() -> int:
         parser.exit(1, f"rondo.kernels.bench: the chip's ceilings: {failure}\n")
 
 
+def triton_version() -> str | None:
+    """What kernels are compiled by, which may be why they are slow, or wrong; None without it."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
 def time_all(options: argparse.Namespace, device: torch.device) -> int:
     """Times what the command line asks for; 1 when something of ours failed."""
     start, worker = time.perf_counter(), Worker()
@@ -171,12 +190,14 @@ def time_all(options: argparse.Namespace, device: torch.device) -> int:
     try:
         best: dict[str, float] = worker.ask(LONGEST_WAIT, timing.ceilings, device)
         title = (
-            f"{chip}, torch {torch.__version__}: {best['bytes'] / 1e12:.2f} TB/s, "
+            f"{chip}, torch {torch.__version__}, triton {triton_version()}: "
+            f"{best['bytes'] / 1e12:.2f} TB/s, "
             f"{best['flops'] / 1e12:.0f} TFLOP/s (bfloat16), measured; `{' '.join(sys.argv)}`"
         )
         print(f"{title}\n\n{table.HEADER}", flush=True)
         path = options.out / f"kernels-{chip.lower().replace(' ', '-')}"
-        facts: dict[str, Any] = {"chip": chip, "torch": torch.__version__, "best": best}
+        facts: dict[str, Any] = {"chip": chip, "torch": torch.__version__}
+        facts |= {"triton": triton_version(), "best": best}
         spent = time.perf_counter() - start
         rows = Bench(worker, device, best, options.seconds - spent).run(
             ordered(options.operators, options.presets),

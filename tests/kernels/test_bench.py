@@ -302,10 +302,12 @@ def test_writes_what_it_prints(
     path = tmp_path / "new" / "kernels-some-chip-9"
     found = json.loads(path.with_suffix(".json").read_text())
     assert found["left_out"] == 0
+    versions = torch.__version__, bench.triton_version()
+    assert (found["torch"], found["triton"]) == versions
     names = [row["operator"] for row in found["rows"]]
     assert names == ["rms_norm"] * 2 + ["para_gru"] * 2 + ["rms_norm"] * 6 + ["para_gru"] * 6
     text = path.with_suffix(".md").read_text()
-    assert text.startswith("Some Chip 9, torch")
+    assert text.startswith("Some Chip 9, torch {}, triton {}: ".format(*versions))
     assert "1.00 TB/s, 100 TFLOP/s" in text
     said = capsys.readouterr()
     lines = [each for each in text.splitlines() if each.startswith("| ")]
