@@ -3,16 +3,35 @@ MKL takes about twice as long."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from rondo.kernels.tiles import has_numbers
 
 LEAST = 2**21
 """Multiplications of a product from which the call is worth it."""
+
+
+def count_flops(namespace: Any, name: str, formula: Callable[..., int]) -> None:
+    """Has torch's `FlopCounterMode` count an operator of torch that it does not know, where there
+    is one: `formula` takes the operator's arguments, shapes in place of tensors."""
+    operator = getattr(namespace, name, None)
+    if operator is not None and operator not in flop_registry:
+        register_flop_formula(operator)(formula)
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **options: Any) -> int:
+    """What the counter says of torch's own product of these shapes."""
+    return 2 * math.prod(x) * weight[0]
+
+
+count_flops(torch.ops.mkldnn, "_linear_pointwise", _flops)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,12 +77,16 @@ def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` by oneDNN, and its gradients, which are such products again."""
+    """`linear` by oneDNN, and its derivatives, which are such products again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return _product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -76,3 +99,21 @@ class _Linear(torch.autograd.Function):
             rows, outs = x.flatten(0, -2), grad.flatten(0, -2)
             at_weight = linear(rows.mT, outs.mT).mT.contiguous()
         return at_x, at_weight
+
+    @staticmethod
+    def jvp(ctx: Any, at_x: Tensor | None, at_weight: Tensor | None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        if at_x is None or at_weight is None:
+            return linear(x if at_x is None else at_x, weight if at_weight is None else at_weight)
+        return linear(at_x, weight) + linear(x, at_weight)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None], x: Tensor, weight: Tensor
+    ) -> tuple[Tensor, int]:
+        """Of one weight for all it is one product; one each goes to torch's batched one."""
+        at_x, at_weight = in_dims
+        x = x.expand(info.batch_size, *x.shape) if at_x is None else x.movedim(at_x, 0)
+        if at_weight is None:
+            return linear(x, weight), 0
+        return torch.einsum("n...i,noi->n...o", x, weight.movedim(at_weight, 0)), 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from rondo.kernels.linear import LEAST, batched_product, linear
 
@@ -63,3 +64,45 @@ def test_operands_with_gaps_in_memory() -> None:
     expected = a.double() @ b.mT.double()
     found = batched_product(a, b).double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_transforms_of_functions(dims: tuple[int | None, int | None]) -> None:
+    """Outputs, gradients and derivatives along a direction, of every sample, as of torch's
+    product."""
+    given = [
+        y.detach() if dim is None else torch.stack((y.detach(), 1 - y.detach()))
+        for y, dim in zip(operands(), dims, strict=True)
+    ]
+    moved = [y for y, dim in zip(operands(), dims, strict=True) if dim is not None]
+
+    def of(function, kind: torch.dtype) -> list[Tensor]:
+        def loss(x: Tensor, weight: Tensor) -> Tensor:
+            return function(x, weight).square().sum()
+
+        def along(*pair: Tensor) -> Tensor:
+            where = [i for i, dim in enumerate(dims) if dim is not None]
+
+            def of_moved(*some: Tensor) -> Tensor:
+                return function(*(some[where.index(i)] if i in where else pair[i] for i in (0, 1)))
+
+            tangents = tuple(y.detach().flip(-1).to(kind) for y in moved)
+            return torch.func.jvp(of_moved, tuple(pair[i] for i in where), tangents)[1]
+
+        def all_of_it(*pair: Tensor) -> tuple[Tensor, ...]:
+            return function(*pair), *torch.func.grad(loss, (0, 1))(*pair), along(*pair)
+
+        return list(torch.func.vmap(all_of_it, dims)(*(y.to(kind) for y in given)))
+
+    for y, exact in zip(of(linear, torch.float32), of(F.linear, torch.float64), strict=True):
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_its_flops_are_counted() -> None:
+    """As torch's own product, forward and backward."""
+    counted = []
+    for function in (linear, F.linear):
+        with FlopCounterMode(display=False) as counter:
+            function(*operands()).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
