@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rondo.kernels import nonlinear_rnn, rms_norm, short_conv
 from rondo.kernels.linear import linear
-from rondo.kernels.nonlinear_rnn import CELLS
+from rondo.kernels.nonlinear_rnn import CELLS, lstm_library
 from rondo.models.config import ModelConfig
 from rondo.models.init import Initializer, constant, normal, parameter
 from rondo.models.layers import Linear, ShortConv
@@ -116,19 +116,31 @@ class HeadwiseRNN(Mixer):
             initial_state=get(state, "conv"),
             segment_ids=ctx.segment_ids,
         )
-        h, after["recurrent"] = self.scan(
-            self.cell,
-            self.gates(split_heads(u, self.head_dim), split_heads(own, self.head_dim)),
-            self.recurrent.transpose(0, 1),
-            bias=self.bias.transpose(0, 1),
-            initial_state=get(state, "recurrent"),
-            segment_ids=ctx.segment_ids,
-            gradient_recurrent_cut=self.options.gradient_recurrent_cut,
+        h, after["recurrent"] = self.run(
+            split_heads(u, self.head_dim),
+            split_heads(own, self.head_dim),
+            get(state, "recurrent"),
+            ctx.segment_ids,
         )
         y = rms_norm(h, eps=self.config.norm_eps) * self.norm.to(h.dtype)
         if self.o_proj is not None:
             return self.o_proj(y.flatten(2)), after
         return F.pad(y.flatten(2), (start, x.shape[-1] - start - width)), after
+
+    def run(
+        self, u: Tensor, x: Tensor, state: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """h `(B, T, H, D)` and the state after it, from convolved and plain inputs `(B, T, H, D)`
+        and the state before them."""
+        return self.scan(
+            self.cell,
+            self.gates(u, x),
+            self.recurrent.transpose(0, 1),
+            bias=self.bias.transpose(0, 1),
+            initial_state=state,
+            segment_ids=segment_ids,
+            gradient_recurrent_cut=self.options.gradient_recurrent_cut,
+        )
 
     def gates(self, u: Tensor, x: Tensor) -> Tensor:
         """What the inputs contribute `(B, T, G, H, D)`, from convolved and plain ones
@@ -171,9 +183,24 @@ class ForgetGate(HeadwiseRNN):
 
 @MIXERS.register("lstm")
 class LSTM(ForgetGate):
-    """c' = σ(f) c + σ(i) tanh(z), h' = σ(o) tanh(c'); see `HeadwiseRNN`."""
+    """c' = σ(f) c + σ(i) tanh(z), h' = σ(o) tanh(c'); see `HeadwiseRNN`. On a CPU in float32 heads
+    run by torch's own layer where that serves (`lstm_library.py`)."""
 
     cell = "lstm"
+    exact = False  # where torch's layer is called again depends on all rows
+
+    def run(
+        self, u: Tensor, x: Tensor, state: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        alone = self.scan is nonlinear_rnn and not self.options.gradient_recurrent_cut
+        if not (alone and lstm_library.served(x, segment_ids)):
+            return super().run(u, x, state, segment_ids)
+        # Each gate reads both inputs, by zeros that of other gates.
+        convolved, plain = self.weight.split((self.convolved, 4 - self.convolved), 1)
+        width = self.head_dim
+        weight = torch.cat((F.pad(convolved, (0, width)), F.pad(plain, (width, 0))), 1)
+        both = torch.cat((u, x), -1)
+        return lstm_library.lstm(both, weight, self.recurrent, self.bias, state, segment_ids)
 
 
 @MIXERS.register("gru")

@@ -84,6 +84,7 @@ def test_chunked_equals_the_loop(
         assert found[0][1].dtype == torch.promote_types(dtype, torch.float32)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("heads", (1, 2))
 def test_weights_laid_out_anew_are_the_same_weights(
