@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.quick
 
 NAMES = tuple(CELLS)
 BATCH, HEADS, DIM = 3, 2, 4
+GRID_LIMIT = 2**22
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -115,12 +117,30 @@ def test_weights_laid_out_anew_are_the_same_weights(
 def test_every_size_of_the_published_grid(
     name: str, batch: int, time: int, dim: int, heads: int
 ) -> None:
-    """Each batch, length, head width and number of heads of it once (arXiv 2412.07752); weights
-    small enough that rounding does not grow over steps."""
+    """Each batch, length, head width and number of heads of it once (arXiv 2412.07752)."""
+    compare_size(name, batch, time, dim, heads)
+
+
+def compare_size(name: str, batch: int, time: int, dim: int, heads: int) -> None:
+    """Against the loop; weights small enough that rounding does not grow over steps."""
     inputs = operands(name, time, heads, dim, batch)
     inputs[1] *= dim**-0.5
     expected = gradients(run(name, backend="reference"), inputs)
     compare(gradients(run(name, backend="chunked"), inputs), expected, 1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", (1, 3, 64, 1024))
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_published_grid(name: str, time: int) -> None:
+    """Every batch, head width and number of heads of it together, up to `GRID_LIMIT` numbers of an
+    LSTM's gates."""
+    count = 0
+    for batch, dim, heads in itertools.product((1, 2, 8, 17, 64), (16, 32, 64, 128), (1, 4, 12)):
+        if 4 * batch * time * heads * dim <= GRID_LIMIT:
+            compare_size(name, batch, time, dim, heads)
+            count += 1
+    assert count == {1: 60, 3: 60, 64: 55, 1024: 30}[time]
 
 
 @pytest.mark.parametrize("name", NAMES)
