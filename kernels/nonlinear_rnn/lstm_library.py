@@ -21,6 +21,8 @@ from rondo.kernels.linear import count_flops
 from rondo.kernels.segments import document_starts
 from rondo.kernels.tiles import has_numbers, values_are_known
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of inputs; all is computed in float32."""
 LEAST = 16
 """Positions of a stretch, on average, from which a call a head is quicker than the loop."""
 
@@ -56,8 +58,8 @@ def served(x: Tensor, segment_ids: Tensor | None) -> bool:
 
 
 def _refusal(x: Tensor, segment_ids: Tensor | None) -> str | None:
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return "it is for float32 on a CPU"
+    if x.device.type != "cpu" or x.dtype not in DTYPES or torch.is_autocast_enabled("cpu"):
+        return "it is for float32 and bfloat16 on a CPU"
     if type(x) is not Tensor:
         return f"it takes plain tensors, got {type(x).__name__}"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
@@ -81,7 +83,7 @@ def lstm(
     """`nonlinear_rnn("lstm", ...)` with gates `weight x`; to be called where it is `served`.
 
     Args:
-        x: `(B, T, H, E)` float32.
+        x: `(B, T, H, E)` of `DTYPES`; all else of these or float32, and computed in float32.
         weight: `(H, 4, D, E)`, gates i, f, z, o.
         recurrent: `(H, 4, D, D)`.
         bias: `(H, 4, D)`.
@@ -89,8 +91,11 @@ def lstm(
         segment_ids: `(B, T)` integers, non-decreasing in a row, or None.
 
     Returns:
-        h `(B, T, H, D)` and the state `(B, 2, H, D)` after the last position, differentiable once.
+        h `(B, T, H, D)` in the dtype of x and the state `(B, 2, H, D)` after the last position,
+        float32, both differentiable once.
     """
+    kind = x.dtype
+    x, weight, recurrent, bias = (y.float() for y in (x, weight, recurrent, bias))
     batch, time, heads, _ = x.shape
     if initial_state is None:
         initial_state = x.new_zeros(batch, 2, heads, recurrent.shape[-1])
@@ -103,7 +108,7 @@ def lstm(
         found, last = _head(own, [*parameters, none], state, stretches, begun)
         outputs.append(found)
         states.append(last)
-    return torch.stack(outputs, 2), torch.stack(states, 2)
+    return torch.stack(outputs, 2).to(kind), torch.stack(states, 2)
 
 
 def _head(

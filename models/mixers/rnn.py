@@ -183,8 +183,8 @@ class ForgetGate(HeadwiseRNN):
 
 @MIXERS.register("lstm")
 class LSTM(ForgetGate):
-    """c' = σ(f) c + σ(i) tanh(z), h' = σ(o) tanh(c'); see `HeadwiseRNN`. On a CPU in float32 heads
-    run by torch's own layer where that serves (`lstm_library.py`)."""
+    """c' = σ(f) c + σ(i) tanh(z), h' = σ(o) tanh(c'); see `HeadwiseRNN`. On a CPU heads run
+    by torch's own layer where that serves (`lstm_library.py`)."""
 
     cell = "lstm"
     exact = False  # where torch's layer is called again depends on all rows

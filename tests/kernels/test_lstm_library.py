@@ -40,7 +40,10 @@ def operands() -> list[Tensor]:
 
 @pytest.mark.parametrize("ids", [None, LONG], ids=["one", "documents"])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_it_equals_the_loop(ids: Tensor | None, fresh: bool) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_it_equals_the_loop(
+    ids: Tensor | None, fresh: bool, dtype: torch.dtype, limit: float
+) -> None:
     """Outputs, state and every gradient, with documents and carried state."""
 
     def own(x: Tensor, weight: Tensor, r: Tensor, bias: Tensor, state: Tensor) -> list[Tensor]:
@@ -53,11 +56,14 @@ def test_it_equals_the_loop(ids: Tensor | None, fresh: bool) -> None:
     def library(*x: Tensor) -> list[Tensor]:
         return [*lstm(*x[:4], None if fresh else x[4], ids), x[4]]
 
-    assert served(operands()[0], ids)
-    found = gradients(library, operands())
+    x, weight, *rest = operands()
+    x, weight = x.to(dtype), weight.to(dtype)
+    assert served(x, ids)
+    found = gradients(library, [x, weight, *rest])
+    assert (found[0][0].dtype, found[0][1].dtype) == (dtype, torch.float32)
     expected = gradients(own, [x.double() for x in operands()])
     for x, y in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
-        assert_ratio("library", x, y, 1e-6)
+        assert_ratio("library", x, y, limit)
 
 
 def test_it_is_left_to_the_loop_where_it_does_not_serve() -> None:
@@ -67,7 +73,7 @@ def test_it_is_left_to_the_loop_where_it_does_not_serve() -> None:
     assert not served(x, short)
     assert not served(x[:, : lstm_library.LEAST - 1], None)
     assert not served(x.double(), None)
-    assert not served(x.bfloat16(), None)
+    assert not served(x.half(), None)
     assert not served(x.to("meta"), None)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not served(x, None)
