@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,7 +11,15 @@ pytest.importorskip("triton")
 
 from rondo.kernels import nonlinear_rnn, triton_support
 from rondo.kernels.nonlinear_rnn import CELLS
-from rondo.tests.kernels.test_nonlinear_rnn import BATCH, compare, documents, draw, operands, run
+from rondo.tests.kernels.test_nonlinear_rnn import (
+    BATCH,
+    HEADS,
+    compare,
+    documents,
+    draw,
+    operands,
+    run,
+)
 from rondo.tests.numerics import gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,10 +33,18 @@ DTYPES = {
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def check(name: str, dtypes: str, time: int, dim: int, packed: bool) -> None:
+def check(
+    name: str,
+    dtypes: str,
+    time: int,
+    dim: int,
+    packed: bool,
+    heads: int = HEADS,
+    batch: int = BATCH,
+) -> None:
     """Outputs, states and every gradient against the float64 reference of the same numbers."""
     kind, weights, limit = DTYPES[dtypes]
-    gates, recurrent, *others = operands(name, time, dim=dim)
+    gates, recurrent, *others = operands(name, time, heads, dim, batch)
     recurrent = recurrent * (4 / dim) ** 0.5
     inputs = [gates.to(kind), recurrent.to(weights), *(x.float() for x in others)]
     inputs = [x.to(DEVICE) for x in inputs]
@@ -53,6 +71,21 @@ def test_matrices_that_come_transposed(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_support, "chip_family", lambda device: "gfx942")
     check(name, "float32", 3, 20, packed=True)
     check(name, "bfloat16", 3, 16, packed=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    ("dim", "dtypes"), [(16, "float32"), (32, "float32"), (64, "float32"), (128, "bfloat16")]
+)
+def test_the_published_grid(name: str, dim: int, dtypes: str) -> None:
+    """Batches, heads and head widths of it together (arXiv 2412.07752) for a few positions, and one
+    row of 64."""
+    for batch, heads in itertools.product((1, 2, 8, 17, 64), (1, 4, 12)):
+        if batch * heads <= 64 or dim == 16:
+            check(name, dtypes, 3, dim, False, heads, batch)
+    check(name, dtypes, 1, dim, False, 1, 1)
+    check(name, dtypes, 64, dim, False, 1, 1)
 
 
 @pytest.mark.parametrize("dtypes", ("mixed", "float16"))
