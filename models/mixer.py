@@ -77,7 +77,7 @@ class Mixer(nn.Module):
     """Parameters never cast to a lower precision."""
     exact: ClassVar[bool] = True
     """Whether what stands elsewhere in a batch leaves every bit of an output as it is; if not,
-    an iteration that stops sooner or later leaves it so within its tolerance."""
+    within rounding, or the tolerance of an iteration that stops sooner or later."""
     counters: ClassVar[dict[str, str]] = {}
     """Metric -> buffer that counts events in training, of this part of the mixer."""
     state_heads: ClassVar[int] = 1
