@@ -23,8 +23,9 @@ from rondo.kernels.tiles import has_numbers, values_are_known
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of inputs; all is computed in float32."""
-LEAST = 16
-"""Positions of a stretch, on average, from which a call a head is quicker than the loop."""
+LEAST = 4
+"""Positions of a stretch for each head, on average, from which a call a head is quicker than the
+loop, which takes all heads together."""
 
 
 def _flops(
@@ -45,7 +46,7 @@ count_flops(torch.ops.aten, "mkldnn_rnn_layer_backward", _flops_back)
 
 @torch.compiler.disable  # it looks at documents; what is served breaks the graph in any case
 def served(x: Tensor, segment_ids: Tensor | None) -> bool:
-    """Whether `lstm` takes inputs `(B, T, ...)` with these documents and is the fastest; where it
+    """Whether `lstm` takes inputs `(B, T, H, E)` with these documents and is the fastest; where it
     does not, the log says why."""
     if not has_numbers():
         return False  # a plan counts what all devices do
@@ -66,8 +67,9 @@ def _refusal(x: Tensor, segment_ids: Tensor | None) -> str | None:
         return "without oneDNN it is slower"
     if segment_ids is not None and not values_are_known(segment_ids):
         return "it has to know where documents begin"
-    if x.shape[1] < LEAST * len(_stretches(x.shape[1], segment_ids)):
-        return f"stretches of one document in each row have less than {LEAST} positions"
+    least = LEAST * x.shape[2]
+    if x.shape[1] < least * len(_stretches(x.shape[1], segment_ids)):
+        return f"stretches of one document in each row have less than {least} positions"
     return None
 
 

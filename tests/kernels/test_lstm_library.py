@@ -68,10 +68,12 @@ def test_it_equals_the_loop(
 
 def test_it_is_left_to_the_loop_where_it_does_not_serve() -> None:
     x = operands()[0]
-    short = torch.arange(TIME).expand(BATCH, TIME) // (lstm_library.LEAST // 2)
+    least = lstm_library.LEAST * HEADS
+    short = torch.arange(TIME).expand(BATCH, TIME) // (least // 2)
     assert served(x, None)
     assert not served(x, short)
-    assert not served(x[:, : lstm_library.LEAST - 1], None)
+    assert served(x[:, :least], None)
+    assert not served(x[:, : least - 1], None)
     assert not served(x.double(), None)
     assert not served(x.half(), None)
     assert not served(x.to("meta"), None)
