@@ -61,7 +61,8 @@ def compile_for(compilation: Compilation, family: str, config: Config) -> dict[s
     Returns:
         kernel, shape, dims, family and config; shared and limit (bytes of a block), registers and
         most (of a thread), spilled (bytes of a thread: what did not fit into registers lies in
-        memory), and seconds.
+        memory), seconds, and on NVIDIA wgmma (how many of Hopper's instructions that multiply
+        matrices straight from shared memory).
     """
     options = {name: config[name] for name in ("num_warps", "num_stages")}
     sizes = {name: size for name, size in config.items() if name not in options}
@@ -88,6 +89,7 @@ def compile_for(compilation: Compilation, family: str, config: Config) -> dict[s
     }
     if family.startswith("sm"):
         used |= _registers(compiled.asm["cubin"], compilation.name)
+        used["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
     else:
         used |= _amd_registers(compiled.asm["amdgcn"], compilation.name)
     return {**used, "seconds": round(time.perf_counter() - start, 2)}

@@ -156,11 +156,17 @@ CONFIGS["linear_attention_gate_sums"] = {
 }
 
 # delta_rule: "wide" are keys of more than 128 numbers; BK and BV are tiles of key and value
-# channels. No more than 4 warps: with 8 on sm_90 kernels of this kind are known to come out wrong.
+# channels. On sm_90 products of halves are made by 2 warps: from 4 on the compiler takes wgmma for
+# them, with which kernels of this kind are known to come out wrong (README.md).
 CONFIGS["delta_rule_inverse"] = {"*": ({"BK": 64, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["delta_rule_scores"] = {"*": ({"BK": 64, "num_warps": 2, "num_stages": 1},)}
-CONFIGS["delta_rule_transform"] = {"*": ({"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},)}
+CONFIGS["delta_rule_transform"] = {
+    "sm90": ({"BK": 64, "BV": 64, "num_warps": 2, "num_stages": 2},),
+    "*": ({"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},),
+}
 CONFIGS["delta_rule_walk"] = {
+    "half sm90": ({"BK": 64, "BV": 16, "num_warps": 2, "num_stages": 1},),
+    "half wide sm90": ({"BK": 64, "BV": 16, "num_warps": 2, "num_stages": 1},),
     "half wide": ({"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "float32": ({"BK": 64, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "float32 wide": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
@@ -172,6 +178,7 @@ CONFIGS["delta_rule_walk"] = {
     ),
 }
 CONFIGS["delta_rule_mix"] = {
+    "sm90": ({"BK": 64, "BV": 64, "num_warps": 2, "num_stages": 2},),
     "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
     "float32 wide": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
     "*": (
@@ -179,8 +186,12 @@ CONFIGS["delta_rule_mix"] = {
         {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
     ),
 }
-CONFIGS["delta_rule_pairs"] = {"*": ({"BV": 32, "num_warps": 4, "num_stages": 1},)}
+CONFIGS["delta_rule_pairs"] = {
+    "sm90": ({"BV": 32, "num_warps": 2, "num_stages": 1},),
+    "*": ({"BV": 32, "num_warps": 4, "num_stages": 1},),
+}
 CONFIGS["delta_rule_readers"] = {
+    "sm90": ({"BK": 16, "BV": 32, "num_warps": 2, "num_stages": 2},),
     "float32": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "float32 wide": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "*": (

@@ -16,6 +16,9 @@ pytest.importorskip("triton")
 from rondo.kernels.triton_configs import CONFIGS
 
 pytestmark = pytest.mark.slow
+SPILLED = {("delta_rule_pairs", "sm90"): 256}
+"""Bytes of a thread that need not fit into registers, of other kernels 32: that of two warps is the
+price of doing without wgmma, and is paid once a program."""
 FEW = 32
 """Bytes of a thread that may lie in memory: a few registers that a version of the assembler puts
 aside, however many are left, cost less than the smaller tile that would keep them."""
