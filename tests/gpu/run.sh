@@ -55,30 +55,38 @@ alone() { # runs for $1 seconds at most, and waits in a way that a signal ends
     wait "$jobs" || code=1
 }
 until=$(left 310)
-mixers=
-for part in 1 2 3 4; do
-    begin "mixers$part" tests/gpu/until.py "$until" "--share=$part/4" tests/gpu/test_mixers.py
-    mixers="$mixers mixers$part"
-done
-begin operators tests/gpu/until.py "$until" tests/gpu/test_cuda.py
-begin long tests/gpu/until.py "$until" tests/gpu/test_attention.py tests/gpu/test_long.py
-others=
+kernels=
 for file in tests/kernels/test_triton_*.py tests/kernels/test_expert_rows.py; do
     case $file in
         *_compile.py | *_code.py) ;; # need no device
-        *_delta_rule.py | *_stretch.py) ;; # most to compile: by themselves
-        *) others="$others $file" ;;
+        *) kernels="$kernels $file" ;;
     esac
 done
-begin delta tests/gpu/until.py "$until" \
-    tests/kernels/test_triton_delta_rule.py tests/kernels/test_triton_stretch.py
-begin kernels tests/gpu/until.py "$until" $others
+# The delta rule by itself: a kernel that reads what is not there ends the device's context, and
+# with it all tests that follow in its process; its kernels are also most of what is compiled.
+names=
+tests() { # $1 names the log, $2 says which tests
+    log=$1
+    asked=$2
+    shift 2
+    begin "$log" tests/gpu/until.py "$until" "$@" -k "$asked"
+    names="$names $log"
+}
+for part in 1 2 3 4; do
+    tests "mixers$part" "not delta" "--share=$part/4" tests/gpu/test_mixers.py
+done
+tests operators "not delta" tests/gpu/test_cuda.py
+tests long "not delta" tests/gpu/test_attention.py tests/gpu/test_long.py
+tests kernels "not delta" $kernels
+tests delta_mixers delta tests/gpu/test_mixers.py
+tests delta_operators delta tests/gpu/test_cuda.py tests/gpu/test_long.py
+tests delta_kernels delta $kernels
 export FLA_CACHE_RESULTS=0 # what fla finds fastest on a busy device is not to be kept
 begin compile -m rondo.kernels.bench --compile --seconds "$until"
 unset FLA_CACHE_RESULTS # it tunes again, alone, when it is timed
 wait
 code=0
-for log in $mixers operators long delta kernels; do
+for log in $names; do
     ended=$(cat "$logs/$log.code")
     echo "== tests: $log"
     cat "$logs/$log"

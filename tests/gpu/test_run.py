@@ -77,10 +77,17 @@ def test_it_takes_the_interpreter_that_sees_a_gpu(tmp_path: Path, own: bool, tak
     assert {line.split()[0] for line in ran} == {taken}
     compiling = [line for line in ran[:-2] if COMPILING in line]
     tests = [line for line in ran[:-2] if line.startswith(f"{taken} tests/gpu/until.py 170 ")]
-    assert len(tests) == 8 and len(compiling) == 1 and len(ran) == 11
-    mixers = sorted(line.split(" 170 ")[1] for line in tests if "mixers" in line)
-    assert mixers == [f"--share={part}/4 tests/gpu/test_mixers.py" for part in (1, 2, 3, 4)]
-    files = {file for line in tests for file in line.split()[3:] if file.endswith(".py")}
+    assert len(tests) == 10 and len(compiling) == 1 and len(ran) == 13
+    mixers = sorted(line.split(" 170 ")[1] for line in tests if "--share" in line)
+    shares = [f"--share={part}/4 tests/gpu/test_mixers.py" for part in (1, 2, 3, 4)]
+    assert mixers == [f"{share} -k not delta" for share in shares]
+    # Each file twice: without the delta rule, and the delta rule in processes of its own.
+    with_it, without = (
+        {file for line in tests if line.endswith(end) for file in line.split() if "/test_" in file}
+        for end in (" -k delta", " -k not delta")
+    )
+    files = with_it | without
+    assert without - with_it == {"tests/gpu/test_attention.py"} and not with_it - without
     wanted = [*HERE.glob("test_*.py"), *(ROOT / "tests/kernels").glob("test_triton_*.py")]
     wanted += [ROOT / "tests/kernels/test_expert_rows.py"]
     no_device = {"test_run.py", "test_limits.py"}
@@ -112,20 +119,21 @@ def test_what_fla_tunes_beside_the_tests_is_not_kept(tmp_path: Path) -> None:
 def test_what_fails_keeps_nothing_from_running(tmp_path: Path, fails: str) -> None:
     python = interpreter(tmp_path, "plain", gpu=True, fails=fails, code=3)
     code, said, ran = run(tmp_path, python)
-    assert (code, len(ran)) == (1, 11)
+    assert (code, len(ran)) == (1, 13)
     assert f"said by {fails}" in said
 
 
 @pytest.mark.quick
 def test_without_yaml_all_but_presets_run(tmp_path: Path) -> None:
     code, said, ran = run(tmp_path, interpreter(tmp_path, "plain", gpu=True, yaml=False))
-    assert (code, len(ran)) == (0, 10)
+    assert (code, len(ran)) == (0, 12)
     assert MODULES[0] in ran[-1] and "presets are YAML" in said
 
 
 @pytest.mark.quick
 def test_it_says_which_tests_did_not_end(tmp_path: Path) -> None:
-    python = interpreter(tmp_path, "plain", gpu=True, fails="tests/gpu/until.py*test_cuda", code=2)
+    fails = "tests/gpu/until.py*test_cuda.py?-k?not"
+    python = interpreter(tmp_path, "plain", gpu=True, fails=fails, code=2)
     code, said, _ = run(tmp_path, python)
     assert code == 1
     assert said.count("did not end in time") == 1
@@ -134,7 +142,7 @@ def test_it_says_which_tests_did_not_end(tmp_path: Path) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("slow", "started"), [("tests/gpu/until.py", 8), ("-m?rondo.kernels.bench?--sec", 1)]
+    ("slow", "started"), [("tests/gpu/until.py", 10), ("-m?rondo.kernels.bench?--sec", 1)]
 )
 def test_a_signal_ends_all(tmp_path: Path, slow: str, started: int) -> None:
     python = interpreter(tmp_path, "plain", gpu=True)
