@@ -14,14 +14,19 @@ from torch import Tensor
 
 from rondo.kernels import (
     attention,
+    backend,
+    combine_rows,
     gated_delta_rule,
     gated_linear_attention,
+    gather_rows,
     l2_norm,
+    linear_cross_entropy,
     linear_scan,
     newton_rnn,
     rms_norm,
     short_conv,
 )
+from rondo.kernels.expert_products import rows_times
 from rondo.tests.numerics import assert_ratio, gradients
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -57,6 +62,37 @@ def heads(decay: str, delta: bool) -> Callable[..., list[Tensor]]:
     return make
 
 
+def from_the_end(x: Tensor) -> Tensor:
+    """The numbers of tokens `(T,)` of x `(1, T, D)`, counted from the last: a part that ends as
+    the whole does has the same."""
+    return torch.arange(x.shape[1], 0, -1, device=x.device)
+
+
+def losses(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`(1, T)`."""
+    return linear_cross_entropy(hidden, weight, from_the_end(hidden)[None] % len(weight))
+
+
+def sorted_choices(numbers: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two of `count` experts a token: the choice at each row, the rows of each token `(T, 2)`, and
+    the row after each expert's last `(count,)`."""
+    first = numbers % count
+    second = (first + 1 + numbers // count % (count - 1)) % count
+    choices = torch.stack([first, second], 1).flatten()
+    order = choices.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    ends = choices.bincount(minlength=count).cumsum(0)
+    return order, places.view(-1, 2), ends.to(torch.int32)
+
+
+def experts(x: Tensor, weight: Tensor) -> Tensor:
+    """`(1, T, D)`: the sum of two experts a token, each a matrix of `weight` `(N, D, D)`."""
+    order, places, ends = sorted_choices(from_the_end(x), len(weight))
+    rows = rows_times(gather_rows(x[0], order, places), weight, ends)
+    return combine_rows(rows, order, places)[None]
+
+
 FUNCTIONS = {"linear_attention": gated_linear_attention, "delta_rule": gated_delta_rule}
 HEADS: dict[str, tuple[Operator, Callable[..., list[Tensor]]]] = {
     f"{name}_{decay}": (lambda *x, f=function: f(*x)[0], heads(decay, name == "delta_rule"))
@@ -76,6 +112,8 @@ OPERATORS: dict[str, tuple[Operator, Callable[..., list[Tensor]]]] = {
         lambda gates, recurrent: newton_rnn("para_gru", gates, recurrent).h,
         lambda draw, time: [draw(1, time, 3, 64), draw(3, 64) / 8],
     ),
+    "cross_entropy": (losses, lambda draw, time: [draw(1, time, 64), draw(5003, 64) / 8]),
+    "experts": (experts, lambda draw, time: [draw(1, time, 64), draw(16, 64, 64) / 8]),
     **HEADS,
 }
 
@@ -111,6 +149,16 @@ def test_long_rows(name: str, time: int, dtype: torch.dtype) -> None:
 def test_the_check_of_long_rows(name: str, dtype: torch.dtype) -> None:
     operator, make = OPERATORS[name]
     check_end(operator, make(Draw("cpu", dtype), 1090), LIMITS[dtype])
+
+
+def test_a_doubtful_version_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the fixture of `conftest.py`; elsewhere "auto" would take the chunked form."""
+    monkeypatch.setattr(backend, "_logged", {})
+    monkeypatch.setattr(backend, "_triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(backend, "is_hopper", lambda device: True)
+    monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    forms = {"chunked": len, "triton": sum}
+    assert backend.choose_recurrence("op", "auto", forms, torch.device("cuda"), None) is sum
 
 
 def test_the_check_sees_a_lost_token() -> None:
@@ -196,3 +244,19 @@ def test_more_than_two_billion_elements() -> None:
         conv, _ = short_conv(x[None], torch.ones(4096, 2, device="cuda", dtype=x.dtype))
     assert_ratio("norm", y[-1:], rms_norm(x[-1:], backend="reference"), 1e-2)
     assert torch.equal(conv[0, -1], x[-1])
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_rows_of_experts_of_more_than_two_billion_numbers() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16 * 2**30:
+        pytest.skip(f"needs 16 GiB of memory; {free / 2**30:.0f} GiB are free")
+    x = torch.zeros(2**20 + 8, 1024, device="cuda", dtype=torch.bfloat16)
+    x[-1] = torch.arange(1024, device="cuda")
+    order, places, _ = sorted_choices(from_the_end(x[None]), 16)
+    with torch.no_grad():
+        rows = gather_rows(x, order, places)
+        assert rows.numel() > 2**31
+        assert torch.equal(rows[places[-1]], x[-1].expand(2, -1))
+        assert torch.equal(combine_rows(rows, order, places)[-1], 2 * x[-1])
