@@ -100,6 +100,11 @@ TASKS = {
     "cycle_navigation_100_whole": Task(
         (100,), (100,), 5, Fit(6000, 16, lr=5e-4), kind="cycle_navigation"
     ),
+    # For rows of a mixer alone, as `mamba2+none`: no SwiGLU after it that could read a sum of moves
+    # modulo 5, so that what counts is the state of the layer.
+    "cycle_navigation_100_alone": Task(
+        (100,), (100,), 5, Fit(1200, 16, 1600, 1e-2, 0.125, 3), last=False, kind="cycle_navigation"
+    ),
     # From 3 bits to 40, scored on six times as many.
     "parity_40": _tracking(40, (128, 256), 2, 500, "parity"),
     "modular_arithmetic": _product(10, (40,), 5, 1500),
@@ -128,17 +133,18 @@ class ShortTasksConfig:
         "attention,matching,mamba2,gated_deltanet,reflecting,para_gru,para_lstm,lstm,slstm"
     )
     """Rows: mixers of the recipe `short-tasks`, with commas between them; slashes between those of
-    layers. `matching` is attention without positions, `reflecting` Gated DeltaNet with eigenvalues
-    down to -1, `deltanet_reflecting` so DeltaNet, `narrow` Gated DeltaNet with a state of 16
-    keys, `wide_para_gru` and `wide_para_lstm` have twice the channels and a long memory at the
-    start."""
+    layers, `mamba2+none` for one without the SwiGLU. `matching` is attention without positions,
+    `reflecting` Gated DeltaNet with eigenvalues down to -1, `deltanet_reflecting` so DeltaNet,
+    `narrow` Gated DeltaNet with a state of 16 keys, `wide_para_gru` and `wide_para_lstm` have twice
+    the channels and a long memory at the start."""
     tasks: str = "mqar_all,parity"
     """Columns: mqar_all, mqar_many (up to 48 pairs), mqar_small_64_4 (4 pairs in 64 words),
     mqar_small_64_16, mqar_small_128_8, recall_once and recall_twice (one question after pairs that
     are read once or twice), parity, parity_40 (trained on 3 to 40 bits), cycle_navigation,
     cycle_navigation_100 (trained on 100 moves; with _brief in 600 steps, with _whole in 6,000 on
-    16 texts at full length), modular_arithmetic, s3, s3_two_steps (two words for each), a5, s5,
-    a5_generators and s5_generators (words of two permutations that make all others)."""
+    16 texts at full length, with _alone all answers of a mixer alone), modular_arithmetic, s3,
+    s3_two_steps (two words for each), a5, s5, a5_generators and s5_generators (words of two
+    permutations that make all others)."""
     seeds: int = 3
     """Runs of each; the table has their mean, and the worst and the best."""
     samples: int = 500
@@ -220,7 +226,7 @@ def _plan(config: ShortTasksConfig, task: Task, mixer: str) -> Fit:
     tracks = task.classes is not None  # recall has as many answers as pairs
     if tracks and mixer in DELTA_RULES:
         own = DELTA_RULE_PLAN
-    elif not task.last and mixer == "mamba2":
+    elif not tracks and not task.last and mixer == "mamba2":
         own = MAMBA2_RECALL_PLAN
     given = {key: getattr(config, key) for key in ("steps", "lr")}
     asked = {key: value for key, value in given.items() if value is not None}
