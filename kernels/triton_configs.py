@@ -119,7 +119,9 @@ CONFIGS["memory_advance"] = {
 CONFIGS["memory_scale"] = {"*": ({"BLOCK": 2048, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["memory_advance_backward"] = dict(CONFIGS["memory_scale"])
 
-# linear_attention/triton_calls.py: BK and BV are tiles of key and value channels.
+# linear_attention/triton_calls.py: BK and BV are tiles of key and value channels. On sm_90 halves
+# are multiplied by 2 warps: from 4 on the compiler takes wgmma for tiles of 64 rows, with which
+# kernels of this kind are known to come out wrong (README.md).
 for _name in ("walk", "mix", "gradients"):
     CONFIGS[f"linear_attention_{_name}"] = {
         "half": ({"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},),
@@ -134,11 +136,18 @@ CONFIGS["linear_attention_gradients"]["float32 sm80"] = (
 CONFIGS["linear_attention_gradients"]["half sm80"] = (
     {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
 )
+CONFIGS["linear_attention_gradients"]["half sm90"] = (
+    {"BK": 16, "BV": 32, "num_warps": 2, "num_stages": 2},
+)
+CONFIGS["linear_attention_mix"]["half sm90"] = (
+    {"BK": 64, "BV": 32, "num_warps": 2, "num_stages": 2},
+)
 CONFIGS["linear_attention_mix"]["half"] = (
     {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 3},
 )
 CONFIGS["linear_attention_score_gradients"] = {
+    "half sm90": ({"BV": 64, "num_warps": 2, "num_stages": 2},),
     "half": ({"BV": 64, "num_warps": 4, "num_stages": 2},),
     "float32": ({"BV": 32, "num_warps": 4, "num_stages": 2},),
 }
@@ -156,8 +165,7 @@ CONFIGS["linear_attention_gate_sums"] = {
 }
 
 # delta_rule: "wide" are keys of more than 128 numbers; BK and BV are tiles of key and value
-# channels. On sm_90 products of halves are made by 2 warps: from 4 on the compiler takes wgmma for
-# them, with which kernels of this kind are known to come out wrong (README.md).
+# channels. On sm_90 halves are multiplied by 2 warps, as above.
 CONFIGS["delta_rule_inverse"] = {"*": ({"BK": 64, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["delta_rule_scores"] = {"*": ({"BK": 64, "num_warps": 2, "num_stages": 1},)}
 CONFIGS["delta_rule_transform"] = {

@@ -39,8 +39,10 @@ def test_every_kernel_fits_every_chip() -> None:
     used = compiled()
     assert {row["family"] for row in used} == {"sm80", "sm90", "gfx942"}
     assert [row for row in used if row["shared"] > row["limit"]] == []
-    assert [r for r in used if r["spilled"] > FEW] == []
+    assert [r for r in used if r["spilled"] > SPILLED.get((r["kernel"], r["family"]), FEW)] == []
     assert [r for r in used if not 0 < r["registers"] <= r["most"]] == []
+    recurrences = [r for r in used if r["kernel"].startswith(("delta_rule", "linear_attention"))]
+    assert [r for r in recurrences if r.get("wgmma")] == []
     check_all_configurations(used)
 
 

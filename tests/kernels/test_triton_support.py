@@ -161,12 +161,20 @@ def test_versions_that_compile_wrong_gradients(
     assert backend.triton_doubt(cuda) is None and backend.triton_doubt(CPU) is None
 
 
-@pytest.mark.parametrize("shape", ("half", "half wide"))
-@pytest.mark.parametrize("kernel", ("transform", "walk", "mix", "pairs", "readers"))
-def test_halves_of_the_delta_rule_do_without_wgmma_on_hopper(kernel: str, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "shape"),
+    [
+        *itertools.product(
+            [f"delta_rule_{name}" for name in ("transform", "walk", "mix", "pairs", "readers")],
+            ("half", "half wide"),
+        ),
+        *((f"linear_attention_{name}", "half") for name in ("mix", "score_gradients", "gradients")),
+    ],
+)
+def test_halves_of_recurrences_do_without_wgmma_on_hopper(kernel: str, shape: str) -> None:
     """It takes four warps; Triton 3.7.1 makes wrong gradients and reads what is not there with it
     (flash-linear-attention issue 984). That the code has none `test_triton_compile.py` tests."""
-    rows = configurations(f"delta_rule_{kernel}", shape, "sm90")
+    rows = configurations(kernel, shape, "sm90")
     assert {row["num_warps"] for row in rows} <= {1, 2}
 
 
