@@ -3,9 +3,10 @@
     python -m rondo.pretrain.bench [--modes eager compiled] [--rounds 5] [--profile]
 
 Both sides run the same step (forward, mean cross-entropy, backward, fused AdamW) on the same
-tokens in bfloat16 over float32 parameters, taking turns; the best of the rounds counts. A peer has
-two turns: with the allocator as the C library has it, which is what its users run and what the
-ratio is of, and with the settings that our trainer makes at its start (`reuse_memory`).
+tokens in bfloat16 over float32 parameters, taking turns; the best of the rounds counts. Each has
+two turns: with the allocator as the C library has it, and with the settings that our trainer makes
+at its start (`reuse_memory`). The first ratio is of ours with them and the peer without, as users
+of each train; the other two are of equal settings. Shares are of the run's best matrix product.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rondo.models import Decoder, ModelConfig
-from rondo.parallel.hardware import peak_flops, return_memory, reuse_memory
+from rondo.parallel.hardware import measured_flops, return_memory, reuse_memory
 
 VOCAB, DIM, LAYERS, FFN, BATCH, TIME = 8192, 256, 6, 768, 4, 512
 Step = Callable[[], float]
@@ -164,8 +165,13 @@ def settled(allocator: Callable[[], None], step: Step) -> Callable[[], object]:
     return run
 
 
+def peak_now() -> float:
+    """FLOP/s of bfloat16 products."""
+    return measured_flops(torch.device("cpu"), torch.bfloat16)
+
+
 def run(contest: Contest, mode: str, rounds: int, peak: float) -> dict[str, Any]:
-    """Figures of one contest."""
+    """Figures of one contest; `peak`: the most FLOP/s that products had before."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCAB, (BATCH, TIME), generator=generator)
     ours, theirs = contest.ours(), contest.theirs()
@@ -175,13 +181,18 @@ def run(contest: Contest, mode: str, rounds: int, peak: float) -> dict[str, Any]
             block.compile()
         theirs.compile()
     our, their = our_step(ours, tokens), their_step(theirs, tokens)
-    before = [
-        settled(reuse_memory, our),
-        settled(return_memory, their),
-        settled(reuse_memory, their),
+    turns = [
+        (reuse_memory, our),
+        (return_memory, their),
+        (reuse_memory, their),
+        (return_memory, our),
     ]
+    before = [settled(allocator, step) for allocator, step in turns]
     began = time.perf_counter()
-    our_time, their_time, reusing_time = best_times([our, their, their], rounds, before)
+    peak = max(peak, peak_now())
+    times = best_times([step for _, step in turns], rounds, before)
+    our_time, their_time, their_reusing, our_returning = times
+    peak = max(peak, peak_now())
     return {
         "contest": contest.name,
         "peer": contest.peer,
@@ -190,9 +201,10 @@ def run(contest: Contest, mode: str, rounds: int, peak: float) -> dict[str, Any]
         "their_parameters": sum(p.numel() for p in theirs.parameters()),
         "our_tokens_per_second": tokens.numel() / our_time,
         "their_tokens_per_second": tokens.numel() / their_time,
-        "their_tokens_per_second_reusing_memory": tokens.numel() / reusing_time,
         "ratio": their_time / our_time,
-        "ratio_reusing_memory": reusing_time / our_time,
+        "ratio_both_reusing_memory": their_reusing / our_time,
+        "ratio_neither_reusing_memory": their_time / our_returning,
+        "peak_flops": peak,
         "our_share_of_peak": flops / our_time / peak,
         "their_share_of_peak": flops / their_time / peak,
         "seconds": time.perf_counter() - began,
@@ -218,21 +230,24 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="show where our steps spend time")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    reuse_memory()  # the peak is measured with it
-    peak = peak_flops(torch.device("cpu"), torch.bfloat16)
-    print(f"bfloat16 matrix products: {peak / 1e9:,.0f} GFLOP/s, {torch.get_num_threads()} threads")
-    results = []
+    print(
+        f"{torch.get_num_threads()} threads; ratios: as users of each train (both, neither reusing)"
+    )
+    results: list[dict[str, Any]] = []
     for mode in arguments.modes:
         for contest in CONTESTS:
             if arguments.only in (None, contest.name):
+                peak = results[-1]["peak_flops"] if results else 0.0
                 results.append(result := run(contest, mode, arguments.rounds, peak))
                 print(
                     f"{mode:9} {contest.name:20} {result['our_tokens_per_second']:8,.0f} tokens/s"
                     f"  {contest.peer:10} {result['their_tokens_per_second']:8,.0f}"
                     f"  ratio {result['ratio']:.2f}"
-                    f" ({result['ratio_reusing_memory']:.2f} where it reuses memory too)"
-                    f"  share of peak {100 * result['our_share_of_peak']:.0f}%"
-                    f" vs {100 * result['their_share_of_peak']:.0f}%",
+                    f" ({result['ratio_both_reusing_memory']:.2f},"
+                    f" {result['ratio_neither_reusing_memory']:.2f})"
+                    f"  {100 * result['our_share_of_peak']:.0f}%"
+                    f" vs {100 * result['their_share_of_peak']:.0f}%"
+                    f" of {result['peak_flops'] / 1e9:,.0f} GFLOP/s",
                     flush=True,
                 )
     if arguments.profile:

@@ -22,6 +22,7 @@ def test_a_contest_is_of_equals(contest: bench.Contest, monkeypatch: pytest.Monk
     assert found["ratio"] == pytest.approx(
         found["our_tokens_per_second"] / found["their_tokens_per_second"]
     )
+    assert found["peak_flops"] >= 1e12  # what was measured before counts
     tokens = torch.randint(0, 256, (1, 64), generator=torch.Generator().manual_seed(0))
     for step in (
         bench.our_step(contest.ours(), tokens),
@@ -40,9 +41,9 @@ def test_the_command_prints_a_line_and_json(
     def run(contest: bench.Contest, mode: str, rounds: int, peak: float) -> dict[str, object]:
         seen.append((contest.name, mode, rounds))
         speeds = {"our_tokens_per_second": 3e3, "their_tokens_per_second": 2e3, "ratio": 1.5}
-        speeds["ratio_reusing_memory"] = 1.25
-        shares = {"our_share_of_peak": 0.3, "their_share_of_peak": 0.2}
-        return {"contest": contest.name, **speeds, **shares}
+        others = {"ratio_both_reusing_memory": 1.25, "ratio_neither_reusing_memory": 1.4}
+        shares = {"our_share_of_peak": 0.3, "their_share_of_peak": 0.2, "peak_flops": 1e12}
+        return {"contest": contest.name, **speeds, **others, **shares}
 
     monkeypatch.setattr(bench, "run", run)
     words = ["bench", "--modes", "eager", "--rounds", "2", "--only", "attention"]
@@ -50,5 +51,6 @@ def test_the_command_prints_a_line_and_json(
     bench.main()
     assert seen == [("attention", "eager", 2)]
     first, line, last = capsys.readouterr().out.strip().splitlines()
-    assert "GFLOP/s" in first and "ratio 1.50 (1.25 where" in line and "30% vs 20%" in line
+    assert "threads" in first and "ratio 1.50 (1.25, 1.40)" in line
+    assert "30% vs 20% of 1,000 GFLOP/s" in line
     assert json.loads(last)["ratio"] == 1.5
