@@ -213,8 +213,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """'auto' goes on from the newest valid checkpoint of the run folder; a path (of a checkpoint
     or of a run) is where to start from while the run folder has none; 'never' refuses to run in
-    a folder that has one. The run's own checkpoint must be of the same model and optimizer; another
-    run's may differ in which parameters are trained and whether experts are balanced by bias."""
+    a folder that has one. A folder with checkpoints of which none is valid is refused. The run's
+    own checkpoint must be of the same model and optimizer; another run's may differ in which
+    parameters are trained and whether experts are balanced by bias."""
     init_from: str | None = None
     """A checkpoint, or a run (its newest), of whose parameters alone a new run begins: optimizer,
     schedule, step and data are its own. Of no effect once the run folder has a checkpoint."""

@@ -142,9 +142,15 @@ class Checkpointer:
 
     def newest(self) -> Path | None:
         """The valid checkpoint with the highest step; damaged ones are passed over, with one
-        warning each. None where there is none."""
+        warning each. None where the folder has no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged: what was trained is not to
+                be mistaken for nothing.
+        """
         self.wait()
-        for step in self._ranks.first("checkpoints", lambda: files.steps(self.folder)):
+        steps = self._ranks.first("checkpoints", lambda: files.steps(self.folder))
+        for step in steps:
             path = files.step_folder(self.folder, step)
             problem = self._damage(path)
             if problem is None:
@@ -152,6 +158,12 @@ class Checkpointer:
             if self._ranks.rank == 0 and path not in self._warned:
                 logger.warning("damaged checkpoint %s is passed over: %s", path, problem)
             self._warned.add(path)
+        if steps:
+            raise CheckpointError(
+                f"checkpoint.resume: none of the {len(steps)} checkpoint(s) in {self.folder} is "
+                "valid, so there is nothing to go on from; to start over, give another --name or "
+                "move that folder away"
+            )
         return None
 
     def changes(self, path: Path, tensors: Tensors, optional: Collection[str]) -> Changes:

@@ -165,6 +165,14 @@ def failing_write(folder: Path) -> list[Any]:
     return [messages, after, sorted(path.name for path in folder.iterdir())]
 
 
+def none_valid(folder: Path) -> str:
+    """Message of looking for the newest valid checkpoint where all are damaged."""
+    try:
+        return f"found {Checkpointer(folder, keep=0).newest()}"
+    except CheckpointError as error:
+        return str(error)
+
+
 def wrong_model(folder: Path) -> str:
     """Message of loading a checkpoint into a model with one other shape on every rank, and
     whether nothing was touched."""

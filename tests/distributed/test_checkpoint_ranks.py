@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     resharded: dict[str, list[Any]]
     back: list[Any]
     damaged: list[Any]
+    none_valid: list[str]
     wrong_model: list[str]
     another_has_saved: list[tuple[Path, str]]
 
@@ -55,17 +56,20 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     resharded["4"], resharded["2x2"] = (list(by_rank) for by_rank in zip(*four, strict=True))
     shutil.copytree(two, folder / "damaged")
     _flip_what_rank_1_verifies(folder / "damaged" / STEP_10)
+    shutil.copytree(folder / "damaged", folder / "none valid")
+    _flip_what_rank_1_verifies(folder / "none valid" / STEP_5)
     second = run_ranks(
         cases.in_turn,
         2,
         (cases.load_and_save, ([folder / n for n in resharded], None)),
         (cases.load_and_save, ([folder / "damaged"], None)),
+        (cases.none_valid, (folder / "none valid",)),
         (cases.wrong_model, (two,)),
         (cases.another_has_saved, (two,)),
     )
     saved, full_disk = (list(by_rank) for by_rank in zip(*first, strict=True))
-    back, damaged, wrong, other = (list(by_rank) for by_rank in zip(*second, strict=True))
-    return Outcome(folder, saved, full_disk, resharded, back, damaged, wrong, other)
+    back, *refused = (list(by_rank) for by_rank in zip(*second, strict=True))
+    return Outcome(folder, saved, full_disk, resharded, back, *refused)
 
 
 def _flip_what_rank_1_verifies(checkpoint: Path) -> None:
@@ -117,6 +121,11 @@ def test_one_full_disk_is_known_to_all_ranks(outcome: Outcome) -> None:
 
 def test_all_ranks_pass_over_a_damaged_checkpoint(outcome: Outcome) -> None:
     assert outcome.damaged == [[(STEP_5, outcome.saved[0][0], 0.1 + 5 / 3)]] * 2
+
+
+def test_all_ranks_refuse_a_folder_of_damaged_checkpoints(outcome: Outcome) -> None:
+    for message in outcome.none_valid:
+        assert f"none of the 2 checkpoint(s) in {outcome.folder}/none valid is valid" in message
 
 
 def test_checkpoint_of_another_model(outcome: Outcome) -> None:

@@ -78,6 +78,20 @@ def test_a_truncated_file_is_noticed(run: Checkpointer) -> None:
             file.write_bytes(content)
 
 
+def test_damaged_checkpoints_are_not_mistaken_for_none(run: Checkpointer) -> None:
+    for step in (1, 2):
+        os.truncate(run.folder / f"step-{step:09d}" / SHARD, 9)
+    with pytest.raises(CheckpointError) as caught:
+        run.newest()
+    assert str(caught.value) == (
+        f"checkpoint.resume: none of the 2 checkpoint(s) in {run.folder} is valid, so there is "
+        "nothing to go on from; to start over, give another --name or move that folder away"
+    )
+    shutil.rmtree(run.folder / "step-000000001")
+    shutil.rmtree(run.folder / "step-000000002")
+    assert run.newest() is None
+
+
 def swap(folder: Path) -> None:
     shutil.copy(folder.with_name("step-000000001") / "state.json", folder / "state.json")
 

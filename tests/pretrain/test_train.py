@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,27 @@ def in_process(folder: Path, data: Path, *options: str) -> list[dict]:
     assert train(load_recipe("tiny", [*options, "--model.pattern=[attention]"])) == 0
     lines = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_refused(data: Path, tmp_path: Path) -> None:
+    """And nothing of it is changed, whatever it is told to begin with."""
+    plain = "--schedule.name=constant", "--schedule.warmup_steps=0"
+    in_process(tmp_path, data, "--steps=2", "--checkpoint.every=1", *plain)
+    run, other = tmp_path / "runs" / "tiny", tmp_path / "other"
+    shutil.copytree(run, other)
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    for checkpoint in checkpoints:
+        os.truncate(checkpoint / "state.json", 9)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for key in ("resume", "init_from"):
+        with pytest.raises(UserError, match=r"none of the 2 checkpoint\(s\) in .*/checkpoints is"):
+            in_process(tmp_path, data, "--steps=2", f"--checkpoint.{key}={other}", *plain)
+    with pytest.raises(UserError, match=r"^checkpoint\.resume: none of the 2 checkpoint"):
+        in_process(tmp_path, data, "--steps=4", *plain)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+    assert len(in_process(tmp_path, data, "--steps=2", *plain)) == 2
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
