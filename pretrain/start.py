@@ -38,14 +38,23 @@ def find_origin(recipe: Recipe) -> Origin | None:
     config, (first, *later) = recipe.checkpoint, stages_of(recipe)
     for stage in later:
         if stage.init_from is not None:
-            find_checkpoint(Path(stage.init_from))
+            _find(f"stages.{stage.number}.init_from", stage.init_from)
     if config.resume not in ("auto", "never"):
-        return Origin(find_checkpoint(Path(config.resume)), True)
+        return Origin(_find("checkpoint.resume", config.resume), True)
     if config.init_from is not None:
-        return Origin(find_checkpoint(Path(config.init_from)), False)
+        return Origin(_find("checkpoint.init_from", config.init_from), False)
     if first.init_from is not None:
-        return Origin(find_checkpoint(Path(first.init_from)), False, not first.reset_optimizer)
+        path = _find("stages.0.init_from", first.init_from)
+        return Origin(path, False, not first.reset_optimizer)
     return None
+
+
+def _find(key: str, path: str) -> Path:
+    """The checkpoint at `path`, which the recipe gives as `key`."""
+    try:
+        return find_checkpoint(Path(path))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def saved_streams(folder: Path, origin: Origin | None) -> dict[int, list[Any]]:

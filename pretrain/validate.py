@@ -10,9 +10,12 @@ import os
 import re
 import signal
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from rondo.models import config as model_config
+from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.train_tokenizer import parse_pieces
 from rondo.pretrain.plain import show
 from rondo.pretrain.recipe import Recipe
 from rondo.pretrain.typed import RecipeError
@@ -72,7 +75,8 @@ def problems(
     def all_read(*prefixes: str) -> bool:
         return not any(key.startswith(prefixes) for key in unread)
 
-    found = [*_numbers(recipe), *_names(recipe), *_sources(recipe), *_evals(recipe)]
+    found = [*_numbers(recipe), *_names(recipe), *_paths(recipe)]
+    found += [*_sources(recipe), *_evals(recipe)]
     sizes = ("data.global_batch_size", "data.micro_batch_size", "data.sequence_length")
     if all_read("steps", "schedule.", "reweight.warmup_steps", *sizes):
         wrong = schedule_problems(recipe, fit=not recipe.stages)
@@ -145,6 +149,22 @@ def _names(recipe: Recipe) -> Iterator[str]:
             "checkpoint.signal: expected the name of a signal that can be caught, "
             f"got {show(recipe.checkpoint.signal)}; did you mean {[*near, 'SIGUSR1'][0]}?"
         )
+
+
+def _paths(recipe: Recipe) -> Iterator[str]:
+    """What can be said of paths without reading anything."""
+    try:
+        parse_pieces(recipe.data.tokenizer)
+    except DataError as error:
+        yield f"data.tokenizer: {error}"
+    data = os.path.expanduser(recipe.data.folder)
+    for key, place in (("output_dir", Path(recipe.output_dir)), ("data.folder", Path(data))):
+        taken = [path for path in (place, *place.parents) if os.path.isfile(path)]
+        if taken:
+            yield f"{key}: must be a folder, but {show(str(taken[0]))} is a file"
+    run = os.path.join(recipe.output_dir, recipe.name)
+    if os.path.isfile(run):
+        yield f"name: must be the name of a folder, but {show(run)} is a file"
 
 
 def _sources(recipe: Recipe) -> Iterator[str]:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from rondo.pretrain.data.card import CARD, read_card
 from rondo.pretrain.data.corpora import Corpus, open_corpus
-from rondo.pretrain.data.errors import DataError
+from rondo.pretrain.data.errors import DataError, told_of
 from rondo.pretrain.data.folders import build_lock, publish, require_free, sha256_file
 from rondo.pretrain.data.loss_marks import parse_marks
 from rondo.pretrain.data.merge import SPLITS, merge
@@ -105,6 +105,8 @@ def _check(config: PrepareConfig) -> None:
             f"tokenizer_sample_mb is {config.tokenizer_sample_mb}; expected more than 0"
         )
     parse_marks(config.loss_marks)
+    with told_of("tokenizer"):
+        parse_pieces(config.tokenizer)
     if not -(2**63) <= config.seed < 2**63:
         raise DataError(f"seed is {config.seed}; expected a 64-bit integer")
 
@@ -129,7 +131,8 @@ def request_of(config: PrepareConfig, corpus: Corpus) -> dict[str, Any]:
             "tokenizer": config.tokenizer,
             "tokenizer_sample_mb": config.tokenizer_sample_mb,
         }
-    return request | {"tokenizer": load_tokenizer(config.tokenizer).fingerprint()}
+    with told_of("tokenizer"):
+        return request | {"tokenizer": load_tokenizer(config.tokenizer).fingerprint()}
 
 
 def request_hash(request: dict[str, Any]) -> str:
@@ -226,7 +229,8 @@ def _tokenizer(config: PrepareConfig, corpus: Corpus, folder: Path, console: Con
     else:
         with console.status(f"training a tokenizer of {pieces} pieces"):
             texts = sample(corpus.documents(), int(config.tokenizer_sample_mb * 1e6))
-            tokenizer = train_sentencepiece(texts, pieces)
+            with told_of("tokenizer"):
+                tokenizer = train_sentencepiece(texts, pieces)
     beside = folder.with_name("tokenizer.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def prepare_sources(
         raise DataError("data.sources is empty; expected at least one source")
     prepared = [_prepared_folder(source) for source in config.sources]
     spec = _tokenizer_spec(config, prepared)
-    tokenizer = load_tokenizer(spec)
+    with told_of("data.tokenizer"):
+        tokenizer = load_tokenizer(spec)
     folders, streamed = [], {}
     for number, (source, folder) in enumerate(zip(config.sources, prepared, strict=True)):
         if source.streaming:
@@ -102,7 +103,8 @@ def _tokenizer_spec(config: DataConfig, prepared: list[Path | None]) -> str | Pa
     """What `load_tokenizer` is to load; trains "sentencepiece:N" on all sources first."""
     if config.tokenizer == AUTO:
         return next((folder for folder in prepared if folder), "bytes")
-    pieces = parse_pieces(config.tokenizer)
+    with told_of("data.tokenizer"):
+        pieces = parse_pieces(config.tokenizer)
     if pieces is None:
         return config.tokenizer
     folders = [str(folder) for folder in prepared if folder]
@@ -138,16 +140,17 @@ def _trained_tokenizer(config: DataConfig, pieces: int) -> Path:
             shutil.rmtree(scratch)
             return output
 
-        def texts() -> Iterator[str]:
-            for corpus, share in zip(corpora, shares, strict=True):
-                budget = int(share * defaults.tokenizer_sample_mb * 1e6)
-                yield from sample(corpus.documents(), max(1, budget))
-
         try:
+            texts: list[str] = []
+            for number, (corpus, share) in enumerate(zip(corpora, shares, strict=True)):
+                budget = int(share * defaults.tokenizer_sample_mb * 1e6)
+                with told_of(f"data.sources.{number}.path"):
+                    texts += sample(corpus.documents(), max(1, budget))
             finished = scratch / "out"
             shutil.rmtree(finished, ignore_errors=True)
             finished.mkdir()
-            train_sentencepiece(texts(), pieces).save(finished)
+            with told_of("data.tokenizer"):
+                train_sentencepiece(texts, pieces).save(finished)
             publish(finished, output, scratch)
         except DataError:
             shutil.rmtree(scratch)

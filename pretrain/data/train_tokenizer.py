@@ -25,8 +25,8 @@ def parse_pieces(spec: str) -> int | None:
     number = spec.removeprefix(PREFIX)
     if not number.isdecimal() or not 300 <= int(number) <= 1_000_000:
         raise DataError(
-            f"tokenizer {spec!r}: expected sentencepiece:N with N from 300 (256 bytes and some "
-            "pieces) to 1000000"
+            f"{spec!r}: expected sentencepiece:N with N from 300 (256 bytes and some pieces) to "
+            "1000000"
         )
     return int(number)
 
@@ -67,7 +67,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
         )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].strip() or "the sample has no text"
-        raise DataError(f"tokenizer {PREFIX}{vocab_size} cannot be trained: {reason}") from None
+        raise DataError(f"'{PREFIX}{vocab_size}' cannot be trained: {reason}") from None
     return SentencePieceTokenizer(model.getvalue(), "trained model")
 
 

@@ -313,6 +313,21 @@ def test_open_dataset_trains_one_tokenizer_for_all_sources(recipe, capfd):
     assert len(list(Path(recipe.folder).glob("tokenizer-350-*"))) == 2  # weights count in training
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("sentencepiece:abc", "'sentencepiece:abc': expected sentencepiece:N"),
+        ("nowhere/tokenizer.json", "nowhere/tokenizer.json: no such tokenizer file"),
+        ("sentencepiece:90000", "'sentencepiece:90000' cannot be trained: .*too high"),
+        ("byte", "unknown tokenizer 'byte'"),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_names_its_key(recipe, tokenizer, message):
+    recipe.tokenizer = tokenizer
+    with pytest.raises(DataError, match=f"^data.tokenizer: {message}"):
+        open_dataset(recipe, 0, "train")
+
+
 def test_prepared_folders_bring_their_tokenizer(folders, recipe, tmp_path):
     recipe.sources = [SourceConfig(str(folders[0])), *recipe.sources]
     assert open_dataset(recipe, 0, "train").tokenizer.kind == "bytes"

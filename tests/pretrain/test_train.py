@@ -268,7 +268,7 @@ def test_generate_reads_the_run(
         (["--data.sources", "[{path: no/such/file.txt}]"], ["no/such/file.txt"]),
         (["--model.vocab_size=100"], ["100", "vocab"]),
         (["--parallel.dp_shard=3"], ["parallel.dp_shard", "3"]),
-        (["--checkpoint.resume=no/such/checkpoint"], ["no/such/checkpoint"]),
+        (["--checkpoint.resume=no/such/checkpoint"], ["checkpoint.resume: ", "no/such/checkpoint"]),
     ],
 )
 def test_bad_input_is_one_clear_message(
