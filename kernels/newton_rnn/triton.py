@@ -114,7 +114,7 @@ def gradients(solution: Solution, last: Tensor, neighbours: Neighbours | None = 
     at_weights = between.new_empty(len(rows.weights), batch, chunks, width)
     at_bias = None if rows.bias is None else between.new_empty(count, batch, chunks, width)
     left = between.new_empty(between.shape)
-    _pull(solution, between.contiguous(), at_gates, at_weights, at_bias, None, left)
+    _pull(solution, between.contiguous(), at_gates, at_weights, at_bias, None, left=left)
     bias = None if at_bias is None else at_bias.sum((1, 2))
     return Gradients(at_gates, at_weights.sum((1, 2)), bias, left[:, :, :1])
 
@@ -125,14 +125,13 @@ def _derivative(solution: Solution) -> tuple[Tensor, Tensor]:
     variables, batch, time, width = solution.states.shape
     rest = solution.states.new_empty(variables, batch, -(-time // solution.rows.size), width)
     products = rest.new_empty(variables, *rest.shape)
-    _pull(solution, None, None, None, None, products, rest)
+    _pull(solution, None, None, None, None, products, left=rest)
     return products, rest
 
 
-def _pull(solution: Solution, *chunked: Tensor | None) -> None:
-    """The kernel's arguments from `entering` on."""
-    rows, left = solution.rows, chunked[-1]
-    assert left is not None
+def _pull(solution: Solution, *chunked: Tensor | None, left: Tensor) -> None:
+    """The kernel's arguments from `entering` on; `left` is the last."""
+    rows = solution.rows
     variables, batch, chunks, width = left.shape
     grad = solution.at_output
     known = (
@@ -144,7 +143,7 @@ def _pull(solution: Solution, *chunked: Tensor | None) -> None:
     def start(config: Config) -> None:
         blocks = triton.cdiv(width, config["BLOCK"])
         pull[(batch * chunks * blocks,)](
-            *_inputs(rows), *known, *chunked,
+            *_inputs(rows), *known, *chunked, left,
             batch, rows.gates.shape[1], rows.size, chunks, blocks, width,
             CELL=_number(rows.cell), **config,
         )  # fmt: skip
