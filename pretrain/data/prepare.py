@@ -176,8 +176,7 @@ def _build(
     console = Console(stderr=True, quiet=quiet)
     started = time.monotonic()
     tokenizer = _tokenizer(config, corpus, work / "tokenizer", console)
-    texts = corpus.documents()
-    groups = group_documents(texts, work / "shards", tokenizer.fingerprint())
+    groups = group_documents(_documents(corpus), work / "shards", tokenizer.fingerprint())
     shards = []
     with _progress(console, corpus) as advance:
         for path, size in write_shards(
@@ -190,8 +189,6 @@ def _build(
         ):
             shards.append(path)
             advance(size)
-    if not shards:
-        raise DataError(f"{corpus.name}: empty corpus: no document with text in it")
     card: dict[str, Any] = {"format": 1, "request": request, "source": corpus.name}
     unique = config.drop_duplicates
     out = work / "out"
@@ -217,6 +214,16 @@ def _build(
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _documents(corpus: Corpus) -> Iterator[str]:
+    """Those of a corpus; DataError at its end if none has more than white space."""
+    has_text = False
+    for text in corpus.documents():
+        has_text = has_text or bool(text.strip())
+        yield text
+    if not has_text:
+        raise DataError(f"{corpus.name}: empty corpus: no document with text in it")
 
 
 def _tokenizer(config: PrepareConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:

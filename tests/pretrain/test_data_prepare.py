@@ -268,8 +268,9 @@ def test_bad_input_leaves_nothing(source, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_empty_corpus(tmp_path):
-    (tmp_path / "x.txt").write_text("")
+@pytest.mark.parametrize("text", ["", "\n \n\t\n" * 9])
+def test_empty_corpus(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
     with pytest.raises(DataError, match="empty corpus: no document with text"):
         prepare(config(tmp_path / "x.txt", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
