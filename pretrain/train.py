@@ -33,6 +33,7 @@ from rondo.pretrain.data import (
     bits_per_byte,
     prefetch,
 )
+from rondo.pretrain.data.folders import no_empty_folders
 from rondo.pretrain.data.seen import NAME as SAMPLES
 from rondo.pretrain.domains import learnt_metrics
 from rondo.pretrain.eval_jobs import EvalJobs, require_files
@@ -79,7 +80,11 @@ def train(recipe: Recipe, began: float | None = None) -> int:
     origin = find_origin(recipe)
     training, held_out = open_data(recipe, folder, saved_streams(folder, origin))
     check_vocabulary(recipe, training.vocab_size)
-    with process_group(recipe.parallel) as ranks, StopFlag([recipe.checkpoint.signal]) as stop:
+    with (
+        no_empty_folders(folder / "checkpoints"),
+        process_group(recipe.parallel) as ranks,
+        StopFlag([recipe.checkpoint.signal]) as stop,
+    ):
         require_same_seen(training.seen)
         trainer = Trainer(recipe, folder, ranks, stop, training, held_out, began)
         try:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rondo.pretrain.data.errors import DataError
@@ -25,11 +25,25 @@ def build_lock(output: Path) -> Iterator[Path]:
     folder survives a crash, for the next builder to go on from.
     """
     scratch = output.with_name(output.name + ".building")
-    lock = _acquire(scratch, output)
+    with no_empty_folders(output.parent):
+        lock = _acquire(scratch, output)
+        try:
+            yield scratch
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Of `folder` and its parents, removes at the end those that were not there before and hold
+    nothing."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        yield scratch
+        yield
     finally:
-        os.close(lock)
+        for path in made:
+            with suppress(OSError):  # not made, or not empty
+                path.rmdir()
 
 
 def _acquire(scratch: Path, output: Path) -> int:

@@ -262,13 +262,14 @@ def test_split_depends_on_the_seed_and_not_on_the_order(source, tmp_path):
     ],
 )
 def test_bad_input_leaves_nothing(source, tmp_path, options, message):
-    options = {"input": str(source), "output": str(tmp_path / "out"), "workers": 0} | options
+    output = str(tmp_path / "new" / "out")
+    options = {"input": str(source), "output": output, "workers": 0} | options
     with pytest.raises(DataError, match=message):
         prepare(PrepareConfig(**options))
     assert list(tmp_path.iterdir()) == [source]
 
 
-@pytest.mark.parametrize("text", ["", "\n \n\t\n" * 9])
+@pytest.mark.parametrize("text", ["", "\n \n\t\n" * 9], ids=["empty", "blank lines"])
 def test_empty_corpus(tmp_path, text):
     (tmp_path / "x.txt").write_text(text)
     with pytest.raises(DataError, match="empty corpus: no document with text"):

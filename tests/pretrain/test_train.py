@@ -287,6 +287,7 @@ def test_checkpoint_of_another_model_is_refused(straight: dict, data: Path, tmp_
         code=2,
     )  # fmt: skip
     assert "Traceback" not in output and "embedding.weight" in output
+    assert not (tmp_path / "runs").exists()
 
 
 def test_truncated_tokens_are_refused(tmp_path: Path) -> None:
