@@ -147,7 +147,10 @@ CONFIGS["linear_attention_mix"]["half"] = (
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 3},
 )
 CONFIGS["linear_attention_score_gradients"] = {
-    "half sm90": ({"BV": 64, "num_warps": 2, "num_stages": 2},),
+    "half sm90": (
+        {"BV": 64, "num_warps": 2, "num_stages": 2},
+        {"BV": 32, "num_warps": 2, "num_stages": 2},
+    ),
     "half": ({"BV": 64, "num_warps": 4, "num_stages": 2},),
     "float32": ({"BV": 32, "num_warps": 4, "num_stages": 2},),
 }
@@ -168,8 +171,10 @@ CONFIGS["linear_attention_gate_sums"] = {
 # channels. On sm_90 halves are multiplied by 2 warps, as above.
 CONFIGS["delta_rule_inverse"] = {"*": ({"BK": 64, "num_warps": 4, "num_stages": 1},)}
 CONFIGS["delta_rule_scores"] = {"*": ({"BK": 64, "num_warps": 2, "num_stages": 1},)}
+_PAIR = {"num_warps": 2, "num_stages": 2}
 CONFIGS["delta_rule_transform"] = {
-    "sm90": ({"BK": 64, "BV": 64, "num_warps": 2, "num_stages": 2},),
+    "half sm90": ({"BK": 64, "BV": 64, **_PAIR}, {"BK": 32, "BV": 32, **_PAIR}),
+    "half wide sm90": ({"BK": 64, "BV": 64, **_PAIR}, {"BK": 32, "BV": 32, **_PAIR}),
     "*": ({"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},),
 }
 CONFIGS["delta_rule_walk"] = {
@@ -186,7 +191,8 @@ CONFIGS["delta_rule_walk"] = {
     ),
 }
 CONFIGS["delta_rule_mix"] = {
-    "sm90": ({"BK": 64, "BV": 64, "num_warps": 2, "num_stages": 2},),
+    "half sm90": ({"BK": 64, "BV": 64, **_PAIR}, {"BK": 64, "BV": 32, **_PAIR}),
+    "half wide sm90": ({"BK": 64, "BV": 32, **_PAIR},),
     "float32": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
     "float32 wide": ({"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},),
     "*": (
@@ -195,11 +201,13 @@ CONFIGS["delta_rule_mix"] = {
     ),
 }
 CONFIGS["delta_rule_pairs"] = {
-    "sm90": ({"BV": 32, "num_warps": 2, "num_stages": 1},),
+    "half sm90": ({"BV": 32, "num_warps": 2, "num_stages": 1},),
+    "half wide sm90": ({"BV": 32, "num_warps": 2, "num_stages": 1},),
     "*": ({"BV": 32, "num_warps": 4, "num_stages": 1},),
 }
 CONFIGS["delta_rule_readers"] = {
-    "sm90": ({"BK": 16, "BV": 32, "num_warps": 2, "num_stages": 2},),
+    "half sm90": ({"BK": 16, "BV": 32, **_PAIR}, {"BK": 16, "BV": 16, **_PAIR}),
+    "half wide sm90": ({"BK": 16, "BV": 32, **_PAIR}, {"BK": 16, "BV": 16, **_PAIR}),
     "float32": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "float32 wide": ({"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},),
     "*": (

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from rondo.errors import UserError, run_command
-from rondo.kernels.bench.table import keep
+from rondo.kernels.bench.table import keep, triton_version
 from rondo.kernels.bench.worker import Failure, Worker
 from rondo.models import Decoder, ModelConfig
 from rondo.models.config import from_preset
@@ -102,7 +102,7 @@ def bench(options: argparse.Namespace, clock: Callable[[], float] = time.perf_co
         raise UserError("bench_presets needs a CUDA device, and there is none here")
     device, end = torch.device("cuda", 0), clock() + options.seconds
     chip, worker = torch.cuda.get_device_name(device), Worker()
-    facts = {"chip": chip, "torch": torch.__version__}
+    facts = {"chip": chip, "torch": torch.__version__, "triton": triton_version() or "none"}
     path = options.out / f"presets-{chip.lower().replace(' ', '-')}"
     rows: list[dict[str, Any]] = [
         {"preset": name, "modes": {}, "errors": []} for name in options.presets
@@ -148,7 +148,9 @@ def attempt(
 def write(path: Path, facts: dict[str, str], rows: list[dict[str, Any]]) -> None:
     """Writes table and JSON; of presets not begun yet no row."""
     begun = [row for row in rows if row["modes"] or row["errors"]]
-    title = f"{facts['chip']}, torch {facts['torch']}; `{' '.join(sys.argv)}`"
+    title = (
+        f"{facts['chip']}, torch {facts['torch']}, triton {facts['triton']}; `{' '.join(sys.argv)}`"
+    )
     text = "\n".join([title, "", HEADER, *map(line, begun), ""])
     keep(path, text, {**facts, "rows": begun})
 

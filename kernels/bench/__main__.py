@@ -12,7 +12,6 @@ why.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import time
@@ -175,14 +174,6 @@ def main() -> int:
         parser.exit(1, f"rondo.kernels.bench: the chip's ceilings: {failure}\n")
 
 
-def triton_version() -> str | None:
-    """What kernels are compiled by, which may be why they are slow, or wrong; None without it."""
-    try:
-        return importlib.import_module("triton").__version__
-    except ImportError:
-        return None
-
-
 def time_all(options: argparse.Namespace, device: torch.device) -> int:
     """Times what the command line asks for; 1 when something of ours failed."""
     start, worker = time.perf_counter(), Worker()
@@ -190,14 +181,14 @@ def time_all(options: argparse.Namespace, device: torch.device) -> int:
     try:
         best: dict[str, float] = worker.ask(LONGEST_WAIT, timing.ceilings, device)
         title = (
-            f"{chip}, torch {torch.__version__}, triton {triton_version()}: "
+            f"{chip}, torch {torch.__version__}, triton {table.triton_version()}: "
             f"{best['bytes'] / 1e12:.2f} TB/s, "
             f"{best['flops'] / 1e12:.0f} TFLOP/s (bfloat16), measured; `{' '.join(sys.argv)}`"
         )
         print(f"{title}\n\n{table.HEADER}", flush=True)
         path = options.out / f"kernels-{chip.lower().replace(' ', '-')}"
         facts: dict[str, Any] = {"chip": chip, "torch": torch.__version__}
-        facts |= {"triton": triton_version(), "best": best}
+        facts |= {"triton": table.triton_version(), "best": best}
         spent = time.perf_counter() - start
         rows = Bench(worker, device, best, options.seconds - spent).run(
             ordered(options.operators, options.presets),

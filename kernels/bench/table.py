@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,11 @@ def keep(path: Path, text: str, found: Row) -> None:
         part = path.with_suffix(".part")
         part.write_text(content)
         part.replace(path.with_suffix(suffix))
+
+
+def triton_version() -> str | None:
+    """What kernels are compiled by, which may be why they are slow, or wrong; None without it."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None

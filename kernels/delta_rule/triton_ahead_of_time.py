@@ -62,6 +62,8 @@ def ahead_of_time() -> list[Compilation]:
         _compilation("transform", transform_kernel, head, usual),
         _compilation("transform", transform_kernel, head, summary, "fp32"),
         _compilation("transform", transform_kernel, key, usual),
+        _compilation("transform", transform_kernel, head, widest),
+        _compilation("transform", transform_kernel, head, widest, "fp32"),
         _compilation("walk", walk_kernel, head, wide, REVERSE=True),
         _compilation("walk", walk_kernel, head, summary, "fp32", REVERSE=True),
         _compilation("walk", walk_kernel, head, wide, **alone),
@@ -71,6 +73,9 @@ def ahead_of_time() -> list[Compilation]:
         _compilation("walk", walk_kernel, key, widest, "fp32", **alone),
         _compilation("mix", mix_kernel, head, usual, REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, head, usual, REVERSE=True, scores=None, states=None),
+        _compilation("mix", mix_kernel, head, widest, REVERSE=False, scores=None),
+        _compilation("mix", mix_kernel, head, widest, REVERSE=True, scores=None, states=None),
+        _compilation("mix", mix_kernel, key, widest, REVERSE=False),
         _compilation("mix", mix_kernel, head, usual, "fp32", REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, head, widest, "fp32", REVERSE=False, scores=None),
         _compilation("mix", mix_kernel, key, usual, REVERSE=False),
@@ -79,6 +84,8 @@ def ahead_of_time() -> list[Compilation]:
         _compilation("pairs", pairs_kernel, head, usual),
         _compilation("pairs", pairs_kernel, head, usual, "fp32"),
         _compilation("pairs", pairs_kernel, key, usual),
+        _compilation("pairs", pairs_kernel, head, widest),
+        _compilation("pairs", pairs_kernel, head, widest, "fp32"),
         _compilation("readers", readers_kernel, head, usual),
         _compilation("readers", readers_kernel, head, usual, "fp32"),
         _compilation("step", step_kernel, head, wide),
@@ -99,5 +106,12 @@ def ahead_of_time() -> list[Compilation]:
             _compilation("walk", walk_kernel, head, dims, dtype, REVERSE=True),
             _compilation("readers", readers_kernel, head, dims, dtype),
             _compilation("key_readers", key_readers_kernel, key, dims, dtype),
+        ]
+    for dtype in ("bf16", "fp32"):
+        others += [
+            _compilation("inverse", inverse_kernel, key, widest, dtype),
+            _compilation("scores", scores_kernel, key, widest, dtype),
+            _compilation("key_gate", key_gate_kernel, key, widest, dtype),
+            _compilation("step", step_kernel, head, usual, dtype),
         ]
     return usually + others

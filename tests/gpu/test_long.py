@@ -23,6 +23,7 @@ from rondo.kernels import (
     linear_cross_entropy,
     linear_scan,
     newton_rnn,
+    nonlinear_rnn,
     rms_norm,
     short_conv,
 )
@@ -111,6 +112,14 @@ OPERATORS: dict[str, tuple[Operator, Callable[..., list[Tensor]]]] = {
     "para_gru": (
         lambda gates, recurrent: newton_rnn("para_gru", gates, recurrent).h,
         lambda draw, time: [draw(1, time, 3, 64), draw(3, 64) / 8],
+    ),
+    "para_lstm": (
+        lambda gates, recurrent: newton_rnn("para_lstm", gates, recurrent).h,
+        lambda draw, time: [draw(1, time, 3, 64), draw(5, 64) / 8],
+    ),
+    "lstm": (
+        lambda gates, recurrent: nonlinear_rnn("lstm", gates, recurrent)[0],
+        lambda draw, time: [draw(1, time, 4, 2, 32), draw(4, 2, 32, 32) / 16],
     ),
     "cross_entropy": (losses, lambda draw, time: [draw(1, time, 64), draw(5003, 64) / 8]),
     "experts": (experts, lambda draw, time: [draw(1, time, 64), draw(16, 64, 64) / 8]),

@@ -302,7 +302,7 @@ def test_writes_what_it_prints(
     path = tmp_path / "new" / "kernels-some-chip-9"
     found = json.loads(path.with_suffix(".json").read_text())
     assert found["left_out"] == 0
-    versions = torch.__version__, bench.triton_version()
+    versions = torch.__version__, table.triton_version()
     assert (found["torch"], found["triton"]) == versions
     names = [row["operator"] for row in found["rows"]]
     assert names == ["rms_norm"] * 2 + ["para_gru"] * 2 + ["rms_norm"] * 6 + ["para_gru"] * 6

@@ -17,8 +17,8 @@ from rondo.kernels.triton_configs import CONFIGS
 
 pytestmark = pytest.mark.slow
 SPILLED = {("delta_rule_pairs", "sm90"): 256}
-"""Bytes of a thread that need not fit into registers, of other kernels 32: that of two warps is the
-price of doing without wgmma, and is paid once a program."""
+"""Bytes of a thread that need not fit into registers, of other kernels 32: with a decay a head that
+is the price of two warps, most of it paid once a program, a few numbers once a tile of values."""
 FEW = 32
 """Bytes of a thread that may lie in memory: a few registers that a version of the assembler puts
 aside, however many are left, cost less than the smaller tile that would keep them."""

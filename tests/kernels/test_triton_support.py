@@ -234,6 +234,14 @@ def test_every_row_is_compiled_with_the_numbers_it_may_meet() -> None:
     assert {(name, row) for name, _, row in compiled} == rows
 
 
+def test_the_delta_rule_is_compiled_for_wide_heads_too() -> None:
+    """Classes that share a row need not fit alike: with more keys more is kept."""
+    compiled = {(kernel.name, kernel.shape) for kernel in triton_support.all_compilations()}
+    names = [name for name in CONFIGS if name.startswith("delta_rule")]
+    classes = [c.format(size) for c in CLASSES["delta_rule"] for size in SIZES]
+    assert set(itertools.product(names, classes)) <= compiled
+
+
 def test_recurrences_are_compiled_with_both_kinds_of_decay() -> None:
     """One a head and one a key channel. Without any, less of the same code is left."""
     compiled = {
