@@ -6,7 +6,11 @@ tested on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,19 +232,29 @@ def test_more_heads_than_a_grid_has_rows(name: str) -> None:
     assert_ratio("states", last[-3:], state.expand_as(last[-3:]), 1e-5)
 
 
+@contextmanager
+def room(gib: int) -> Iterator[None]:
+    """For one test of several processes at a time; skips it where so much memory is not free."""
+    with (Path(tempfile.gettempdir()) / "rondo-tests-large").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        free, _ = torch.cuda.mem_get_info()
+        if free < gib * 2**30:
+            pytest.skip(f"needs {gib} GiB of memory; {free / 2**30:.0f} GiB are free")
+        yield
+        torch.cuda.empty_cache()
+
+
 @pytest.mark.gpu
 @needs_a_gpu
 @pytest.mark.parametrize("name", HEADS)
 def test_states_of_more_than_two_billion_numbers(name: str) -> None:
     """Offsets that 32 bits do not hold, into the states of all chunks of a row."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < 64 * 2**30:
-        pytest.skip(f"needs 64 GiB of memory; {free / 2**30:.0f} GiB are free")
     operator, make = OPERATORS[name]
     time, count, dim = 131_072, 17, 256
     assert time // 64 * count * dim**2 > 2**31
-    inputs = make(Draw("cuda", torch.bfloat16), time, count, dim)
-    check_end(operator, inputs, LIMITS[torch.bfloat16])
+    with room(64):
+        draw = Draw("cuda", torch.bfloat16)
+        check_end(operator, make(draw, time, count, dim), LIMITS[torch.bfloat16])
 
 
 @pytest.mark.gpu
@@ -258,13 +272,10 @@ def test_more_than_two_billion_elements() -> None:
 @pytest.mark.gpu
 @needs_a_gpu
 def test_rows_of_experts_of_more_than_two_billion_numbers() -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < 16 * 2**30:
-        pytest.skip(f"needs 16 GiB of memory; {free / 2**30:.0f} GiB are free")
-    x = torch.zeros(2**20 + 8, 1024, device="cuda", dtype=torch.bfloat16)
-    x[-1] = torch.arange(1024, device="cuda")
-    order, places, _ = sorted_choices(from_the_end(x[None]), 16)
-    with torch.no_grad():
+    with room(16), torch.no_grad():
+        x = torch.zeros(2**20 + 8, 1024, device="cuda", dtype=torch.bfloat16)
+        x[-1] = torch.arange(1024, device="cuda")
+        order, places, _ = sorted_choices(from_the_end(x[None]), 16)
         rows = gather_rows(x, order, places)
         assert rows.numel() > 2**31
         assert torch.equal(rows[places[-1]], x[-1].expand(2, -1))

@@ -39,7 +39,7 @@ class Share:
 
 
 class Found:
-    """Names failures in `out` as they come, and leaves nothing of a test on the device."""
+    """Names in `out` what fails or is skipped, and leaves nothing of a test on the device."""
 
     def __init__(self, out: TextIO) -> None:
         self.out = out
@@ -48,6 +48,8 @@ class Found:
         """With the end of the error."""
         if report.failed:
             print(f"\nFAILED {report.nodeid}:\n{report.longreprtext[-500:]}", file=self.out)
+        if report.skipped and isinstance(report.longrepr, tuple):
+            print(f"\nSKIPPED {report.nodeid}: {report.longrepr[2]}", file=self.out)
 
     def pytest_runtest_logfinish(self) -> None:
         """The last error's frames hold tensors, and torch keeps what was freed for itself."""
