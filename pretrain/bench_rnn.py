@@ -9,7 +9,9 @@ and the formulas, a step), from gates that are given; with `--compiled` also the
 compiled by `torch.compile`. With one head it is torch's own layer, and both make the gates of the
 inputs too. An LSTM is timed both ways that a layer of it can run: by the loop of `nonlinear_rnn`,
 and by torch's own layer a head (`kernels/nonlinear_rnn/lstm_library.py`), which makes the gates,
-and so does the peer then.
+and so does the peer then; once from one input, and once from two, the first half of the gates
+reading the one and the other half the other, as in the mixer `lstm`, whose convolved and plain
+inputs are here the same numbers.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rondo.kernels import nonlinear_rnn
@@ -30,6 +34,7 @@ from rondo.pretrain.bench import best_times
 from rondo.pretrain.bench_newton import step_of
 
 BATCH, WIDTH, HEADS = 4, 256, 4
+TWO_INPUTS = "torch.lstm from two inputs"
 LAYERS = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
@@ -87,8 +92,9 @@ def steps_of(
         ]
         steps["torch.lstm", f"plain loop, {HEADS} heads"] = [
             step_of(library, heads),
-            step_of(loop_with_inputs, heads),
+            peer := step_of(loop_with_inputs, heads),
         ]
+        steps[TWO_INPUTS, f"plain loop, {HEADS} heads"] = [step_of(two_inputs, heads), peer]
     if name in LAYERS:
         layer = LAYERS[name](WIDTH, WIDTH, batch_first=True)
         weights = [p.detach().clone() for p in layer.parameters()]
@@ -103,6 +109,7 @@ def steps_of(
         steps["loop", key] = [step_of(lambda *x: own_layer(name, *x), inputs), peer]
         if name == "lstm":
             steps["torch.lstm", key] = [step_of(own_lstm, inputs), peer]
+            steps[TWO_INPUTS, key] = [step_of(partial(own_lstm, call=two_inputs), inputs), peer]
     return steps
 
 
@@ -131,17 +138,33 @@ def library(x: Tensor, weight: Tensor, recurrent: Tensor, bias: Tensor | None = 
     return lstm_library.lstm(x, weight, recurrent, bias, None, None)[0]
 
 
+def two_inputs(x: Tensor, weight: Tensor, recurrent: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`library` with a second input beside x, as the mixer `lstm` calls it: each half of the gates
+    has zeros for the input of the other half."""
+    first, second = weight.chunk(2, 1)
+    width = x.shape[-1]
+    weight = torch.cat((F.pad(first, (0, width)), F.pad(second, (width, 0))), 1)
+    return library(torch.cat((x, x), -1), weight, recurrent, bias)
+
+
 def loop_with_inputs(x: Tensor, weight: Tensor, recurrent: Tensor) -> Tensor:
     """The plain loop from the same operands."""
     gates = torch.einsum("bthi,hgoi->btgho", x, weight)
     return plain_loop("lstm", gates, recurrent.transpose(0, 1))
 
 
-def own_lstm(x: Tensor, inputs: Tensor, recurrent: Tensor, bias: Tensor, other: Tensor) -> Tensor:
-    """torch's layer with one head, from its parameters, as a layer of ours runs it."""
+def own_lstm(
+    x: Tensor,
+    inputs: Tensor,
+    recurrent: Tensor,
+    bias: Tensor,
+    other: Tensor,
+    call: Callable[..., Tensor] = library,
+) -> Tensor:
+    """torch's layer with one head, from its parameters, by `library` or `two_inputs`."""
     split = (1, 4, WIDTH)
     matrices = (m.unflatten(0, split) for m in (inputs, recurrent, bias + other))
-    return library(x.unsqueeze(2), *matrices)
+    return call(x.unsqueeze(2), *matrices)
 
 
 def own_layer(

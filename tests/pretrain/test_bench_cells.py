@@ -12,7 +12,7 @@ from rondo.kernels.newton_rnn import CELLS
 from rondo.pretrain import bench_newton, bench_rnn
 
 
-@pytest.mark.parametrize(("bench", "rows"), [(bench_newton, 2), (bench_rnn, 8)])
+@pytest.mark.parametrize(("bench", "rows"), [(bench_newton, 2), (bench_rnn, 10)])
 def test_a_line_and_json_for_each_cell(
     bench, rows: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,13 +42,14 @@ def test_an_lstm_is_timed_against_the_same_computation() -> None:
     heads, dim, width = bench_rnn.HEADS, bench_rnn.WIDTH // bench_rnn.HEADS, bench_rnn.WIDTH
     x = torch.randn(bench_rnn.BATCH, 9, heads, dim, generator=generator)
     weight, recurrent = 0.1 * torch.randn(2, heads, 4, dim, dim, generator=generator)
-    found = bench_rnn.library(x, weight, recurrent)
     expected = bench_rnn.loop_with_inputs(x, weight, recurrent)  # (H, T, B, D)
-    torch.testing.assert_close(found, expected.transpose(0, 2))
+    for call in (bench_rnn.library, bench_rnn.two_inputs):
+        torch.testing.assert_close(call(x, weight, recurrent), expected.transpose(0, 2))
     layer = torch.nn.LSTM(width, width, batch_first=True)
     x = torch.randn(bench_rnn.BATCH, 9, width, generator=generator)
     for ours in (
         bench_rnn.own_lstm(x, *layer.parameters()),
+        bench_rnn.own_lstm(x, *layer.parameters(), call=bench_rnn.two_inputs),
         bench_rnn.own_layer("lstm", x, *layer.parameters()),
     ):
         torch.testing.assert_close(ours[:, :, 0], layer(x)[0])
