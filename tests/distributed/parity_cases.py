@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from rondo.kernels.nonlinear_rnn import lstm_library
 from rondo.kernels.segments import document_positions
 from rondo.models import ModelConfig
 from rondo.models.ffn.dispatch import Choice, over_capacity
@@ -174,6 +176,15 @@ def named(model: ParallelModel, value: Any) -> dict[str, np.ndarray]:
 def train_all(runs: list[Run]) -> list[dict[str, Any]]:
     """`train`, one run after another in the same processes."""
     return [train(run) for run in runs]
+
+
+def train_by_library(runs: list[Run]) -> list[dict[str, Any]]:
+    """`train_all`, and of each run how often an LSTM went to torch's own layer, `"calls"`."""
+    found = []
+    for run in runs:
+        with patch.object(lstm_library, "lstm", wraps=lstm_library.lstm) as called:
+            found.append({**train(run), "calls": called.call_count})
+    return found
 
 
 def dropped_by_rank(*choice: np.ndarray) -> np.ndarray:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rondo.models import MIXERS, ModelConfig
 from rondo.parallel.mesh import Layout
 from rondo.tests.conftest import every_test, slow_but
-from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all
+from rondo.tests.distributed.parity_cases import VOCAB, Run, train, train_all, train_by_library
 from rondo.tests.distributed.spawn import run_ranks
 
 OPTIONS = {
@@ -76,7 +77,8 @@ SINGLE = ("tp2", "cp2", "cp4-ring")
 """Layouts of the pattern of all mixers in float32 too, with its own weight for logits; tp2 always,
 the others with RONDO_TESTS=all."""
 ALIKE = ("lstm", "gru", "elman")
-"""In the pattern of all mixers only: alone, `slstm` stands for its class."""
+"""In the pattern of all mixers only: alone, `slstm` stands for the loop that all of them take in
+float64 and in short documents; an LSTM by torch's own layer has a test below."""
 
 
 def config(pattern: str, precision: str, tied: bool) -> ModelConfig:
@@ -156,6 +158,27 @@ def test_training_equals_one_process(name: str) -> None:
         problems = compare(ranks, expected, TOLERANCES[precision])
         wrong += [f"{pattern} {precision}: {problem}" for problem in problems]
     assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_an_lstm_by_the_library_equals_one_process() -> None:
+    """In float32, rows of one document and 64 positions, which no case of the matrix has."""
+    sizes = config("lstm", "float32", False)
+    kinds: dict[str, Any] = {"precision": "float32", "time": 64, "packed": False}
+    names = ("tp2", "dp_shard2", "pp2-1f1b")
+    runs = []
+    for name in names:
+        layout, schedule, checkpointing = LAYOUTS[name]
+        options = {"schedule": schedule, "checkpointing": checkpointing, **kinds}
+        runs.append(Run(sizes, layout, **options))
+    results = run_ranks(train_by_library, 2, runs, timeout=300)
+    expected = train(Run(sizes, Layout(), **kinds))
+    for number, name in enumerate(names):
+        ranks = [of_rank[number] for of_rank in results]
+        assert all(found["calls"] for found in ranks), name
+        problems = compare(ranks, expected, TOLERANCES["float32"])
+        assert not problems, f"{name}: " + "\n".join(problems[:20])
 
 
 def test_a_difference_is_noticed() -> None:
