@@ -25,15 +25,17 @@ BATCH, TIME, HEADS, INPUTS, DIM = 3, 70, 2, 5, 6
 LONG = torch.tensor([[0] * 70, [0] * 30 + [1] * 40, [0] * 30 + [1] * 20 + [2] * 20])
 
 
-def operands() -> list[Tensor]:
+def operands(
+    batch: int = BATCH, time: int = TIME, heads: int = HEADS, inputs: int = INPUTS, dim: int = DIM
+) -> list[Tensor]:
     """x, weight, recurrent, bias, state."""
     generator = torch.Generator().manual_seed(0)
     shapes = (
-        (BATCH, TIME, HEADS, INPUTS),
-        (HEADS, 4, DIM, INPUTS),
-        (HEADS, 4, DIM, DIM),
-        (HEADS, 4, DIM),
-        (BATCH, 2, HEADS, DIM),
+        (batch, time, heads, inputs),
+        (heads, 4, dim, inputs),
+        (heads, 4, dim, dim),
+        (heads, 4, dim),
+        (batch, 2, heads, dim),
     )
     return [0.5 * torch.randn(*shape, generator=generator) for shape in shapes]
 
@@ -45,6 +47,34 @@ def test_it_equals_the_loop(
     ids: Tensor | None, fresh: bool, dtype: torch.dtype, limit: float
 ) -> None:
     """Outputs, state and every gradient, with documents and carried state."""
+    x = operands()[0].to(dtype)
+    assert served(x, ids)
+    compare(operands(), ids, fresh, dtype, limit)
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "dim", "heads"),
+    [
+        (1, 1024, 16, 1),
+        (2, 64, 16, 12),
+        (8, 3, 32, 4),
+        (17, 64, 16, 1),
+        (64, 1, 64, 4),
+        (2, 3, 128, 1),
+    ],
+)
+def test_every_size_of_the_published_grid(batch: int, time: int, dim: int, heads: int) -> None:
+    """As the loop has them (arXiv 2412.07752), also those that the loop is quicker for; weights
+    small enough that rounding does not grow over steps."""
+    inputs = operands(batch, time, heads, dim, dim)
+    inputs[1:3] = [x * dim**-0.5 for x in inputs[1:3]]
+    compare(inputs, None, False, torch.float32, 1e-6)
+
+
+def compare(
+    inputs: list[Tensor], ids: Tensor | None, fresh: bool, dtype: torch.dtype, limit: float
+) -> None:
+    """With the loop in float64."""
 
     def own(x: Tensor, weight: Tensor, r: Tensor, bias: Tensor, state: Tensor) -> list[Tensor]:
         gates = torch.einsum("bthi,hgoi->btgho", x, weight)
@@ -56,12 +86,10 @@ def test_it_equals_the_loop(
     def library(*x: Tensor) -> list[Tensor]:
         return [*lstm(*x[:4], None if fresh else x[4], ids), x[4]]
 
-    x, weight, *rest = operands()
-    x, weight = x.to(dtype), weight.to(dtype)
-    assert served(x, ids)
-    found = gradients(library, [x, weight, *rest])
+    x, weight, *rest = inputs
+    found = gradients(library, [x.to(dtype), weight.to(dtype), *rest])
     assert (found[0][0].dtype, found[0][1].dtype) == (dtype, torch.float32)
-    expected = gradients(own, [x.double() for x in operands()])
+    expected = gradients(own, [x.double() for x in inputs])
     for x, y in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         assert_ratio("library", x, y, limit)
 
@@ -111,6 +139,36 @@ def test_the_mixer_takes_it(ids: Tensor | None, monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 2
     for each, expected in zip(*found, strict=True):
         assert_ratio("mixer", each, expected, 1e-5)
+
+
+def test_documents_know_nothing_of_each_other() -> None:
+    """Bit for bit: another first document, cut at the same places, leaves what follows it."""
+    x, *rest = operands()
+    other = x.clone()
+    other[1:, :30] = torch.randn(BATCH - 1, 30, HEADS, INPUTS)
+    (h, last), (changed, after) = (lstm(each, *rest, LONG) for each in (x, other))
+    assert not torch.equal(h[1:, :30], changed[1:, :30])
+    assert torch.equal(h[1:, 30:], changed[1:, 30:])
+    assert torch.equal(h[0], changed[0]) and torch.equal(last, after)
+
+
+def test_decoding_goes_on_where_the_prompt_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt by torch's layer, then tokens one by one by the loop, as all at once by the loop."""
+    mixer, calls, found = layer(), [], []
+    x = torch.randn(BATCH, TIME, 12, generator=torch.Generator().manual_seed(2))
+    places = torch.arange(TIME).expand(BATCH, TIME)
+    monkeypatch.setattr(lstm_library, "lstm", lambda *a: calls.append(a[0].shape[1]) or lstm(*a))
+    state, start = None, TIME - 4
+    for stop in (start, *range(start + 1, TIME + 1)):
+        begin = 0 if stop == start else stop - 1
+        ctx = SequenceContext(positions=places[:, begin:stop], segment_ids=None)
+        y, state = mixer(x[:, begin:stop], ctx, state)
+        found.append(y)
+    assert calls == [start]
+    monkeypatch.setattr(lstm_library, "served", lambda *_: False)
+    expected, after = mixer(x, SequenceContext(positions=places, segment_ids=None))
+    assert_ratio("outputs", torch.cat(found, 1), expected, 1e-5)
+    assert_ratio("state", state["recurrent"], after["recurrent"], 1e-5)
 
 
 def test_a_cut_gradient_is_left_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
