@@ -221,12 +221,13 @@ def _train(
 
 
 def _plan(config: ShortTasksConfig, task: Task, mixer: str) -> Fit:
-    """The task's, or that of the row, with what was asked for."""
+    """The task's, or that of the row's last mixer, with what was asked for."""
     own: dict[str, Any] = {}
     tracks = task.classes is not None  # recall has as many answers as pairs
-    if tracks and mixer in DELTA_RULES:
+    top = mixer.split("/")[-1].split("+")[0]
+    if tracks and top in DELTA_RULES:
         own = DELTA_RULE_PLAN
-    elif not tracks and not task.last and mixer == "mamba2":
+    elif not tracks and not task.last and top == "mamba2":
         own = MAMBA2_RECALL_PLAN
     given = {key: getattr(config, key) for key in ("steps", "lr")}
     asked = {key: value for key, value in given.items() if value is not None}

@@ -10,7 +10,8 @@ import torch
 
 from rondo.errors import UserError
 from rondo.evals.labelling import WINDOW, Fit, Lengths, Rows, fit, rows, score, vocabulary
-from rondo.evals.short_tasks import TASKS, markdown
+from rondo.evals.short_tasks import TASKS, ShortTasksConfig, markdown
+from rondo.evals.short_tasks import _plan as plan_of
 from rondo.evals.short_tasks import main as short_tasks
 from rondo.models import Decoder, ModelConfig
 
@@ -107,6 +108,24 @@ def test_cells_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         short_tasks([*words, "--steps", "3"])
     with pytest.raises(UserError, match="tasks: unknown 'party'"):
         short_tasks(["--tasks", "party"])
+
+
+@pytest.mark.parametrize(
+    ("task", "mixer", "lr", "steps"),
+    [
+        ("parity", "reflecting", 3e-3, 500),
+        ("parity", "reflecting+none", 3e-3, 500),
+        ("parity", "mamba2/deltanet+none", 3e-3, 500),
+        ("parity", "deltanet/mamba2", 1e-2, 500),
+        ("mqar_all", "mamba2", 1e-2, 2000),
+        ("mqar_all", "mamba2+none", 1e-2, 2000),
+        ("mqar_all", "gated_deltanet/mamba2", 1e-2, 2000),
+        ("mqar_all", "mamba2/gated_deltanet", 3e-3, 800),
+    ],
+)
+def test_a_row_has_the_plan_of_its_last_mixer(task: str, mixer: str, lr: float, steps: int) -> None:
+    found = plan_of(ShortTasksConfig(), TASKS[task], mixer)
+    assert (found.lr, found.steps) == (lr, steps)
 
 
 def test_a_task_may_be_another_length_of_a_kind(
