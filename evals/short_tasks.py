@@ -2,7 +2,9 @@
 
 Every cell of the table is a small model that is trained to give the answer beside each word of
 short texts of the train split (`labelling.py`) and scored on the test split, on longer texts too.
-What was scored is kept, so that the command can be stopped and started again, and cells be added.
+What was scored is kept, so that the command can be stopped and started again, and cells be added:
+a cell's file has `accuracy` by size, which the table shows, and beside it the share of right
+answers among the `last` ones of the texts and among `all`, of which `accuracy` is one.
 """
 
 from __future__ import annotations
@@ -202,9 +204,15 @@ def _cell(
     scores = {size: score(trained, texts) for size, texts in tests.items()}
     accuracy = {size: each.last if task.last else each.mean for size, each in scores.items()}
     seconds = time.process_time() - began
-    shown = ", ".join(f"{size}: {value:.3f}" for size, value in accuracy.items())
+    shown = ", ".join(
+        f"{size}: last {each.last:.3f}, all {each.mean:.3f}" for size, each in scores.items()
+    )
     console.print(f"{path.stem}: {shown} ({seconds:.0f} s)", highlight=False)
-    path.write_text(json.dumps({**options, "accuracy": accuracy, "seconds": seconds}))
+    both = {
+        "last": {size: each.last for size, each in scores.items()},
+        "all": {size: each.mean for size, each in scores.items()},
+    }
+    path.write_text(json.dumps({**options, "accuracy": accuracy, **both, "seconds": seconds}))
     return accuracy
 
 

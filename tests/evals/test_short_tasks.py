@@ -99,8 +99,12 @@ def test_cells_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = tmp_path / "parity-attention-0.json"
     result = json.loads(path.read_text())
     assert list(result["accuracy"]) == ["16", "64"]
-    printed = capsys.readouterr().out
-    assert f"| attention | {result['accuracy']['16']:.2f} | " in printed
+    shown = capsys.readouterr()
+    assert f"| attention | {result['accuracy']['16']:.2f} | " in shown.out
+    last, mean = result.pop("last"), result.pop("all")
+    assert last == result["accuracy"] and mean.keys() == last.keys() and mean != last
+    assert f"16: last {last['16']:.3f}, all {mean['16']:.3f}" in " ".join(shown.err.split())
+    # As before last and all were kept.
     path.write_text(json.dumps({**result, "accuracy": {"16": 0.25, "64": 0.125}}))
     assert short_tasks(words) == 0  # kept, not made again
     assert "| attention | 0.25 | 0.12 |" in (tmp_path / "table.md").read_text()
