@@ -166,10 +166,10 @@ def table(config: ShortTasksConfig) -> Path:
         UserError: a mixer or a task is not known, or a result was made with other options.
     """
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     mixers, tasks = config.mixers.split(","), config.tasks.split(",")
     if unknown := [name for name in tasks if name not in TASKS]:
         raise UserError(f"tasks: unknown {unknown[0]!r} (known: {', '.join(TASKS)})")
+    folder.mkdir(parents=True, exist_ok=True)
     found: Found = {mixer: {} for mixer in mixers}
     console = Console(stderr=True)
     for name, seed, mixer in itertools.product(tasks, range(config.seeds), mixers):

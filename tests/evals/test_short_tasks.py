@@ -111,7 +111,8 @@ def test_cells_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(UserError, match=r"parity-attention-0\.json: made with another plan"):
         short_tasks([*words, "--steps", "3"])
     with pytest.raises(UserError, match="tasks: unknown 'party'"):
-        short_tasks(["--tasks", "party"])
+        short_tasks(["--tasks", "party", "--output", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
